@@ -1,0 +1,507 @@
+"""The pipeline file: every knob on one page.
+
+One TOML file is one complete run. It becomes a tree of frozen dataclasses; the string under a field is its
+documentation. The schema is closed: unknown keys, wrong types and values out of range are `ConfigError`s that
+name the dotted key. Fields marked `execution` change how fast a stage works, never what it writes, so they
+stay out of fingerprints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from slipstream.errors import ConfigError
+
+_SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_SIZE_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_T = TypeVar("_T")
+
+
+def _execution(default: Any) -> Any:
+    return field(default=default, metadata={"execution": True})
+
+
+def parse_bytes(text: str | int) -> int:
+    """Turn `4096`, `"64MiB"` or `"1.5GB"` into bytes.
+
+    Raises:
+        ValueError: Not a size, or negative.
+    """
+    if isinstance(text, bool):
+        raise ValueError(f"expected a size such as 65536 or '64MiB', found {text!r}")
+    if isinstance(text, int):
+        size = text
+    else:
+        match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+        if match is None or match[2].upper() not in _SIZE_UNITS:
+            raise ValueError(f"expected a size such as 65536 or '64MiB', found {text!r}")
+        size = round(float(match[1]) * _SIZE_UNITS[match[2].upper()])
+    if size < 0:
+        raise ValueError(f"expected a size of at least 0 bytes, found {text!r}")
+    return size
+
+
+def parse_budget(text: str | int, *, total_bytes: int) -> int:
+    """Turn a hot budget into bytes: a size, or `"1%"` of `total_bytes`.
+
+    Raises:
+        ValueError: Not a budget, or not above zero.
+    """
+    if isinstance(text, str) and text.strip().endswith("%"):
+        try:
+            percent = float(text.strip()[:-1])
+        except ValueError:
+            raise ValueError(f"expected a budget such as '64MiB' or '1%', found {text!r}") from None
+        if not 0 < percent <= 100:
+            raise ValueError(f"expected a share above 0% and up to 100%, found {text!r}")
+        return int(total_bytes * percent / 100)
+    size = parse_bytes(text)
+    if size == 0:
+        raise ValueError(f"expected a budget above 0 bytes, found {text!r}")
+    return size
+
+
+def _require(holds: bool, key: str, expected: str, found: object) -> None:
+    if not holds:
+        raise ConfigError(f"`{key}` must be {expected}, found {found!r}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DatasetConfig:
+    """Where samples come from."""
+
+    source: Literal["synthetic", "criteo"]
+    """Line format of the raw files; `synthetic` first writes raw Criteo lines, then reads them."""
+    raw: tuple[str, ...] = ()
+    """Raw files: a path, a glob or a list of them, read in this order (globs in name order)."""
+    num_samples: int = 100_000
+    """Lines that `synthetic` writes."""
+    num_days: int = 7
+    """Days that `synthetic` spreads its lines over; popularity drifts from day to day."""
+    max_ind_range: int = 0
+    """Raw ids are taken modulo this number before they are counted, as DLRM does; 0 keeps them whole."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _require(self.num_samples >= 100, "dataset.num_samples", "at least 100", self.num_samples)
+        _require(self.num_days >= 1, "dataset.num_days", "at least 1", self.num_days)
+        _require(self.max_ind_range >= 0, "dataset.max_ind_range", "at least 0", self.max_ind_range)
+        if self.source != "synthetic" and not self.raw:
+            raise ConfigError(
+                f"`dataset.raw` must name the raw files of source `{self.source}`, found nothing",
+                hint="set it in the pipeline file, or pass --set dataset.raw=/path/to/train.txt",
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TableLimits:
+    """Vocabulary limits of one table; a field left out falls back to the limit for all tables."""
+
+    freq_threshold: int | None = None
+    """Values seen fewer times in the training split share row 0."""
+    max_rows: int | None = None
+    """Most rows the table may have, row 0 included; the most frequent values stay."""
+    num_buckets: int | None = None
+    """Hash values into this many buckets before counting; 0 does not hash."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name, least in (("freq_threshold", 1), ("max_rows", 0), ("num_buckets", 0)):
+            value = getattr(self, name)
+            _require(value is None or value >= least, f"preprocess.{name}", f"at least {least}", value)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreprocessConfig:
+    """Raw lines to encoded columns."""
+
+    split: Literal["chronological", "random", "by_day"] = "chronological"
+    """`chronological`: first 6/7 train, then test and validation in halves, like DLRM on Criteo Kaggle; `random`:
+    the same shares drawn by seed; `by_day`: the last day is halved into test and validation."""
+    freq_threshold: int = 1
+    """Values seen fewer times in the training split share row 0 (OOV)."""
+    max_rows: int = 0
+    """Most rows per table, row 0 included; 0 sets no limit."""
+    num_buckets: int = 0
+    """Hash raw ids into this many buckets per table before counting; 0 does not hash."""
+    tables: Mapping[str, TableLimits] = field(default_factory=dict)
+    """Limits that differ for single tables, for instance `[preprocess.tables.cat_2]`."""
+    dense_transform: Literal["dlrm", "torchrec", "nvidia", "none"] = "dlrm"
+    """`dlrm` log(max(x, 0) + 1); `torchrec` log(x - min + 2); `nvidia` log(max(x, -1) + 2); `none` keeps x."""
+    max_reject_ratio: float = 0.01
+    """Share of lines that may be rejected before the run stops with an error."""
+    samples_per_part: int = 262_144
+    """Samples in each Parquet part; the last part of a split may be shorter."""
+    chunk_bytes: str | int = _execution("32MiB")
+    """Raw text parsed at once; memory grows with it, results do not change."""
+    num_threads: int = _execution(0)
+    """Chunks worked on at once; 0 takes one per core."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        TableLimits(
+            freq_threshold=self.freq_threshold, max_rows=self.max_rows, num_buckets=self.num_buckets
+        )
+        _require(
+            0 <= self.max_reject_ratio <= 1,
+            "preprocess.max_reject_ratio",
+            "in [0, 1]",
+            self.max_reject_ratio,
+        )
+        _require(
+            self.samples_per_part >= 1, "preprocess.samples_per_part", "at least 1", self.samples_per_part
+        )
+        _require(self.num_threads >= 0, "preprocess.num_threads", "at least 0", self.num_threads)
+        _sized("preprocess.chunk_bytes", self.chunk_bytes, least=1024)
+
+    def limits_of(self, table: str) -> TableLimits:
+        """Limits of one table, every field filled in."""
+        own = self.tables.get(table, TableLimits())
+        names = [f.name for f in dataclasses.fields(TableLimits)]
+        picked = {n: getattr(self, n) if getattr(own, n) is None else getattr(own, n) for n in names}
+        return TableLimits(**picked)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProfileConfig:
+    """Access counts and the curve budget -> hot set."""
+
+    sample_ratio: float = 1.0
+    """Share of training samples counted; 1.0 is exact, 0.05 is enough above ten million samples."""
+    curve: tuple[float, ...] = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
+    """Budgets of the reported curve, as shares of all rows."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _require(0 < self.sample_ratio <= 1, "profile.sample_ratio", "in (0, 1]", self.sample_ratio)
+        _require(
+            bool(self.curve) and all(0 < share <= 1 for share in self.curve),
+            "profile.curve",
+            "a list of shares in (0, 1]",
+            self.curve,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SegregateConfig:
+    """The hot set, and samples split by it."""
+
+    hot_budget: str | int = "10%"
+    """Accelerator memory of the hot rows with their optimizer state and snapshots: bytes, `"64MiB"`, or `"1%"`
+    of what all rows would take by the same account."""
+    access_threshold: int = 0
+    """Λ given by hand: rows counted at least this often are hot and the bytes follow; 0 lets the budget decide."""
+    policy: Literal["frequency", "sample-aware"] = "frequency"
+    """`frequency` takes the most counted rows (FAE); `sample-aware` prefers rows whose companions are hot too."""
+    sample_aware_power: float = 4.0
+    """p of the sample-aware score (1 + cold lookups)^-p; 2 generalises better at large budgets."""
+    sample_aware_rounds: int = 8
+    """Rounds of re-scoring; each is one pass over the training samples."""
+    samples_per_shard: int = 131_072
+    """Samples in each npz shard; the last shard of a group may be shorter."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        try:
+            parse_budget(self.hot_budget, total_bytes=100)
+        except ValueError as exc:
+            raise ConfigError(f"`segregate.hot_budget`: {exc}") from exc
+        _require(
+            self.access_threshold >= 0, "segregate.access_threshold", "at least 0", self.access_threshold
+        )
+        _require(
+            self.sample_aware_power > 0, "segregate.sample_aware_power", "above 0", self.sample_aware_power
+        )
+        _require(
+            self.sample_aware_rounds >= 1,
+            "segregate.sample_aware_rounds",
+            "at least 1",
+            self.sample_aware_rounds,
+        )
+        _require(
+            self.samples_per_shard >= 1, "segregate.samples_per_shard", "at least 1", self.samples_per_shard
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The network around the tables."""
+
+    name: Literal["dlrm"] = "dlrm"
+    """Architecture."""
+    embedding_dim: int = 16
+    """Width of every row."""
+    bottom_mlp: tuple[int, ...] = (512, 256, 64, 16)
+    """Layer widths after the dense input; the last must equal `embedding_dim`."""
+    top_mlp: tuple[int, ...] = (512, 256, 1)
+    """Layer widths after the interaction; the last must be 1."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _require(self.embedding_dim >= 1, "model.embedding_dim", "at least 1", self.embedding_dim)
+        widths_ok = all(width >= 1 for width in self.bottom_mlp + self.top_mlp)
+        _require(widths_ok, "model.bottom_mlp and model.top_mlp", "positive widths", "a width below 1")
+        _require(
+            bool(self.bottom_mlp) and self.bottom_mlp[-1] == self.embedding_dim,
+            "model.bottom_mlp",
+            f"a list that ends in embedding_dim = {self.embedding_dim}",
+            self.bottom_mlp,
+        )
+        _require(
+            bool(self.top_mlp) and self.top_mlp[-1] == 1, "model.top_mlp", "a list that ends in 1", self.top_mlp
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Placement, optimizer and loop."""
+
+    mode: Literal["resident", "baseline", "fae", "slipstream"] = "slipstream"
+    """Where rows live: `resident` all on the device, `baseline` all on the host, `fae` hot rows on the device,
+    `slipstream` like fae and stale samples skipped."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Accelerator; `auto` takes CUDA where there is one."""
+    epochs: int = 1
+    """Passes over the training samples."""
+    batch_size: int = 2048
+    """Samples per step."""
+    optimizer: Literal["sgd", "rowwise_adagrad"] = "rowwise_adagrad"
+    """Of the rows; the dense layers use SGD or element-wise Adagrad to match."""
+    lr: float = 0.02
+    """Learning rate of rows and dense layers."""
+    eps: float = 1e-8
+    """Added to the root of the Adagrad accumulator."""
+    weight_decay: float = 0.0
+    """L2 penalty on the dense layers' weights."""
+    order: Literal["interleaved", "mixed"] = "interleaved"
+    """`interleaved`: pure hot and pure cold batches in a seeded order; `mixed`: samples shuffled across both."""
+    chunk_batches: int = 16
+    """Batches per look-ahead chunk: cold rows of a chunk are fetched together."""
+    staging_rows: int = 0
+    """Rows of each of the two staging halves; 0 sizes them for a whole chunk."""
+    log_every: int = 50
+    """Steps between TensorBoard points and progress updates."""
+    eval_batch_size: int = 16_384
+    """Samples per evaluation step."""
+    num_threads: int = _execution(0)
+    """CPU threads of torch; 0 takes torch's default."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name in ("epochs", "batch_size", "chunk_batches", "log_every", "eval_batch_size"):
+            _require(getattr(self, name) >= 1, f"train.{name}", "at least 1", getattr(self, name))
+        for name in ("staging_rows", "num_threads", "weight_decay"):
+            _require(getattr(self, name) >= 0, f"train.{name}", "at least 0", getattr(self, name))
+        _require(self.lr > 0, "train.lr", "above 0", self.lr)
+        _require(self.eps > 0, "train.eps", "above 0", self.eps)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SkipConfig:
+    """Which hot samples are left out, and by what rule."""
+
+    criterion: Literal["none", "stale", "random"] = "stale"
+    """`stale` drops samples whose rows stopped moving; `random` the same share blindly: its control."""
+    target_drop: float = 0.3
+    """D: share of the classified hot samples to drop."""
+    alpha: float = 1.0
+    """Share of a sample's lookups that must be stale for it to be dropped, in (0, 1]."""
+    threshold: float | None = None
+    """T given by hand: a row is stale when no coordinate moved by this much; left out, D decides."""
+    warmup_steps: int = 0
+    """Steps before the first window opens."""
+    refresh_steps: int = 0
+    """Steps between re-checks; 0 makes six in the first epoch."""
+    window_steps: int = 0
+    """Steps between the two snapshots compared; 0 uses the whole time since the last check."""
+    sample_size: int = 65_536
+    """Hot samples the threshold is taken from."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _require(0 <= self.target_drop < 1, "skip.target_drop", "in [0, 1)", self.target_drop)
+        _require(0 < self.alpha <= 1, "skip.alpha", "in (0, 1]", self.alpha)
+        _require(
+            self.threshold is None or self.threshold >= 0, "skip.threshold", "at least 0", self.threshold
+        )
+        for name in ("warmup_steps", "refresh_steps", "window_steps"):
+            _require(getattr(self, name) >= 0, f"skip.{name}", "at least 0", getattr(self, name))
+        _require(self.sample_size >= 1, "skip.sample_size", "at least 1", self.sample_size)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PipelineConfig:
+    """One complete run."""
+
+    name: str
+    """Folder of the run below --runs."""
+    seed: int = 0
+    """Seed of everything that draws: synthetic data, splits, initial weights, batch order, dropping."""
+    dataset: DatasetConfig
+    preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    segregate: SegregateConfig = field(default_factory=SegregateConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    skip: SkipConfig = field(default_factory=SkipConfig)
+
+    def __post_init__(self) -> None:
+        """Check the name, the seed, and keys that only make sense together."""
+        _require(
+            re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name) is not None,
+            "name",
+            "letters, digits, '.', '_' or '-'",
+            self.name,
+        )
+        _require(0 <= self.seed < 2**32, "seed", "in [0, 2^32)", self.seed)
+
+    @property
+    def criterion(self) -> str:
+        """The skip criterion in force: only mode `slipstream` skips."""
+        return self.skip.criterion if self.train.mode == "slipstream" else "none"
+
+
+def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> PipelineConfig:
+    """Read a pipeline file and apply `key=value` overrides.
+
+    Args:
+        path: TOML file.
+        overrides: Dotted keys with TOML values; a value that is not TOML is taken as a string.
+
+    Raises:
+        ConfigError: The file cannot be read, or a key, type or value is wrong.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as exc:
+        raise ConfigError(f"expected a pipeline file at `{path}`: {exc.strerror}") from exc
+    except UnicodeDecodeError as exc:
+        raise ConfigError(f"expected a TOML text file at `{path}`, found bytes that are not UTF-8") from exc
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as exc:
+        raise ConfigError(f"`{path}` is not valid TOML: {exc}") from exc
+    for override in overrides:
+        _apply_override(tree, override)
+    return build_pipeline(tree)
+
+
+def build_pipeline(tree: Mapping[str, Any]) -> PipelineConfig:
+    """Turn a parsed TOML tree into a checked `PipelineConfig`.
+
+    Raises:
+        ConfigError: A key, type or value is wrong.
+    """
+    return _build(PipelineConfig, tree, "")
+
+
+def to_dict(config: Any, *, execution: bool = True) -> dict[str, Any]:
+    """Plain values of a config dataclass, defaults filled in.
+
+    Args:
+        config: Any dataclass of this module.
+        execution: Keep the fields that do not change results.
+    """
+    plain: dict[str, Any] = {}
+    for spec in dataclasses.fields(config):
+        if not execution and spec.metadata.get("execution"):
+            continue
+        plain[spec.name] = _plain(getattr(config, spec.name), execution=execution)
+    return plain
+
+
+def _plain(value: Any, *, execution: bool) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value, execution=execution)
+    if isinstance(value, Mapping):
+        return {key: _plain(item, execution=execution) for key, item in sorted(value.items())}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _sized(key: str, value: str | int, *, least: int) -> None:
+    try:
+        size = parse_bytes(value)
+    except ValueError as exc:
+        raise ConfigError(f"`{key}`: {exc}") from exc
+    _require(size >= least, key, f"at least {least} bytes", value)
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(
+            f"expected `--set key=value`, found `{override}`", hint="for example --set train.epochs=2"
+        )
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"`{parent}` in `--set {override}` is a value, not a section")
+    tree[last] = value
+
+
+def _build(cls: type[_T], tree: Mapping[str, Any], prefix: str) -> _T:
+    hints = get_type_hints(cls)
+    specs = {spec.name: spec for spec in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in tree:
+        if key not in specs:
+            close = difflib.get_close_matches(key, specs, n=1, cutoff=0.5)
+            known = f"did you mean `{prefix}{close[0]}`?" if close else f"known keys: {', '.join(specs)}"
+            raise ConfigError(f"unknown key `{prefix}{key}`", hint=known)
+    values = {}
+    for name, spec in specs.items():
+        required = spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
+        if name in tree:
+            values[name] = _convert(hints[name], tree[name], f"{prefix}{name}")
+        elif required:
+            raise ConfigError(f"missing key `{prefix}{name}`", hint="every pipeline file must set it")
+    return cls(**values)
+
+
+def _convert(hint: Any, value: Any, key: str) -> Any:
+    origin, args = get_origin(hint), get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"`{key}` must be a section, found {value!r}")
+        return _build(typing.cast(type, hint), value, f"{key}.")
+    if origin is Literal:
+        if value not in args or isinstance(value, bool):
+            close = difflib.get_close_matches(str(value), [str(arg) for arg in args], n=1)
+            hint_text = f"did you mean `{close[0]}`?" if close else None
+            raise ConfigError(f"`{key}` must be one of {', '.join(args)}, found {value!r}", hint=hint_text)
+        return value
+    if origin is tuple:
+        items = value if isinstance(value, list) else [value]
+        return tuple(_convert(args[0], item, f"{key}[{index}]") for index, item in enumerate(items))
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"`{key}` must be a section, found {value!r}")
+        return {name: _convert(args[1], item, f"{key}.{name}") for name, item in value.items()}
+    if origin in (types.UnionType, typing.Union):
+        for option in args:
+            if option is not types.NoneType and _fits(option, value):
+                return option(value)
+        names = " or ".join(option.__name__ for option in args if option is not types.NoneType)
+        raise ConfigError(f"`{key}` must be {names}, found {type(value).__name__}: {value!r}")
+    if not _fits(hint, value):
+        raise ConfigError(f"`{key}` must be {hint.__name__}, found {type(value).__name__}: {value!r}")
+    return hint(value)
+
+
+def _fits(hint: type, value: Any) -> bool:
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, int | float) if hint is float else isinstance(value, hint)

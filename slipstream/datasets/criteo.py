@@ -1,0 +1,101 @@
+"""Criteo Kaggle and Criteo Terabyte click logs.
+
+A line is `label, I1..I13, C1..C26`, separated by tabs, no header, an empty field where a value is missing.
+Integers may be negative; ids are up to 8 hex digits. Both data sets share the format; Terabyte comes as day files.
+"""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import polars as pl
+
+from slipstream.datasets.source import MISSING_ID, ParsedBlock
+from slipstream.ops.delimited import read_fields
+from slipstream.schema import LABEL, dense_name, table_name
+
+_NUM_DENSE, _NUM_TABLES = 13, 26
+_DENSE = [dense_name(index) for index in range(_NUM_DENSE)]
+_TABLES = [table_name(index) for index in range(_NUM_TABLES)]
+_NAMES = [LABEL, *_DENSE, *_TABLES]
+_INT = re.compile(rb"[+-]?[0-9]+")
+_HEX = re.compile(rb"[0-9a-fA-F]{1,8}")
+_HEX_DIGITS = np.frombuffer(b"0123456789abcdef", np.uint8)
+
+
+class CriteoSource:
+    """The Criteo line format.
+
+    Args:
+        max_ind_range: Raw ids are taken modulo this number, as DLRM's option of that name does; 0 keeps them.
+    """
+
+    num_dense = _NUM_DENSE
+    num_tables = _NUM_TABLES
+
+    def __init__(self, *, max_ind_range: int = 0) -> None:
+        self._max_ind_range = max_ind_range
+
+    def parse(self, data: bytes) -> ParsedBlock:
+        """Turn whole lines into samples and rejects."""
+        text, sound = read_fields(data, separator="\t", names=_NAMES)
+        label = pl.col(LABEL).replace_strict({"0": 0, "1": 1}, default=None, return_dtype=pl.UInt8)
+        ids = [pl.col(name).str.to_integer(base=16, dtype=pl.UInt32, strict=False) for name in _TABLES]
+        numbers = text.select(label, pl.col(_DENSE).cast(pl.Int64, strict=False), *ids)
+        empty, unread = text.null_count().row(0), numbers.null_count().row(0)
+        suspects = [name for name, was, now in zip(_NAMES, empty, unread, strict=True) if was != now]
+        bad = ~sound | numbers[LABEL].is_null()
+        for name in suspects:
+            bad |= numbers[name].is_null() & text[name].is_not_null()
+        if b"+" in data:
+            for name in _TABLES:
+                bad |= text[name].str.contains("+", literal=True).fill_null(value=False)
+        # a number that fits 32 bits can still be written with more than 8 digits
+        widths = text.select(pl.col(_TABLES).str.len_bytes().max()).row(0)
+        for name in [name for name, width in zip(_TABLES, widths, strict=True) if (width or 0) > 8]:
+            bad |= (text[name].str.len_bytes() > 8).fill_null(value=False)
+        rejected = bad.arg_true().to_numpy().astype(np.int64)
+        if rejected.size:
+            numbers = numbers.filter(~bad)
+        return ParsedBlock(
+            samples=numbers.with_columns(self._raw_id(name) for name in _TABLES),
+            rejected_lines=rejected,
+            num_lines=text.height,
+        )
+
+    def explain(self, line: bytes) -> str:
+        """Say why a line that `parse` rejected is no sample."""
+        fields = line.split(b"\t")
+        if len(fields) != len(_NAMES):
+            return f"expected {len(_NAMES)} fields, found {len(fields)}"
+        if fields[0] not in {b"0", b"1"}:
+            return f"label: expected 0 or 1, found {_show(fields[0])}"
+        for name, field in zip(_NAMES[1:], fields[1:], strict=True):
+            if field and name in _DENSE:
+                if not _INT.fullmatch(field):
+                    return f"{name}: expected an integer, found {_show(field)}"
+                if not -(2**63) <= int(field) < 2**63:
+                    return f"{name}: expected a 64-bit integer, found {_show(field)}"
+            elif field and not _HEX.fullmatch(field):
+                return f"{name}: expected up to 8 hex digits, found {_show(field)}"
+        return "not a sample line"
+
+    def format_raw_ids(self, raw_ids: np.ndarray) -> pl.Series:
+        """Write raw ids as 8 hex digits; MISSING_ID as the empty string."""
+        shifts = np.arange(28, -4, -4, dtype=np.int64)
+        digits = _HEX_DIGITS[(raw_ids[:, None] >> shifts) & 0xF]
+        text = pl.Series(np.ascontiguousarray(digits).view("S8").ravel().astype("U8"), dtype=pl.String)
+        missing = pl.Series(raw_ids == MISSING_ID)
+        return pl.select(pl.when(missing).then(pl.lit("")).otherwise(text)).to_series()
+
+    def _raw_id(self, name: str) -> pl.Expr:
+        raw_id = pl.col(name).cast(pl.Int64)
+        if self._max_ind_range:
+            raw_id = raw_id % self._max_ind_range
+        return raw_id.fill_null(MISSING_ID)
+
+
+def _show(field: bytes) -> str:
+    text = field[:40].decode("utf-8", "backslashreplace")
+    return repr(text) + ("…" if len(field) > 40 else "")

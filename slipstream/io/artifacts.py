@@ -1,0 +1,256 @@
+"""Artifacts: what a stage leaves behind, and how the next one knows that it is whole.
+
+    runs/<name>/<stage>/<fingerprint>/           published: complete, its manifest.json written last
+    runs/<name>/<stage>/.<fingerprint>.partial/  at work, or left by a killed process; keeps finished parts
+    runs/<name>/.lock                            held while a process works in the run folder
+
+The fingerprint covers the stage's resolved config, the fingerprints of its inputs, the seed and the format
+version; not paths or times. Publishing is one rename, so a half-written folder never bears a published name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import filelock
+import psutil
+import xxhash
+
+from slipstream import __version__
+from slipstream.errors import ArtifactError, CapacityError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageKey:
+    """What a stage's result depends on, and nothing else."""
+
+    stage: str
+    config: Mapping[str, Any]
+    inputs: Mapping[str, str]
+    seed: int
+
+    @property
+    def fingerprint(self) -> str:
+        """Name of the artifact's folder: 16 hex digits."""
+        body = {
+            "stage": self.stage,
+            "format": FORMAT_VERSION,
+            "config": self.config,
+            "inputs": self.inputs,
+            "seed": self.seed,
+        }
+        return xxhash.xxh3_64_hexdigest(json.dumps(body, sort_keys=True).encode())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Artifact:
+    """A published stage output."""
+
+    path: Path
+    manifest: dict[str, Any] = field(repr=False)
+
+    @property
+    def fingerprint(self) -> str:
+        """Its name, as inputs of later stages refer to it."""
+        return self.path.name
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """The figures its stage reported."""
+        counts: dict[str, Any] = self.manifest["counts"]
+        return counts
+
+    def files(self, folder: str = "", suffix: str = "") -> list[Path]:
+        """Listed files below `folder` that end in `suffix`, in name order."""
+        names = [name for name in self.manifest["outputs"] if name.startswith(folder) and name.endswith(suffix)]
+        return [self.path / name for name in sorted(names)]
+
+    def check(self, file: Path) -> Path:
+        """Make sure that a listed file is there and unaltered; returns it.
+
+        Raises:
+            ArtifactError: The file is missing, or its size or hash differs from the manifest.
+        """
+        name = file.relative_to(self.path).as_posix()
+        expected = self.manifest["outputs"][name]
+        redo = f"re-run `slipstream {self.manifest['stage']} --force`"
+        if not file.exists():
+            raise ArtifactError(f"expected `{file}`, which the manifest lists; it is missing", hint=redo)
+        if file.stat().st_size != expected["bytes"] or hash_file(file) != expected["xxh3"]:
+            raise ArtifactError(f"`{file}` was altered after it was published: its hash differs", hint=redo)
+        return file
+
+
+def hash_file(path: Path) -> str:
+    """xxh3-64 of a file's content, as 16 hex digits."""
+    digest = xxhash.xxh3_64()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def find_artifact(run_dir: Path, key: StageKey) -> Artifact | None:
+    """The published artifact of a key, or None."""
+    path = run_dir / key.stage / key.fingerprint
+    return open_artifact(path) if path.exists() else None
+
+
+def open_artifact(path: Path) -> Artifact:
+    """Open a published artifact.
+
+    Raises:
+        ArtifactError: There is none at `path`, or its manifest cannot be read.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as exc:
+        raise ArtifactError(
+            f"expected a published artifact with a {MANIFEST} at `{path}`: {exc}",
+            hint="remove the folder and run its stage again",
+        ) from exc
+    return Artifact(path=path, manifest=manifest)
+
+
+def scratch_dir(run_dir: Path, key: StageKey) -> Path:
+    """Hidden folder a stage works in; finished parts in it survive a kill."""
+    path = run_dir / key.stage / f".{key.fingerprint}.partial"
+    with wrap_write_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def publish(
+    run_dir: Path, key: StageKey, counts: Mapping[str, Any], *, seconds: float, peak_bytes: int
+) -> Artifact:
+    """Write the manifest of a finished scratch folder and give it its name.
+
+    Files in the scratch folder's `work/` are intermediate and removed first.
+    """
+    scratch = scratch_dir(run_dir, key)
+    shutil.rmtree(scratch / "work", ignore_errors=True)
+    outputs = {
+        file.relative_to(scratch).as_posix(): {"bytes": file.stat().st_size, "xxh3": hash_file(file)}
+        for file in sorted(scratch.rglob("*"))
+        if file.is_file() and file.name != MANIFEST
+    }
+    manifest = {
+        "stage": key.stage,
+        "slipstream": __version__,
+        "format": FORMAT_VERSION,
+        "seed": key.seed,
+        "config": dict(key.config),
+        "inputs": dict(key.inputs),
+        "outputs": outputs,
+        "counts": dict(counts),
+        "seconds": round(seconds, 3),
+        "peak_bytes": peak_bytes,
+    }
+    write_json(scratch / MANIFEST, manifest)
+    final = run_dir / key.stage / key.fingerprint
+    with wrap_write_errors(final):
+        scratch.rename(final)
+    return Artifact(path=final, manifest=manifest)
+
+
+def remove_artifact(run_dir: Path, key: StageKey) -> None:
+    """Forget a published artifact and any scratch folder, for `--force`."""
+    stage_dir = run_dir / key.stage
+    published = stage_dir / key.fingerprint
+    if published.exists():
+        doomed = stage_dir / f".{key.fingerprint}.removed"
+        shutil.rmtree(doomed, ignore_errors=True)
+        published.rename(doomed)
+        shutil.rmtree(doomed)
+    shutil.rmtree(stage_dir / f".{key.fingerprint}.partial", ignore_errors=True)
+
+
+def leftovers(run_dir: Path) -> list[Path]:
+    """Scratch folders that killed processes left behind."""
+    return sorted(path for path in run_dir.glob("*/.*") if path.suffix in {".partial", ".removed"})
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON so that the file is whole or absent."""
+    partial = path.with_name(f".{path.name}.tmp")
+    with wrap_write_errors(path):
+        partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+
+
+@contextlib.contextmanager
+def write_atomically(path: Path) -> Iterator[Path]:
+    """Yield a hidden name to write; it gets its real name when the block ends without an error."""
+    partial = path.with_name(f".{path.name}.tmp")
+    with wrap_write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield partial
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        partial.replace(path)
+
+
+@contextlib.contextmanager
+def wrap_write_errors(path: Path) -> Iterator[None]:
+    """Turn failures of the operating system while writing into a `CapacityError` or `ArtifactError`."""
+    try:
+        yield
+    except OSError as exc:
+        reason = exc.strerror or str(exc)
+        if "No space left" in str(exc) or "quota" in str(exc).lower():
+            raise CapacityError(
+                f"no space left while writing `{path}`",
+                hint="free some disk, or choose another folder with --runs; finished parts are kept",
+            ) from exc
+        raise ArtifactError(
+            f"cannot write `{path}`: {reason}", hint="choose a writable folder with --runs"
+        ) from exc
+
+
+@contextlib.contextmanager
+def run_lock(run_dir: Path) -> Iterator[None]:
+    """Hold the run folder for this process.
+
+    Raises:
+        ArtifactError: Another process holds it; the message says which.
+    """
+    with wrap_write_errors(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+    holder = run_dir / ".lock.json"
+    lock = filelock.FileLock(run_dir / ".lock", timeout=0)
+    try:
+        with wrap_write_errors(run_dir / ".lock"):
+            lock.acquire()
+    except filelock.Timeout:
+        raise ArtifactError(
+            f"`{run_dir}` is in use by {_describe_holder(holder)}",
+            hint="wait for it to end, stop it, or work in another folder with --runs",
+        ) from None
+    try:
+        write_json(holder, {"pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")})
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def _describe_holder(holder: Path) -> str:
+    try:
+        body = json.loads(holder.read_text(encoding="utf-8"))
+        name = psutil.Process(body["pid"]).name()
+    except (OSError, ValueError, KeyError, psutil.Error):
+        return "another process"
+    return f"process {body['pid']} ({name}), since {body['since']}"

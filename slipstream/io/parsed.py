@@ -1,0 +1,128 @@
+"""Parsed chunks: the numbers of one block of raw lines, kept until every count is known.
+
+    work/parsed/00000-000000.arrow   samples, sparse columns dictionary-encoded (see README.md)
+    work/parsed/00000-000000.rejects.parquet   rejected lines, only where there are any
+    work/parsed/00000-000000.json    written last: the chunk is whole
+    work/parsed/00000.json           written after the file's last chunk: the file is whole
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from slipstream.errors import ArtifactError
+from slipstream.io.artifacts import write_atomically, write_json
+
+_REJECT_SCHEMA = pa.schema({"position": pa.int64(), "reason": pa.string(), "content": pa.binary()})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParsedChunk:
+    """What is known of one chunk without opening it."""
+
+    file_index: int
+    block_index: int
+    num_lines: int
+    num_samples: int
+    num_rejected: int
+    end: int
+    """Offset in the file's uncompressed stream just after the chunk."""
+    day_counts: dict[str, int]
+    """Samples per day; one entry, the file index, where the source has no day column."""
+
+
+class ParsedStore:
+    """The folder of parsed chunks of one preprocess run."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def write(
+        self, chunk: ParsedChunk, samples: pl.DataFrame, rejects: list[tuple[int, str, bytes]], dense: list[str]
+    ) -> None:
+        """Keep a chunk.
+
+        Args:
+            chunk: Its figures.
+            samples: Its samples; every column that starts with `cat_` is dictionary-encoded.
+            rejects: (position in the chunk, reason, line) of each rejected line.
+            dense: Dense columns; missing values become 0, and 32 bits where they suffice.
+        """
+        stem = self._stem(chunk.file_index, chunk.block_index)
+        with write_atomically(stem.with_suffix(".arrow")) as path:
+            table = _encode(samples, dense)
+            with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+                writer.write_table(table)
+        if rejects:
+            columns = [pa.array(column, type=kind) for column, kind in zip(
+                zip(*rejects, strict=True), _REJECT_SCHEMA.types, strict=True)]
+            with write_atomically(stem.with_suffix(".rejects.parquet")) as path:
+                pq.write_table(pa.Table.from_arrays(columns, schema=_REJECT_SCHEMA), path)
+        write_json(stem.with_suffix(".json"), asdict(chunk))
+
+    def finished(self, file_index: int) -> list[ParsedChunk]:
+        """Chunks of a file that are whole, from the first on without a gap; later ones are removed."""
+        chunks: list[ParsedChunk] = []
+        while (path := self._stem(file_index, len(chunks)).with_suffix(".json")).exists():
+            chunks.append(ParsedChunk(**json.loads(path.read_text(encoding="utf-8"))))
+        for path in self._folder.glob(f"{file_index:05d}-*"):
+            if int(path.name[6:12]) >= len(chunks):
+                path.unlink()
+        return chunks
+
+    def mark_complete(self, file_index: int, num_chunks: int) -> None:
+        """Say that a file has no further chunks."""
+        write_json(self._folder / f"{file_index:05d}.json", {"num_chunks": num_chunks})
+
+    def is_complete(self, file_index: int) -> bool:
+        """Whether a file was read to its end."""
+        return (self._folder / f"{file_index:05d}.json").exists()
+
+    def open(self, chunk: ParsedChunk, columns: list[str]) -> pa.Table:
+        """Map columns of a chunk into memory; nothing is copied until it is used."""
+        path = self._stem(chunk.file_index, chunk.block_index).with_suffix(".arrow")
+        try:
+            source = pa.memory_map(str(path), "rb")
+        except OSError as exc:
+            raise ArtifactError(f"expected a parsed chunk at `{path}`", hint="run with --force") from exc
+        return pa.ipc.open_file(source).read_all().select(columns)
+
+    def rejects(self, chunk: ParsedChunk) -> pl.DataFrame:
+        """Rejected lines of a chunk: position, reason, content."""
+        path = self._stem(chunk.file_index, chunk.block_index).with_suffix(".rejects.parquet")
+        return pl.from_arrow(pq.read_table(path))  # type: ignore[return-value]
+
+    def _stem(self, file_index: int, block_index: int) -> Path:
+        return self._folder / f"{file_index:05d}-{block_index:06d}"
+
+
+def dictionary_of(table: pa.Table, column: str) -> tuple[np.ndarray, np.ndarray]:
+    """(distinct raw ids int64, code of each sample int32) of a sparse column of a mapped chunk."""
+    array = table.column(column)
+    array = array.chunk(0) if array.num_chunks == 1 else array.combine_chunks()
+    return array.dictionary.to_numpy(zero_copy_only=False), array.indices.to_numpy(zero_copy_only=False)
+
+
+def _encode(samples: pl.DataFrame, dense: list[str]) -> pa.Table:
+    samples = samples.with_columns(pl.col(dense).fill_null(0)) if dense else samples
+    limits = samples.select(pl.col(dense).min().name.suffix("_min"), pl.col(dense).max().name.suffix("_max"))
+    row = limits.row(0, named=True)
+    narrow = [
+        name
+        for name in dense
+        if row[f"{name}_min"] is not None and -(2**31) <= row[f"{name}_min"] and row[f"{name}_max"] < 2**31
+    ]
+    table = samples.with_columns(pl.col(narrow).cast(pl.Int32)).rechunk().to_arrow()
+    for index, name in enumerate(table.column_names):
+        if name.startswith("cat_"):
+            column = table.column(name).combine_chunks()
+            column = column if isinstance(column, pa.Array) else pa.array([], pa.int64())
+            table = table.set_column(index, name, column.dictionary_encode())
+    return table.combine_chunks()

@@ -1,0 +1,227 @@
+"""Raw files: from a path, glob or address to line-aligned blocks of bytes.
+
+Plain, .gz and .zst files, local or behind any address that fsspec knows, are read as one stream in bounded
+memory; nothing is unpacked to disk. A block ends at a line end, so a line is never seen in two halves.
+"""
+
+from __future__ import annotations
+
+import glob as globbing
+import gzip
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import fsspec
+import xxhash
+import zstandard
+
+from slipstream.errors import DataError
+
+_BOM = b"\xef\xbb\xbf"
+_WHOLE_HASH_BYTES = 256 << 20
+_SAMPLES, _SAMPLE_BYTES = 256, 1 << 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RawBlock:
+    """Whole lines of one file."""
+
+    file_index: int
+    """Position of the file in the list of raw files."""
+    block_index: int
+    """Position of the block in its file."""
+    data: bytes
+    """The lines, each ended by a newline except perhaps the file's last."""
+    end: int
+    """Offset in the uncompressed stream just after the block."""
+
+
+def find_raw_files(patterns: Sequence[str]) -> list[str]:
+    """Expand paths, globs and addresses, in the order given; matches of one glob in name order.
+
+    Raises:
+        DataError: A pattern matches nothing, or names a folder.
+    """
+    found: list[str] = []
+    for pattern in patterns:
+        if "://" in pattern:
+            filesystem, path = fsspec.core.url_to_fs(pattern)
+            has_glob = globbing.has_magic(pattern)
+            names = sorted(filesystem.glob(path)) if has_glob else [path] if filesystem.exists(path) else []
+            matches = [filesystem.unstrip_protocol(name) for name in names]
+        elif Path(pattern).exists():
+            matches = [pattern]
+        else:
+            matches = sorted(globbing.glob(str(Path(pattern).expanduser()), recursive=True))  # noqa: PTH207
+        if not matches:
+            raise DataError(
+                f"`dataset.raw` names `{pattern}`, and there is no such file",
+                hint="check the path; a relative one starts at the folder you run in",
+            )
+        for match in matches:
+            if "://" not in match and Path(match).is_dir():
+                raise DataError(
+                    f"`dataset.raw` names the folder `{match}`, expected files",
+                    hint=f"use a glob such as `{match.rstrip('/')}/*.gz`",
+                )
+        found += matches
+    return found
+
+
+def raw_size(path: str) -> int:
+    """Bytes of a raw file as it is stored."""
+    if "://" not in path:
+        return Path(path).stat().st_size
+    filesystem, inner = fsspec.core.url_to_fs(path)
+    return int(filesystem.size(inner))
+
+
+def fingerprint_raw(path: str) -> str:
+    """Hash of a raw file: of all of it up to 256 MiB, of its size and 256 even samples beyond.
+
+    Names and times do not count, so moved or copied files keep their fingerprint.
+    """
+    size = raw_size(path)
+    digest = xxhash.xxh3_64(str(size).encode())
+    with _open_stored(path) as stream:
+        if size <= _WHOLE_HASH_BYTES:
+            while data := stream.read(1 << 22):
+                digest.update(data)
+        else:
+            for index in range(_SAMPLES):
+                stream.seek((size - _SAMPLE_BYTES) * index // (_SAMPLES - 1))
+                digest.update(stream.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def read_blocks(
+    path: str, *, file_index: int, block_bytes: int, skip: int = 0, skip_blocks: int = 0
+) -> Iterator[RawBlock]:
+    """Yield the lines of a file in blocks of about `block_bytes`.
+
+    Args:
+        path: Raw file; .gz and .zst are decompressed on the way.
+        file_index: Put into each block.
+        block_bytes: Size of a block; a longer single line makes a longer block.
+        skip: Offset in the uncompressed stream to start from; must follow a newline.
+        skip_blocks: Number of blocks before that offset.
+
+    Raises:
+        DataError: The file cannot be read, is truncated, or is not the format its name says.
+    """
+    with open_raw(path) as stream:
+        _skip_to(stream, path, skip)
+        offset, index, rest = skip, skip_blocks, b""
+        if offset == 0:
+            rest = stream.read(len(_BOM))
+            if rest == _BOM:
+                rest, offset = b"", len(_BOM)
+        pieces = [rest]
+        while True:
+            data = _read(stream, path, block_bytes)
+            if not data:
+                break
+            cut = data.rfind(b"\n") + 1
+            if cut == 0:
+                pieces.append(data)
+                continue
+            block = b"".join((*pieces, data[:cut]))
+            pieces = [data[cut:]]
+            offset += len(block)
+            yield RawBlock(file_index=file_index, block_index=index, data=block, end=offset)
+            index += 1
+        block = b"".join(pieces)
+        if block:
+            yield RawBlock(file_index=file_index, block_index=index, data=block, end=offset + len(block))
+
+
+@contextmanager
+def open_raw(path: str) -> Iterator[IO[bytes]]:
+    """Open the uncompressed byte stream of a raw file."""
+    with _open_stored(path) as stored:
+        name = path.lower()
+        if name.endswith(".gz"):
+            with gzip.GzipFile(fileobj=stored) as stream:
+                yield stream  # type: ignore[misc]
+        elif name.endswith((".zst", ".zstd")):
+            yield _ZstdStream(stored)  # type: ignore[misc]
+        else:
+            yield stored
+
+
+@contextmanager
+def _open_stored(path: str) -> Iterator[IO[bytes]]:
+    try:
+        stream: IO[bytes] = (
+            fsspec.open(path, "rb").open() if "://" in path else Path(path).expanduser().open("rb")
+        )
+    except OSError as exc:
+        raise DataError(f"cannot open raw file `{path}`: {exc.strerror or exc}") from exc
+    with stream:
+        yield stream
+
+
+def _read(stream: IO[bytes], path: str, size: int) -> bytes:
+    try:
+        return stream.read(size)
+    except EOFError as exc:
+        raise DataError(
+            f"`{path}` is truncated: it ends inside its compressed stream",
+            hint="copy or download it again; nothing was published from it",
+        ) from exc
+    except (gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as exc:
+        raise DataError(
+            f"`{path}` is not a sound compressed file: {exc}",
+            hint="check its name and copy it again; a .gz must hold gzip data only, without trailing bytes",
+        ) from exc
+    except OSError as exc:
+        raise DataError(f"cannot read `{path}`: {exc.strerror or exc}") from exc
+
+
+def _skip_to(stream: IO[bytes], path: str, offset: int) -> None:
+    if offset and stream.seekable() and not isinstance(stream, gzip.GzipFile):
+        stream.seek(offset)
+        return
+    while offset:
+        data = _read(stream, path, min(offset, 1 << 22))
+        if not data:
+            raise DataError(f"`{path}` became shorter since the run was interrupted", hint="run with --force")
+        offset -= len(data)
+
+
+class _ZstdStream:
+    """Reads zstd frames one after another, and says when the last one is cut off."""
+
+    def __init__(self, stored: IO[bytes]) -> None:
+        self._stored = stored
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._in_frame = False
+        self._unread = b""
+
+    def seekable(self) -> bool:
+        return False
+
+    def read(self, size: int) -> bytes:
+        out: list[bytes] = []
+        total = 0
+        while total < size:
+            data = self._unread or self._stored.read(1 << 20)
+            self._unread = b""
+            if not data:
+                if self._in_frame:
+                    raise EOFError
+                break
+            if self._frame.eof:
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+            self._in_frame = True
+            piece = self._frame.decompress(data)
+            if self._frame.eof:
+                self._in_frame = False
+                self._unread = self._frame.unused_data
+            out.append(piece)
+            total += len(piece)
+        return b"".join(out)

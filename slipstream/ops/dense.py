@@ -1,0 +1,33 @@
+"""Named transforms of dense columns; every project of the field has its own, so each bears its name."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def transform_dense(values: np.ndarray, *, name: str, minimum: int) -> np.ndarray:
+    """Transform one dense column; missing values came in as 0.
+
+    Args:
+        values: Integers. Shape (n,), int64.
+        name: `dlrm` log(max(x, 0) + 1); `torchrec` log(max(x - minimum, 0) + 2); `nvidia` log(max(x, -1) + 2);
+            `none` x.
+        minimum: Smallest training value of the column, for `torchrec`. The original shifts each file by its
+            own minimum, so that days get different shifts; here one minimum serves every split.
+
+    Returns:
+        Shape (n,), float32.
+
+    Raises:
+        ValueError: Unknown name.
+    """
+    wide = values.astype(np.float64)
+    if name == "dlrm":
+        return np.log1p(np.maximum(wide, 0)).astype(np.float32)
+    if name == "torchrec":
+        return np.log(np.maximum(wide - minimum, 0) + 2).astype(np.float32)
+    if name == "nvidia":
+        return np.log(np.maximum(wide, -1) + 2).astype(np.float32)
+    if name == "none":
+        return wide.astype(np.float32)
+    raise ValueError(f"expected one of dlrm, torchrec, nvidia, none; found {name!r}")

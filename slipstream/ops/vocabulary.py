@@ -1,0 +1,115 @@
+"""Raw ids to rows: count, rank, cut, look up.
+
+One table at a time; memory is bounded by the distinct raw ids of that table, never by the number of samples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+
+from slipstream.ops.split import mix64
+from slipstream.schema import OOV_ROW
+
+
+class RawIdCounter:
+    """Adds up how often each raw id of one table occurs.
+
+    Counts may come in any order and any number of pieces; the sum does not depend on it. Pieces are merged
+    when they outgrow what is merged already, so the cost stays near that of one merge.
+    """
+
+    def __init__(self) -> None:
+        self._merged = _counts_frame(np.empty(0, np.int64), np.empty(0, np.int64))
+        self._pieces: list[pl.DataFrame] = []
+        self._waiting = 0
+
+    def add(self, raw_ids: np.ndarray, counts: np.ndarray) -> None:
+        """Add counts of distinct raw ids. Both of shape (n,), int64; zero counts are left out."""
+        seen = counts > 0
+        self._pieces.append(_counts_frame(raw_ids[seen], counts[seen]))
+        self._waiting += int(seen.sum())
+        if self._waiting > max(self._merged.height, 1 << 20):
+            self._merge()
+
+    def result(self) -> tuple[np.ndarray, np.ndarray]:
+        """Distinct raw ids in ascending order, and their counts. Both of shape (n,), int64."""
+        self._merge()
+        merged = self._merged.sort("raw_id")
+        return merged["raw_id"].to_numpy(), merged["count"].to_numpy()
+
+    def _merge(self) -> None:
+        stacked = pl.concat([self._merged, *self._pieces])
+        self._merged = stacked.group_by("raw_id").agg(pl.col("count").sum())
+        self._pieces, self._waiting = [], 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Vocabulary:
+    """The rows of one table: row r > 0 holds `raw_ids[r - 1]`, row 0 everything else."""
+
+    raw_ids: np.ndarray
+    """Raw ids of the rows 1, 2, …. Shape (N - 1,), int64."""
+    counts: np.ndarray
+    """Training lookups of the rows 0, 1, 2, …. Shape (N,), int64; falls from index 1 on."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the table, row 0 included."""
+        return len(self.counts)
+
+    def lookup(self) -> RowLookup:
+        """Build the map raw id -> row."""
+        order = np.argsort(self.raw_ids, kind="stable")
+        return RowLookup(sorted_raw_ids=self.raw_ids[order], rows=(order + 1).astype(np.int32))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowLookup:
+    """The map raw id -> row of one table; 12 bytes a row."""
+
+    sorted_raw_ids: np.ndarray
+    rows: np.ndarray
+
+    def __call__(self, raw_ids: np.ndarray) -> np.ndarray:
+        """Rows of raw ids; unknown ones get row 0. Shape (n,), int32."""
+        if not self.sorted_raw_ids.size:
+            return np.full(raw_ids.shape, OOV_ROW, np.int32)
+        places = np.searchsorted(self.sorted_raw_ids, raw_ids)
+        places[places == len(self.sorted_raw_ids)] = 0
+        return np.where(self.sorted_raw_ids[places] == raw_ids, self.rows[places], np.int32(OOV_ROW))
+
+
+def build_vocabulary(
+    raw_ids: np.ndarray, counts: np.ndarray, *, freq_threshold: int, max_rows: int
+) -> Vocabulary:
+    """Rank raw ids by count and cut the tail.
+
+    Args:
+        raw_ids: Distinct raw ids in ascending order. Shape (n,), int64.
+        counts: Their training lookups. Shape (n,), int64.
+        freq_threshold: Raw ids counted less often share row 0.
+        max_rows: Most rows, row 0 included; 0 sets no limit.
+
+    Returns:
+        Rows by count descending, ties by raw id ascending.
+    """
+    kept = counts >= freq_threshold
+    ids, uses = raw_ids[kept], counts[kept]
+    order = np.argsort(-uses, kind="stable")
+    if max_rows:
+        order = order[: max_rows - 1]
+    ids, uses = ids[order], uses[order]
+    rare = counts.sum() - uses.sum()
+    return Vocabulary(raw_ids=ids, counts=np.concatenate([[rare], uses]).astype(np.int64))
+
+
+def hash_to_buckets(raw_ids: np.ndarray, num_buckets: int) -> np.ndarray:
+    """Hash raw ids into 0..num_buckets-1; the same on every machine. Shape (n,), int64."""
+    return (mix64(raw_ids.view(np.uint64)) % np.uint64(num_buckets)).astype(np.int64)
+
+
+def _counts_frame(raw_ids: np.ndarray, counts: np.ndarray) -> pl.DataFrame:
+    return pl.DataFrame({"raw_id": raw_ids.astype(np.int64), "count": counts.astype(np.int64)})

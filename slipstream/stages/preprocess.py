@@ -1,0 +1,488 @@
+"""Preprocess: raw lines to encoded columns.
+
+Reads   raw files      plain, .gz or .zst, in any number, as one stream in the order given
+Writes  preprocess/    {train,val,test}/part-*.parquet, vocab/<table>.parquet, rejects/part-*.parquet
+Keeps   every line is a sample or a reject; the same bytes for the same input, whatever the threads or chunk size
+Costs   one pass over the text, then two over the parsed numbers on disk; memory for the chunks in flight and
+        the vocabulary, never for the number of samples
+
+Three passes, because rows are ranked by training counts and the split is known only after the last line:
+parse (text to numbers, dictionary-encoded per chunk), count (one table at a time), encode (numbers to rows).
+Each finished chunk, table and part is kept, so a killed run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from slipstream.config import PreprocessConfig, parse_bytes
+from slipstream.datasets.source import Source
+from slipstream.errors import ConfigError, DataError
+from slipstream.io.artifacts import write_atomically
+from slipstream.io.parsed import ParsedChunk, ParsedStore, dictionary_of
+from slipstream.io.raw import RawBlock, raw_size, read_blocks
+from slipstream.ops import split as splits
+from slipstream.ops.dense import transform_dense
+from slipstream.ops.vocabulary import (
+    RawIdCounter,
+    RowLookup,
+    Vocabulary,
+    build_vocabulary,
+    hash_to_buckets,
+)
+from slipstream.progress import Progress
+from slipstream.schema import LABEL, SPLITS, dense_name, table_name
+
+_REJECTS_PER_PART = 65_536
+_HOPELESS_LINES = 100_000
+_Task = TypeVar("_Task")
+_Done = TypeVar("_Done")
+
+
+def run(
+    config: PreprocessConfig,
+    *,
+    source: Source,
+    files: Sequence[str],
+    seed: int,
+    scratch: Path,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Turn raw files into encoded splits below `scratch`.
+
+    Returns:
+        Counts for the manifest: samples and positives per split, lines, rejected, rows per table.
+
+    Raises:
+        DataError: A file cannot be read, too many lines are rejected, or a split would be empty.
+    """
+    _check_table_names(config, source)
+    workers = config.num_threads or os.cpu_count() or 1
+    store = ParsedStore(scratch / "work" / "parsed")
+    chunks = _parse(config, source=source, files=files, store=store, workers=workers, progress=progress)
+    rejected = _check_rejects(chunks, files, store, config.max_reject_ratio)
+    layout = _SplitLayout(config.split, chunks, store=store, seed=seed)
+    vocabularies, minima = _count(
+        config, source=source, layout=layout, scratch=scratch, workers=workers, progress=progress
+    )
+    _encode(
+        config,
+        source=source,
+        layout=layout,
+        vocabularies=vocabularies,
+        minima=minima,
+        out_dir=scratch,
+        workers=workers,
+        progress=progress,
+    )
+    _write_rejects(chunks, files, store, scratch / "rejects")
+    return {
+        "lines": sum(chunk.num_lines for chunk in chunks),
+        "rejected": rejected,
+        "samples": layout.totals,
+        "positives": _count_positives(scratch),
+        "num_dense": source.num_dense,
+        "rows_per_table": {table_name(index): vocab.num_rows for index, vocab in enumerate(vocabularies)},
+        "files": [Path(file).name for file in files],
+    }
+
+
+# --- pass 1: parse -------------------------------------------------------------------------------------------
+
+
+def _parse(
+    config: PreprocessConfig,
+    *,
+    source: Source,
+    files: Sequence[str],
+    store: ParsedStore,
+    workers: int,
+    progress: Progress,
+) -> list[ParsedChunk]:
+    dense = [dense_name(index) for index in range(source.num_dense)]
+    chunks: list[ParsedChunk] = []
+    rejected = lines = 0
+    total_bytes = sum(raw_size(file) for file in files)
+    with progress.task("parse", total_bytes, "B") as advance:
+        for file_index, path in enumerate(files):
+            finished = store.finished(file_index)
+            if not store.is_complete(file_index):
+                blocks = read_blocks(
+                    path,
+                    file_index=file_index,
+                    block_bytes=parse_bytes(config.chunk_bytes),
+                    skip=finished[-1].end if finished else 0,
+                    skip_blocks=len(finished),
+                )
+                for chunk in _in_order(lambda block: _parse_block(block, source, store, dense), blocks, workers):
+                    finished.append(chunk)
+                    lines, rejected = lines + chunk.num_lines, rejected + chunk.num_rejected
+                    advance(0, f"{lines:,} lines")
+                    if lines >= _HOPELESS_LINES and rejected > lines / 2:
+                        _check_rejects(chunks + finished, files, store, config.max_reject_ratio)
+                store.mark_complete(file_index, len(finished))
+            advance(raw_size(path), "")
+            chunks += finished
+    return chunks
+
+
+def _parse_block(block: RawBlock, source: Source, store: ParsedStore, dense: list[str]) -> ParsedChunk:
+    parsed = source.parse(block.data)
+    rejects = []
+    if parsed.rejected_lines.size:
+        lines = block.data.split(b"\n")
+        for position in parsed.rejected_lines.tolist():
+            line = lines[position].removesuffix(b"\r")
+            rejects.append((position, source.explain(line), line))
+    if "day" in parsed.samples.columns:
+        counted = parsed.samples["day"].value_counts().sort("day")
+        day_counts = {str(day): count for day, count in counted.iter_rows()}
+    else:
+        day_counts = {str(block.file_index): parsed.samples.height}
+    chunk = ParsedChunk(
+        file_index=block.file_index,
+        block_index=block.block_index,
+        num_lines=parsed.num_lines,
+        num_samples=parsed.samples.height,
+        num_rejected=len(rejects),
+        end=block.end,
+        day_counts=day_counts,
+    )
+    store.write(chunk, parsed.samples, rejects, dense)
+    return chunk
+
+
+def _check_rejects(
+    chunks: Sequence[ParsedChunk], files: Sequence[str], store: ParsedStore, max_ratio: float
+) -> int:
+    lines = sum(chunk.num_lines for chunk in chunks)
+    rejected = sum(chunk.num_rejected for chunk in chunks)
+    if rejected > max_ratio * lines or rejected == lines:
+        examples = _first_rejects(chunks, files, store, limit=3)
+        found = f"{rejected:,} of {lines:,} lines are no samples" if lines else "the raw files are empty"
+        raise DataError(
+            "\n  ".join([f"{found}; `preprocess.max_reject_ratio` allows {max_ratio:.2%}", *examples]),
+            hint="check `dataset.source` and `dataset.raw`, or raise `preprocess.max_reject_ratio`",
+        )
+    return rejected
+
+
+def _first_rejects(
+    chunks: Sequence[ParsedChunk], files: Sequence[str], store: ParsedStore, *, limit: int
+) -> list[str]:
+    found: list[str] = []
+    for chunk, first_line in _with_first_lines(chunks):
+        if chunk.num_rejected:
+            for position, reason, _ in store.rejects(chunk).head(limit).iter_rows():
+                found.append(f"{files[chunk.file_index]}, line {first_line + position}: {reason}")
+        if len(found) >= limit:
+            break
+    return found[:limit]
+
+
+def _with_first_lines(chunks: Iterable[ParsedChunk]) -> Iterator[tuple[ParsedChunk, int]]:
+    file_index, line = -1, 1
+    for chunk in chunks:
+        if chunk.file_index != file_index:
+            file_index, line = chunk.file_index, 1
+        yield chunk, line
+        line += chunk.num_lines
+
+
+def _write_rejects(
+    chunks: Sequence[ParsedChunk], files: Sequence[str], store: ParsedStore, out_dir: Path
+) -> None:
+    pieces: list[pl.DataFrame] = []
+    number = 0
+    for chunk, first_line in _with_first_lines(chunks):
+        if not chunk.num_rejected:
+            continue
+        frame = store.rejects(chunk).select(
+            pl.lit(Path(files[chunk.file_index]).name).alias("file"),
+            (pl.col("position") + first_line).alias("line"),
+            "reason",
+            "content",
+        )
+        pieces.append(frame)
+        while sum(piece.height for piece in pieces) >= _REJECTS_PER_PART:
+            stacked = pl.concat(pieces)
+            _write_parquet(stacked.head(_REJECTS_PER_PART).to_arrow(), out_dir / f"part-{number:05d}.parquet")
+            pieces, number = [stacked.slice(_REJECTS_PER_PART)], number + 1
+    if sum(piece.height for piece in pieces):
+        _write_parquet(pl.concat(pieces).to_arrow(), out_dir / f"part-{number:05d}.parquet")
+
+
+# --- which sample goes where ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Samples of one chunk that belong to one part."""
+
+    chunk_index: int
+    first: int
+    stop: int
+
+
+class _SplitLayout:
+    """Assigns every sample to a split by its position, chunk by chunk."""
+
+    def __init__(self, rule: str, chunks: Sequence[ParsedChunk], *, store: ParsedStore, seed: int) -> None:
+        self.chunks, self.store = chunks, store
+        self._rule, self._seed = rule, seed
+        sizes = [chunk.num_samples for chunk in chunks]
+        self._starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        self._bounds = splits.chronological_bounds(int(self._starts[-1]))
+        self._days = self._held_out_day() if rule == "by_day" else None
+        counts = np.array([np.bincount(self.codes(index), minlength=3) for index in range(len(chunks))])
+        self._ends = np.cumsum(counts, axis=0)
+        self.totals = {name: int(self._ends[-1][code]) for code, name in enumerate(SPLITS)}
+        if min(self.totals.values()) == 0:
+            raise DataError(
+                f"split `{rule}` leaves a split without samples: {self.totals}",
+                hint="give more samples, or choose another `preprocess.split`",
+            )
+
+    def codes(self, chunk_index: int) -> np.ndarray:
+        """Split code of each sample of a chunk. Shape (n,), uint8."""
+        start, stop = int(self._starts[chunk_index]), int(self._starts[chunk_index + 1])
+        if self._rule == "chronological":
+            return splits.assign_by_bounds(start, stop, *self._bounds)
+        if self._rule == "random":
+            return splits.assign_randomly(start, stop, seed=self._seed)
+        assert self._days is not None
+        last_day, last_count, seen_before = self._days
+        days = self._days_of(chunk_index)
+        ranks = np.cumsum(days == last_day) - 1 + seen_before[chunk_index]
+        return splits.assign_by_day(days, ranks, last_day=last_day, last_count=last_count)
+
+    def pieces(self, code: int, first: int, stop: int) -> Iterator[_Piece]:
+        """Where the samples first..stop-1 of a split lie."""
+        ends = self._ends[:, code]
+        for index in range(int(np.searchsorted(ends, first, side="right")), len(ends)):
+            before = int(ends[index - 1]) if index else 0
+            if before >= stop:
+                return
+            yield _Piece(index, max(first - before, 0), min(stop, int(ends[index])) - before)
+
+    def _held_out_day(self) -> tuple[int, int, list[int]]:
+        per_day: collections.Counter[int] = collections.Counter()
+        for chunk in self.chunks:
+            per_day.update({int(day): count for day, count in chunk.day_counts.items()})
+        last_day = max(per_day)
+        if len(per_day) < 2:
+            raise DataError(
+                "split `by_day` needs samples of at least two days, found one",
+                hint="list one raw file per day, or set preprocess.split = 'chronological'",
+            )
+        in_chunk = [chunk.day_counts.get(str(last_day), 0) for chunk in self.chunks]
+        seen_before = [int(value) for value in np.cumsum(in_chunk) - in_chunk]
+        return last_day, per_day[last_day], seen_before
+
+    def _days_of(self, chunk_index: int) -> np.ndarray:
+        chunk = self.chunks[chunk_index]
+        if len(chunk.day_counts) == 1:
+            return np.full(chunk.num_samples, int(next(iter(chunk.day_counts))))
+        return self.store.open(chunk, ["day"]).column("day").to_numpy()  # type: ignore[no-any-return]
+
+
+# --- pass 2: count -------------------------------------------------------------------------------------------
+
+
+def _count(
+    config: PreprocessConfig,
+    *,
+    source: Source,
+    layout: _SplitLayout,
+    scratch: Path,
+    workers: int,
+    progress: Progress,
+) -> tuple[list[Vocabulary], list[int]]:
+    vocabularies = []
+    with progress.task("count", source.num_tables, "tables") as advance:
+
+        def count_table(index: int) -> Vocabulary:
+            return _count_table(index, config, source, layout, scratch)
+
+        for vocabulary in _in_order(count_table, range(source.num_tables), workers):
+            vocabularies.append(vocabulary)
+            advance(1, "")
+    minima = [_training_minimum(dense_name(index), layout) for index in range(source.num_dense)]
+    return vocabularies, minima
+
+
+def _count_table(
+    index: int, config: PreprocessConfig, source: Source, layout: _SplitLayout, scratch: Path
+) -> Vocabulary:
+    name = table_name(index)
+    limits = config.limits_of(name)
+    assert limits.freq_threshold is not None
+    kept = scratch / "work" / "vocab" / f"{name}.npz"
+    if kept.exists():
+        with np.load(kept, allow_pickle=False) as arrays:
+            return Vocabulary(raw_ids=arrays["raw_ids"], counts=arrays["counts"])
+    counter = RawIdCounter()
+    for chunk_index, chunk in enumerate(layout.chunks):
+        raw_ids, sample_codes = dictionary_of(layout.store.open(chunk, [name]), name)
+        in_training = layout.codes(chunk_index) == splits.TRAIN
+        used = sample_codes if in_training.all() else sample_codes[in_training]
+        if limits.num_buckets:
+            raw_ids = hash_to_buckets(raw_ids, limits.num_buckets)
+        counter.add(raw_ids, np.bincount(used, minlength=len(raw_ids)))
+    vocabulary = build_vocabulary(
+        *counter.result(), freq_threshold=limits.freq_threshold, max_rows=limits.max_rows or 0
+    )
+    text = (
+        pl.Series(vocabulary.raw_ids).cast(pl.String)
+        if limits.num_buckets
+        else source.format_raw_ids(vocabulary.raw_ids)
+    )
+    frame = pl.DataFrame(
+        {
+            "raw_id": pl.concat([pl.Series([None], dtype=pl.String), text]),
+            "row": pl.Series(np.arange(vocabulary.num_rows, dtype=np.int32)),
+            "count": vocabulary.counts,
+        }
+    )
+    _write_parquet(frame.to_arrow(), scratch / "vocab" / f"{name}.parquet")
+    with write_atomically(kept) as path, path.open("wb") as stream:
+        np.savez(stream, raw_ids=vocabulary.raw_ids, counts=vocabulary.counts)
+    return vocabulary
+
+
+def _training_minimum(name: str, layout: _SplitLayout) -> int:
+    least = 0
+    for chunk_index, chunk in enumerate(layout.chunks):
+        values = layout.store.open(chunk, [name]).column(name).to_numpy()
+        used = values[layout.codes(chunk_index) == splits.TRAIN]
+        least = min(least, int(used.min())) if used.size else least
+    return least
+
+
+# --- pass 3: encode ------------------------------------------------------------------------------------------
+
+
+def _encode(
+    config: PreprocessConfig,
+    *,
+    source: Source,
+    layout: _SplitLayout,
+    vocabularies: Sequence[Vocabulary],
+    minima: Sequence[int],
+    out_dir: Path,
+    workers: int,
+    progress: Progress,
+) -> None:
+    encoder = _Encoder(config, source, layout, [vocab.lookup() for vocab in vocabularies], minima)
+    parts = [
+        (code, number, first, min(first + config.samples_per_part, layout.totals[name]))
+        for code, name in enumerate(SPLITS)
+        for number, first in enumerate(range(0, layout.totals[name], config.samples_per_part))
+    ]
+
+    def write_part(part: tuple[int, int, int, int]) -> int:
+        code, number, first, stop = part
+        path = out_dir / SPLITS[code] / f"part-{number:05d}.parquet"
+        if not path.exists():
+            _write_parquet(encoder.encode(code, first, stop), path)
+        return stop - first
+
+    with progress.task("encode", sum(layout.totals.values()), "samples") as advance:
+        for done in _in_order(write_part, parts, workers):
+            advance(done, "")
+
+
+class _Encoder:
+    """Turns samples of parsed chunks into rows and transformed dense values."""
+
+    def __init__(
+        self,
+        config: PreprocessConfig,
+        source: Source,
+        layout: _SplitLayout,
+        lookups: Sequence[RowLookup],
+        minima: Sequence[int],
+    ) -> None:
+        self._transform, self._layout, self._lookups, self._minima = (
+            config.dense_transform,
+            layout,
+            lookups,
+            minima,
+        )
+        self._dense = [dense_name(index) for index in range(source.num_dense)]
+        self._tables = [table_name(index) for index in range(source.num_tables)]
+        self._buckets = [config.limits_of(name).num_buckets or 0 for name in self._tables]
+
+    def encode(self, code: int, first: int, stop: int) -> pa.Table:
+        """The samples first..stop-1 of a split, encoded."""
+        pieces = [self._encode_piece(code, piece) for piece in self._layout.pieces(code, first, stop)]
+        return pa.concat_tables(pieces).combine_chunks()
+
+    def _encode_piece(self, code: int, piece: _Piece) -> pa.Table:
+        chunk = self._layout.chunks[piece.chunk_index]
+        table = self._layout.store.open(chunk, [LABEL, *self._dense, *self._tables])
+        members = np.flatnonzero(self._layout.codes(piece.chunk_index) == code)[piece.first : piece.stop]
+        start, count = int(members[0]), len(members)
+        picked: Any = slice(start, start + count) if members[-1] - start + 1 == count else members
+        columns = {LABEL: table.column(LABEL).to_numpy()[picked]}
+        for name, minimum in zip(self._dense, self._minima, strict=True):
+            values = table.column(name).to_numpy()[picked]
+            columns[name] = transform_dense(values, name=self._transform, minimum=minimum)
+        for name, lookup, buckets in zip(self._tables, self._lookups, self._buckets, strict=True):
+            raw_ids, codes = dictionary_of(table, name)
+            rows = lookup(hash_to_buckets(raw_ids, buckets) if buckets else raw_ids)
+            columns[name] = rows[codes[picked]]
+        return pa.table({name: pa.array(values) for name, values in columns.items()})
+
+
+# --- helpers -------------------------------------------------------------------------------------------------
+
+
+def _write_parquet(table: pa.Table, path: Path) -> None:
+    with write_atomically(path) as partial:
+        pq.write_table(table, partial, compression="zstd", compression_level=1, use_dictionary=False)
+
+
+def _count_positives(out_dir: Path) -> dict[str, int]:
+    positives = {}
+    for name in SPLITS:
+        labels = pl.scan_parquet(out_dir / name / "*.parquet").select(pl.col(LABEL).cast(pl.Int64).sum())
+        positives[name] = int(labels.collect().item())
+    return positives
+
+
+def _check_table_names(config: PreprocessConfig, source: Source) -> None:
+    known = {table_name(index) for index in range(source.num_tables)}
+    for name in config.tables:
+        if name not in known:
+            raise ConfigError(
+                f"`preprocess.tables.{name}` names no table",
+                hint=f"this source has {table_name(0)} to {table_name(source.num_tables - 1)}",
+            )
+
+
+def _in_order(work: Callable[[_Task], _Done], tasks: Iterable[_Task], workers: int) -> Iterator[_Done]:
+    """Work on a few tasks at once and yield results in the tasks' order, never far ahead of the reader."""
+    with ThreadPoolExecutor(max_workers=workers) as pool:
+        waiting: collections.deque[Future[_Done]] = collections.deque()
+        try:
+            for task in tasks:
+                waiting.append(pool.submit(work, task))
+                if len(waiting) > workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
