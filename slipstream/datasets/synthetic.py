@@ -1,12 +1,14 @@
 """Synthetic click logs: raw text like Criteo Kaggle's, with a known best AUC.
 
-A line is a label, 13 integers and 26 tokens of 8 hexadecimal digits between tabs, an empty field where a value is
-missing. Ids are Zipf-distributed with long tails, some gain or lose popularity from day to day, values go missing
-together, and labels are drawn from a planted teacher whose own AUC says how good a model can get.
+A line is a label, 13 integers and 26 tokens of 8 hexadecimal digits between tabs, an empty field where a
+value is missing. Ids are Zipf-distributed with long tails, some gain or lose popularity from day to day,
+values go missing together, and labels are drawn from a planted teacher whose own AUC says how good a model
+can get.
 
-Rows come in blocks of `BLOCK_ROWS`, each from its own random stream keyed by (seed, block), so any range of rows
-can be made alone and the bytes do not depend on how the work is cut. Only raw PCG64 words, integer arithmetic and
-rounded lookup tables decide them: the same spec gives the same text on every platform and numpy version.
+Rows come in blocks of `BLOCK_ROWS`, each from its own random stream keyed by (seed, block), so any range of
+rows can be made alone and the bytes do not depend on how the work is cut. Only raw PCG64 words, integer
+arithmetic and rounded lookup tables decide them: the same spec gives the same text on every platform and
+numpy version.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from slipstream.datasets.synthetic_teacher import (
     TeacherScore,
     hash_integers,
 )
+from slipstream.ops.split import chronological_bounds
 
 NUM_INTEGERS = 13
 NUM_TABLES = 26
@@ -76,14 +79,14 @@ _MISSING_RATIOS = (
 )  # fmt: skip
 # Tables where the rest is more skewed than elsewhere: this much is added to the exponent.
 _STEEPER = {0: 0.7, 4: 1.0, 7: 0.8, 13: 1.0, 24: 0.7}
-# Columns (integers 0 to 12, tokens 13 to 38) that go missing together decide by the bits of the first of them.
+# Columns (integers 0 to 12, tokens 13 to 38) that go missing together decide by the bits of the first one.
 _MISSING_LEADERS = {9: 0, 3: 2, 5: 2, 12: 2, 8: 6, 10: 6} | {
     13 + column: 13 + leader
     for leader, columns in {2: (3, 11, 15, 20, 23), 18: (19, 24, 25)}.items()
     for column in columns
 }
-# Tables that describe one thing: with this chance a sample takes its values in them from one popularity, so that
-# rare ones come together. Otherwise hardly any sample of 26 lookups would consist of frequent values only.
+# Tables that describe one thing: with this chance a sample takes its values in them from one popularity, so
+# that rare ones come together. Otherwise hardly any sample of 26 lookups would have frequent values only.
 _SHARED_TABLES = ((2, 3, 9, 11, 15, 20, 23, 25), (6, 10, 12, 14, 17))
 _SHARED_BELOW = round(0.85 * 65536)
 _NUM_WORDS = NUM_INTEGERS + NUM_TABLES + len(_SHARED_TABLES) + 1
@@ -126,11 +129,11 @@ def default_table_sizes(num_samples: int) -> tuple[int, ...]:
         num_samples: Rows of the log, >= 1.
 
     Returns:
-        26 sizes, each >= 3.
+        26 sizes, none below 3 and, except for that, none above num_samples.
     """
     share = min(1.0, num_samples / _CRITEO_SAMPLES)
     return tuple(
-        max(3, round(size * share**growth))
+        max(3, min(num_samples, round(size * share**growth)))
         for size, growth in zip(_CRITEO_SIZES, _CRITEO_GROWTH, strict=True)
     )
 
@@ -265,8 +268,8 @@ def make_tokens(spec: SyntheticSpec, table: int, ids: Int) -> npt.NDArray[np.uin
 
     Source: the integer hash `lowbias32` by Chris Wellons.
     """
-    salt = hash_integers(spec.seed, _PURPOSE_TOKEN, table, np.zeros(1, dtype=np.int64)).astype(np.uint32)
-    bits = ids.astype(np.uint32) ^ salt
+    bits = ids.astype(np.uint32)
+    bits ^= _token_salts(spec.seed)[table]
     bits ^= bits >> np.uint32(16)
     bits *= np.uint32(0x7FEB352D)
     bits ^= bits >> np.uint32(15)
@@ -412,6 +415,12 @@ def _plan(spec: SyntheticSpec) -> _Plan:
     return plan
 
 
+@lru_cache(maxsize=4)
+def _token_salts(seed: int) -> npt.NDArray[np.uint32]:
+    tables = np.arange(NUM_TABLES)
+    return hash_integers(seed, _PURPOSE_TOKEN, 0, tables).astype(np.uint32)
+
+
 def _words(spec: SyntheticSpec, block: int, *, stream: int = 0) -> npt.NDArray[np.uint64]:
     """Return the random words of a block, shape (_NUM_WORDS, BLOCK_ROWS): per column one run, for speed."""
     source = np.random.PCG64(np.random.SeedSequence([spec.seed, block, stream]))
@@ -530,11 +539,11 @@ def _integer_knots(shape: _IntegerShape) -> Int:
 
 
 def _fixed(values: npt.NDArray[np.float64], limit: int) -> Int:
-    """Return fixed-point numbers up to limit; 16 significant bits, to be the same on every platform."""
+    """Return fixed-point numbers below limit; 16 significant bits, to be the same on every platform."""
     mantissa, exponent = np.frexp(values)
     rounded = np.ldexp(np.rint(np.ldexp(mantissa, 16)), exponent - 16)
     fixed: Int = np.rint(np.ldexp(rounded, _FIXED_BITS)).astype(np.int64)
-    return np.minimum(fixed, limit << _FIXED_BITS)
+    return np.minimum(fixed, (limit << _FIXED_BITS) - 1)
 
 
 def _ids_by_day(spec: SyntheticSpec, table: int) -> Int | None:
@@ -614,33 +623,44 @@ for _table in range(NUM_TABLES):
 _LINE = np.dtype([*_FIELDS.items(), ("end", "u1")])
 
 
-class _Digits(NamedTuple):
-    """ASCII as little-endian words, by value."""
-
-    hexadecimal: Int
-    """Four digits, for 16 bits."""
-    after_tab: Int
-    """A tab and a number without leading zeros, for -2 (nothing), -1 and 0 to 9999; add 2 to the index."""
-    padded: Int
-    """Four digits, for 0 to 9999."""
-
-
 @lru_cache(maxsize=1)
-def _digits() -> _Digits:
-    numbers = [b"", b"-1", *(b"%d" % value for value in range(10_000))]
-    return _Digits(
-        hexadecimal=_as_words([b"%04x" % value for value in range(1 << 16)]),
-        after_tab=_as_words([b"\t" + number for number in numbers]),
-        padded=_as_words([b"%04d" % value for value in range(10_000)]),
-    )
+def _numbers() -> tuple[Int, Int]:
+    """Return ASCII of small numbers, as little-endian words.
+
+    First a tab and then nothing, -1, or 0 to 9999: -2 to 9999 after adding 2. Then 0 to 9999 as four digits.
+    """
+    plain = [b"", b"-1", *(b"%d" % value for value in range(10_000))]
+    padded = [b"%04d" % value for value in range(10_000)]
+    return _as_words([b"\t" + number for number in plain]), _as_words(padded)
 
 
 def _as_words(texts: list[bytes]) -> Int:
     return np.frombuffer(b"".join(text.ljust(8, b"\0") for text in texts), dtype="<i8").astype(np.int64)
 
 
+def _as_hexadecimal(tokens: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint64]:
+    """Return 8 ASCII digits per token as little-endian words.
+
+    All digits of a token at once: halves, then bytes, then nibbles swap places and move apart.
+    """
+    text = tokens.astype(np.uint64)
+    for bits, mask in ((16, 0xFFFF), (8, 0xFF_0000_00FF), (4, 0xF_000F_000F_000F)):
+        low = text & np.uint64(mask)
+        low <<= np.uint64(2 * bits)
+        text >>= np.uint64(bits)
+        text &= np.uint64(mask)
+        text |= low
+    letters = text + np.uint64(0x0606060606060606)
+    letters >>= np.uint64(4)
+    letters &= np.uint64(0x0101010101010101)
+    letters *= np.uint64(ord("a") - ord("0") - 10)
+    text += letters
+    text += np.uint64(0x3030303030303030)
+    return text
+
+
 def _format(spec: SyntheticSpec, rows: LogRows) -> bytes:
-    digits = _digits()
+    plain, padded = _numbers()
     template = np.zeros(1, dtype=_LINE)
     template["end"] = ord("\n")
     for table in range(NUM_TABLES):
@@ -648,17 +668,15 @@ def _format(spec: SyntheticSpec, rows: LogRows) -> bytes:
     lines = np.frombuffer(bytearray(template.tobytes() * len(rows.labels)), dtype=_LINE)
     lines["label"] = rows.labels + ord("0")
     for column, values in enumerate(rows.integers):
-        text = digits.after_tab.take(values + 2, mode="clip")
+        text = plain.take(values + 2, mode="clip")
         if f"int_{column}_low" in _FIELDS:
-            upper, lower = np.divmod(values, 10_000)
-            long = values > 9999
-            lines[f"int_{column}_low"] = np.where(long, digits.padded.take(lower), 0)
-            text = np.where(long, digits.after_tab.take(upper + 2, mode="clip"), text)
+            large = np.flatnonzero(values > 9999)
+            upper, lower = np.divmod(values[large], 10_000)
+            text[large] = plain[upper + 2]
+            lines[f"int_{column}_low"][large] = padded[lower]
         lines[f"int_{column}"] = text
     for table, ids in enumerate(rows.ids):
-        token = make_tokens(spec, table, ids)
-        text = digits.hexadecimal.take(token & np.uint32(0xFFFF)) << 32
-        text |= digits.hexadecimal.take(token >> np.uint32(16))
-        np.copyto(text, 0, where=ids < 0)
-        lines[f"cat_{table}"] = text
+        token = _as_hexadecimal(make_tokens(spec, table, ids))
+        np.copyto(token, 0, where=ids < 0)
+        lines[f"cat_{table}"] = token
     return lines.tobytes().translate(None, b"\0")

@@ -3,11 +3,12 @@
     logit = bias + dense terms in log(x + 1) + one effect per id + dot products of planted id vectors
 
 Everything that decides a label is integer arithmetic on small tables: the same on every platform, fast, and
-bounded in memory whatever the vocabulary. A logit is a multiple of 1/4096 between -8 and 8, hence one of 65536
-*levels*; a click probability is a 24-bit integer looked up by level and compared with 24 random bits. Only the
-building of the lookup tables calls `log` and `exp`, and those results are rounded at once, so a last-bit
-difference between two math libraries has no practical chance to reach a label. And because a probability is a
-function of its level, counting labels per level is enough for the exact AUC of any number of rows.
+bounded in memory whatever the vocabulary. A logit is a multiple of 1/4096 between -8 and 8, hence one of
+65536 *levels*; a click probability is a 24-bit integer looked up by level and compared with 24 random bits.
+Only the making of the lookup tables calls `log` and `exp`, and the results are rounded at once, so a last-
+bit difference between two math libraries has no practical chance to reach a label. And because a
+probability is a function of its level, counting labels per level is enough for the exact AUC of any number
+of rows.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ PROBABILITY_BITS = 24
 
 _LOGIT_ONE = 4096  # levels per unit of logit
 _SCALE_BITS = 24
-_DECAY_IDS = 200  # id number 200 counts half as much as the most frequent one: what is rare cannot be learned
+_DECAY_IDS = 60  # id number 60 counts half as much as the most frequent one: what is rare cannot be learned
 _LOG_ONE = 1 << 12
 _LOG_EXACT = 1 << 16  # values from here on lose their last ten bits before the logarithm is looked up
 _LOG_COARSE_BITS = 10
@@ -44,7 +45,7 @@ _DENSE_WEIGHTS = (17, 4, -9, -7, -8, -16, 16, -4, 1, 40, 28, 20, -18)
 _PAIR_LEFT = (1, 5, 13, 17, 22)
 _PAIR_RIGHT = (0, 4, 12, 16, 24)
 # Share of the logit's variance that comes from integers, single ids and pairs of ids.
-_VARIANCE_SHARES = (0.3, 0.5, 0.2)
+_VARIANCE_SHARES = (0.35, 0.5, 0.15)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -206,7 +207,7 @@ def hash_integers(seed: int, purpose: int, table: int, values: Int) -> npt.NDArr
 
 
 def _planted(seed: int, table: int, size: int, *, purpose: int, bits: int) -> Int:
-    """Return bell-shaped values, smaller for rarer ids; the last one is 0, for the id -1 of a missing value."""
+    """Return bell-shaped values, smaller for rarer ids; the last is 0, for the id -1 of a missing value."""
     num_rows = size if size <= HEAD_IDS else 2 * HEAD_IDS
     rows = np.arange(num_rows)
     hashed = hash_integers(seed, purpose, table, rows)

@@ -32,7 +32,10 @@ FANOUT = 64
 """Children of a node in the tree of bounds."""
 
 PENDING_ROWS = 32_768
-"""Rows noted before they are read in one go: few enough to still be in the cache, enough to spread the call cost."""
+"""Rows noted before they are read in one go: few enough to be in the cache, enough to spread the cost."""
+
+MOST_PENDING_ROWS = 4 * PENDING_ROWS
+"""Rows kept while their change is still to come, as gradients accumulate over several forwards."""
 
 CHUNK_ROWS = 65_536
 """Rows a full pass over a table handles at once, so that its temporaries stay small."""
@@ -117,7 +120,7 @@ def max_level(bits: int) -> int:
         7
     """
     check_bits(bits)
-    return 2 ** (bits - 1) - 1
+    return (1 << (bits - 1)) - 1
 
 
 def scale_for(abs_max: Tensor, bits: int) -> Tensor:
@@ -258,8 +261,9 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def on_grid(x: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """Quantise and dequantise without gradient and without checks: the kernel under every fake quantiser
-    here.
+    """Quantise and dequantise, without gradient and without checks.
+
+    The kernel under every fake quantiser here.
 
     Args:
         x: Weights, any shape, float32 or float64.
@@ -374,7 +378,7 @@ def _pack(q: Tensor, bits: int) -> Tensor:
         )
     per_byte = values_per_byte(bits)
     parts = q.view(torch.uint8).unflatten(-1, (-1, per_byte)) & (2**bits - 1)
-    packed = parts[..., 0].clone()
+    packed: Tensor = parts[..., 0].clone()
     for k in range(1, per_byte):
         packed |= parts[..., k] << (bits * k)
     return packed
@@ -447,7 +451,7 @@ def stochastic_round(x: Tensor, *, generator: torch.Generator | None = None) -> 
     device = x.device if generator is None else generator.device
     uniform = torch.rand(x.shape, dtype=x.dtype, device=device, generator=generator).to(x.device)
     low = x.floor()
-    return low.add_(uniform < x - low)
+    return torch.where(uniform < x - low, low + 1, low)
 
 
 class AbsMaxTracker:
@@ -463,7 +467,8 @@ class AbsMaxTracker:
 
     So the maximum also shrinks, at once and without reading the table. **Exactness**: if only noted rows
     change, the answer is never below max|w|, and it is max|w| unless step 3 ran out of rows, that is unless
-    more than `rows_per_refresh / 256` blocks once held a larger weight than any there is now. **Staleness**:
+    more than `rows_per_refresh / 256` blocks once held a larger weight than any there is now. Gradients may
+    accumulate over forwards of 131,072 looked-up rows before the optimizer steps. **Staleness**:
     a change of a row that was not noted (momentum moving rows without a lookup, a write into the tensor) is
     seen when the cursor comes by, within ceil(num_rows / rows_per_refresh) + 1 calls. **Cost** of a call: the
     noted rows and at most 2 * rows_per_refresh rows, plus O(log num_rows). The first call reads the table
@@ -502,7 +507,8 @@ class AbsMaxTracker:
         if self.is_exhaustive:
             return False
         self._noted.append((rows, version))
-        return sum(noted.numel() for noted, _ in self._noted) >= PENDING_ROWS
+        changed = sum(noted.numel() for noted, at in self._noted if at != version or version < 0)
+        return changed >= PENDING_ROWS
 
     def settle(self, read: Callable[[Tensor | slice], Tensor], version: int) -> None:
         """Read the noted rows and raise the bounds of their blocks.
@@ -511,9 +517,13 @@ class AbsMaxTracker:
             read: Gives the current values of rows, shape (U, D).
             version: Version of the weight now.
         """
-        if not self._noted or not self._bounds:
-            self._noted = [entry for entry in self._noted if entry[1] == version]
-            return
+        if self._noted and self._bounds:
+            self._raise_bounds(read)
+        self._noted = [entry for entry in self._noted if entry[1] == version]
+        while sum(noted.numel() for noted, _ in self._noted[1:]) > MOST_PENDING_ROWS:
+            del self._noted[0]
+
+    def _raise_bounds(self, read: Callable[[Tensor | slice], Tensor]) -> None:
         rows = torch.cat([noted for noted, _ in self._noted])
         self.rows_read += rows.numel()
         abs_max = _abs_max_of_rows(read(rows))
@@ -522,9 +532,6 @@ class AbsMaxTracker:
         for level in self._bounds:
             level.scatter_reduce_(0, nodes, abs_max, "amax")
             nodes = torch.div(nodes, FANOUT, rounding_mode="floor")
-        is_full = rows.numel() >= PENDING_ROWS
-        newest = self._noted[-1:] if is_full else self._noted
-        self._noted = [entry for entry in newest if entry[1] == version]
 
     def maximum(self, read: Callable[[Tensor | slice], Tensor], version: int = 0) -> Tensor:
         """Give max|w|, or an upper bound on it as the class explains.

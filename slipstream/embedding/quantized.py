@@ -49,7 +49,7 @@ MasterDtype = Literal["float32", "int8"]
 UpdateRule = Literal["sgd", "rowwise_adagrad"]
 
 SWEEP_ROWS_PER_STEP = 1024
-"""Rows re-read per training step, on average, to find the largest weight: half the lookups of a batch of 2048."""
+"""Rows re-read per training step, on average, for max|w|: half the lookups of a batch of 2048."""
 
 MASK_ROWS_PER_LOOKUP = 4
 """Up to this many rows per lookup a bitmap of the table finds the unique rows faster than a sort."""
@@ -98,8 +98,8 @@ class _Bag(nn.Module):
         self.include_last_offset = include_last_offset
         self.dtype = _float_dtype(dtype)
 
-    def _rows_on_grid(self, rows: Tensor) -> Tensor:
-        """Values that the forward sees for unique rows. Shape (U, D)."""
+    def _rows_on_grid(self, rows: Tensor, *, is_unique: bool) -> Tensor:
+        """Values that the forward sees for rows. Shape (U, D)."""
         raise NotImplementedError
 
     def _before_lookup(self, rows: Tensor) -> None:
@@ -127,10 +127,16 @@ class _Bag(nn.Module):
             IndexError: A row is outside [0, num_embeddings).
             ValueError: Offsets, weights or shapes do not fit, or a looked-up weight is not finite.
         """
-        values, offsets, weights = _check_lookup(self, input, offsets, per_sample_weights)
+        values, offsets, weights, is_single = _check_lookup(self, input, offsets, per_sample_weights)
+        if is_single and (self.padding_idx is None or not bool((values == self.padding_idx).any())):
+            # one row per bag, as in click logs: nothing to pool, and to find duplicates would cost more than
+            # to round them twice
+            self._before_lookup(values)
+            table = self._rows_on_grid(values, is_unique=False)
+            return table if weights is None else table * weights.unsqueeze(1)
         rows, inverse = _unique_rows(values, self.num_embeddings)
         self._before_lookup(rows)
-        table = self._rows_on_grid(rows)
+        table = self._rows_on_grid(rows, is_unique=True)
         padding = None if self.padding_idx is None else _position(rows, self.padding_idx)
         include_last = self.include_last_offset and input.ndim == 1
         if self.mode == "max" or not torch.is_grad_enabled():
@@ -143,15 +149,16 @@ class _Bag(nn.Module):
         Returns:
             Size, bits, scale and mode.
         """
-        return f"{self.num_embeddings}, {self.embedding_dim}, bits={self.bits}, scale_per={self.scale_per}, mode={self.mode}"
+        size = f"{self.num_embeddings}, {self.embedding_dim}"
+        return f"{size}, bits={self.bits}, scale_per={self.scale_per}, mode={self.mode}"
 
 
 class QuantizedEmbeddingBag(_Bag):
     """An `nn.EmbeddingBag` trained on the grid it will be stored on.
 
-    **Forward.** Unique looked-up rows are gathered, rounded (`q = clamp(round(w / scale), -n - 1, n)`, n =
+    **Forward.** Looked-up rows are gathered (each once, except where every bag holds a single row), rounded (`q = clamp(round(w / scale), -n - 1, n)`, n =
     2^(bits-1) - 1), dequantised, then pooled. Straight-through gradient: the gradient of the master weight is
-    that of the dequantised rows, unclipped. With `sparse` it is a coalesced sparse tensor of the looked-up
+    that of the dequantised rows, unclipped. With `sparse` it is a sparse tensor of the looked-up
     rows (padding left out), so `torch.optim.SGD` and `SparseAdam` work; mode "max" may be sparse too.
 
     **Scale per row** is computed from each looked-up row at each call: always exact, in training and
@@ -169,8 +176,8 @@ class QuantizedEmbeddingBag(_Bag):
     step costs O(N) anyway, so each refresh reads all rows. A step is one forward in training mode.
 
     **int8 master.** The table itself is N * (D + 1) bytes: int8 values and, per row, a power of two as an
-    int8 exponent, refitted at each update so that the largest value uses 7 of 7 bits. A power of two makes
-    growing rare and shrinking exact, so a row that gets no update keeps its value. There is no `weight`
+    int8 exponent, refitted at each update so that the largest |value| is 64 to 127 steps. A power of two
+    makes growing rare and shrinking exact, so a row that gets no update keeps its value. There is no `weight`
     parameter; after `backward` call `apply_gradients`, or `apply_update` with deltas of your own. Updates are
     rounded stochastically without bias. `generator` makes them repeatable; its state is yours to save.
 
@@ -307,7 +314,7 @@ class QuantizedEmbeddingBag(_Bag):
             return
         if self.scale_per == "table":
             tracker = self._current_tracker()
-            version = self._version()
+            version = self._weight_version()
             if self._steps_taken % self.period == 0:
                 self._set_scale(tracker.maximum(self.master_rows, version))
             # an int8 master is only changed by `apply_update`, which notes its rows itself
@@ -315,14 +322,11 @@ class QuantizedEmbeddingBag(_Bag):
                 tracker.settle(self.master_rows, version)
         self._steps_taken += 1
 
-    def _rows_on_grid(self, rows: Tensor) -> Tensor:
+    def _rows_on_grid(self, rows: Tensor, *, is_unique: bool) -> Tensor:
         if self.weight is not None:
-            return cast(
-                Tensor,
-                _GatherOnGrid.apply(
-                    self.weight, rows, self._table_scale(), self.bits, self.sparse, self.padding_idx
-                ),
-            )
+            scale, padding = self._table_scale(), self.padding_idx
+            table = _GatherOnGrid.apply(self.weight, rows, scale, self.bits, self.sparse, is_unique, padding)
+            return cast(Tensor, table)
         values = self.master_rows(rows)
         table = on_grid(values, self._scale_of(values), self.bits)
         if self.training and torch.is_grad_enabled():
@@ -364,7 +368,7 @@ class QuantizedEmbeddingBag(_Bag):
             self._tracked_address = table.data_ptr()
         return self._tracker
 
-    def _version(self) -> int:
+    def _weight_version(self) -> int:
         return 0 if self.weight is None else self.weight._version
 
     # -- master -------------------------------------------------------------------------------------------
@@ -436,8 +440,8 @@ class QuantizedEmbeddingBag(_Bag):
         _check_rows(rows, self.num_embeddings)
         if rows.ndim != 1 or delta.shape != (rows.shape[0], self.embedding_dim):
             raise ValueError(
-                f"apply_update: expected rows (U,) and delta (U, {self.embedding_dim}), found {tuple(rows.shape)} "
-                f"and {tuple(delta.shape)}; give one delta per row"
+                f"apply_update: expected rows (U,) and delta (U, {self.embedding_dim}), found "
+                f"{tuple(rows.shape)} and {tuple(delta.shape)}; give one delta per row"
             )
         check_finite(delta, "delta")
         rows, inverse = _unique_rows(rows.to(torch.int64), self.num_embeddings)
@@ -457,7 +461,7 @@ class QuantizedEmbeddingBag(_Bag):
         if self.scale_per == "table":
             tracker = self._current_tracker()
             if tracker.note(rows):
-                tracker.settle(self.master_rows, self._version())
+                tracker.settle(self.master_rows, self._weight_version())
 
     @torch.no_grad()
     def apply_gradients(self, *, lr: float, rule: UpdateRule = "sgd", eps: float = 1e-8) -> None:
@@ -481,16 +485,14 @@ class QuantizedEmbeddingBag(_Bag):
         _check_choice("rule", rule, ("sgd", "rowwise_adagrad"))
         if self.weight is not None:
             raise ValueError(
-                "apply_gradients: expected an int8 master, found float32; use a torch optimizer on parameters(), "
-                "or apply_update"
+                "apply_gradients: expected an int8 master, found a float one; use a torch optimizer on "
+                "parameters(), or apply_update"
             )
         if not self._gradients:
             return
-        rows, grad = self._gradients[0]
-        if len(self._gradients) > 1:
-            rows, inverse = _unique_rows(torch.cat([r for r, _ in self._gradients]), self.num_embeddings)
-            grad = grad.new_zeros(rows.shape[0], self.embedding_dim)
-            grad.index_add_(0, inverse, torch.cat([g for _, g in self._gradients]))
+        looked_up, grads = (torch.cat(parts) for parts in zip(*self._gradients, strict=True))
+        rows, inverse = _unique_rows(looked_up, self.num_embeddings)
+        grad = grads.new_zeros(rows.shape[0], self.embedding_dim).index_add_(0, inverse, grads)
         self._gradients.clear()
         check_finite(grad, "gradient")
         if rule == "sgd":
@@ -628,7 +630,7 @@ class PackedEmbeddingBag(_Bag):
         else:
             self.scale.copy_(scale)
 
-    def _rows_on_grid(self, rows: Tensor) -> Tensor:
+    def _rows_on_grid(self, rows: Tensor, *, is_unique: bool) -> Tensor:
         scale = self.scale.to(torch.float32)
         scale = scale.index_select(0, rows) if self.scale_per == "row" else scale
         return dequantize(unpack(self.packed.index_select(0, rows), self.bits), scale, self.dtype)
@@ -949,7 +951,7 @@ def quantize_linears(
 
 
 class _GatherOnGrid(torch.autograd.Function):
-    """Gather unique rows and round them; the gradient goes to the rows of the master as it came."""
+    """Gather rows and round them; the gradient goes to the rows of the master as it came."""
 
     @staticmethod
     def forward(
@@ -959,30 +961,33 @@ class _GatherOnGrid(torch.autograd.Function):
         scale: Tensor | None,
         bits: int,
         sparse: bool,
+        is_unique: bool,
         padding_idx: int | None,
     ) -> Tensor:
         ctx.save_for_backward(rows)
-        ctx.shape, ctx.sparse, ctx.padding_idx = weight.shape, sparse, padding_idx
+        ctx.shape, ctx.sparse, ctx.is_unique, ctx.padding_idx = weight.shape, sparse, is_unique, padding_idx
         values = weight.index_select(0, rows)
         return on_grid(values, row_scales(values, bits).unsqueeze(1) if scale is None else scale, bits)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None, None]:
         (rows,) = ctx.saved_tensors
-        if ctx.padding_idx is not None and _position(rows, ctx.padding_idx) is not None:
+        # bags of one row come here only without padding
+        if ctx.is_unique and ctx.padding_idx is not None and _position(rows, ctx.padding_idx) is not None:
             keep = rows != ctx.padding_idx
             rows, grad = rows[keep], grad[keep]
-        if not ctx.sparse:
-            return grad.new_zeros(ctx.shape).index_copy_(0, rows, grad), None, None, None, None, None
-        gradient = torch.sparse_coo_tensor(
-            rows.unsqueeze(0), grad, ctx.shape, is_coalesced=True, check_invariants=False
-        )
-        return gradient, None, None, None, None, None
+        if ctx.sparse:
+            gradient = torch.sparse_coo_tensor(
+                rows.unsqueeze(0), grad, ctx.shape, is_coalesced=ctx.is_unique, check_invariants=False
+            )
+        else:
+            gradient = grad.new_zeros(ctx.shape).index_add_(0, rows, grad)
+        return gradient, None, None, None, None, None, None
 
 
 class _Pool(torch.autograd.Function):
-    """Sum or mean of the rows of each bag, with a backward several times faster than that of `F.embedding_bag`."""
+    """Sum or mean of the rows of each bag; the backward is several times faster than torch's own."""
 
     @staticmethod
     def forward(
@@ -1052,7 +1057,7 @@ def _pooled(
 
 
 def _unique_rows(values: Tensor, num_embeddings: int) -> tuple[Tensor, Tensor]:
-    """Unique rows, ascending, and the position of each value among them. Work does not grow with the table."""
+    """Unique rows, ascending, and the position of each value among them; the work does not grow with N."""
     if num_embeddings > MASK_ROWS_PER_LOOKUP * values.numel():
         rows, inverse = torch.unique(values, return_inverse=True)
         return rows, inverse
@@ -1069,8 +1074,8 @@ def _position(rows: Tensor, row: int) -> int | None:
 
 def _check_lookup(
     bag: _Bag, values: Tensor, offsets: Tensor | None, weights: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Bring both forms of a lookup to flat int64 values and offsets."""
+) -> tuple[Tensor, Tensor, Tensor | None, bool]:
+    """Bring both forms of a lookup to flat int64 values and offsets; say whether all bags hold one row."""
     if values.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"input: expected int32 or int64 rows, found {values.dtype}; cast the ids")
     if weights is not None:
@@ -1082,14 +1087,15 @@ def _check_lookup(
                 "offsets: expected None for a 2-D input, found a tensor; its rows are the bags already"
             )
         offsets = torch.arange(values.shape[0], device=values.device) * values.shape[1]
+        is_single = values.shape[1] == 1
     elif values.ndim == 1:
-        offsets = _check_offsets(bag, offsets, values.shape[0])
+        offsets, is_single = _check_offsets(bag, offsets, values.shape[0])
     else:
         raise ValueError(
             f"input: expected 1 or 2 dimensions, found {values.ndim}; flatten it and give offsets"
         )
     _check_rows(values, bag.num_embeddings)
-    return values.flatten().to(torch.int64), offsets, weights
+    return values.flatten().to(torch.int64), offsets, weights, is_single and values.numel() > 0
 
 
 def _check_sample_weights(bag: _Bag, values: Tensor, weights: Tensor) -> None:
@@ -1104,7 +1110,7 @@ def _check_sample_weights(bag: _Bag, values: Tensor, weights: Tensor) -> None:
         )
 
 
-def _check_offsets(bag: _Bag, offsets: Tensor | None, num_lookups: int) -> Tensor:
+def _check_offsets(bag: _Bag, offsets: Tensor | None, num_lookups: int) -> tuple[Tensor, bool]:
     shape = "(B + 1,)" if bag.include_last_offset else "(B,)"
     if offsets is None or offsets.ndim != 1 or offsets.dtype not in (torch.int64, torch.int32):
         found = "None" if offsets is None else f"{tuple(offsets.shape)} {offsets.dtype}"
@@ -1115,7 +1121,7 @@ def _check_offsets(bag: _Bag, offsets: Tensor | None, num_lookups: int) -> Tenso
     if not offsets.numel():
         if bag.include_last_offset or num_lookups:
             raise ValueError(f"offsets: expected shape {shape} starting with 0, found none; give bag starts")
-        return offsets
+        return offsets, False
     first, last = int(offsets[0]), int(offsets[-1])
     if first != 0:
         raise ValueError(
@@ -1127,13 +1133,18 @@ def _check_offsets(bag: _Bag, offsets: Tensor | None, num_lookups: int) -> Tenso
             f"offsets: expected the last to be {most} the number of lookups, {num_lookups}, found {last}; "
             "see include_last_offset"
         )
-    if bool((offsets.diff() < 0).any()):
-        at = int((offsets.diff() < 0).nonzero()[0]) + 1
+    steps = offsets.diff()
+    smallest = int(steps.min()) if steps.numel() else 1
+    if smallest < 0:
+        at = int((steps < 0).nonzero()[0])
         raise ValueError(
-            f"offsets: expected ascending starts, found {offsets[at - 1 : at + 1].tolist()} at {at - 1}; "
+            f"offsets: expected ascending starts, found {offsets[at : at + 2].tolist()} at {at}; "
             "use the cumulative sum of the lengths"
         )
-    return offsets
+    # as many bags as lookups: each has one if no start is met twice and the last start is the last lookup
+    num_bags = offsets.shape[0] - bag.include_last_offset
+    last_start = num_lookups - 1 + bag.include_last_offset
+    return offsets, num_bags == num_lookups and smallest == 1 and last == last_start
 
 
 def _check_rows(rows: Tensor, num_embeddings: int) -> None:

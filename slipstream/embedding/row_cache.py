@@ -4,8 +4,8 @@ Pure bookkeeping on row numbers, in numpy, on the host: no weights and no torch.
 `admit` for a plan and then moves the data itself: write back the evicted rows, then copy in the fetched ones.
 
 Keeps   a row of the current request is never evicted; an error changes nothing that can be seen
-Costs   per admit: a few passes over the request, a sort of its missing rows, and for the victims a search among
-        the low end of the cache only (see `_choose_victims`); 4 bytes per row of the table and 25 per position
+Costs   per admit: a few passes over the request, a sort of its missing rows, and a search for victims among
+        the low end of the cache only (`_choose_victims`); 4 bytes per row of the table, 25 to 33 per position
 
 The two policies are one rule, "the lowest score leaves first", with two scores:
 
@@ -14,7 +14,7 @@ The two policies are one rule, "the lowest score leaves first", with two scores:
 
 Ties go to the larger row number: rows are ranked by popularity (the id contract), so that is the rarer one.
 
-Legend of shapes: N rows of the table, S positions of the cache, L lookups of a request, U distinct rows in it.
+Shapes: N rows of the table, S positions of the cache, L lookups of a request, U distinct rows in it.
 """
 
 import math
@@ -39,8 +39,8 @@ _NO_CEILING = -1  # below every score: the pool holds nothing
 class CachePlan:
     """What `RowCache.admit` decided: where every lookup finds its row, and which rows have to move first.
 
-    The bookkeeping already describes the cache after the moves; the caller makes them true, write-backs first,
-    because a fetched row may take the position of an evicted one.
+    The bookkeeping already describes the cache after the moves; the caller makes them true, write-backs
+    first, because a fetched row may take the position of an evicted one.
     """
 
     positions: Int32
@@ -94,10 +94,10 @@ class RowCache:
         capacity: Positions of the cache, in [1, num_rows].
         policy: Who leaves first: `"lfu"`, the row least looked up since it was admitted, or `"rank"`, the row
             least used in the training data.
-        row_counts: Accesses per row in the training data, for `policy="rank"`. Shape (N,), integer, >= 0. Held,
-            not copied. None: rows are ranked already, row 0 is the most used.
-        ageing_admits: Halve the LFU counts every so many admits, so that what was popular once can leave. 0: never,
-            which is the published behaviour.
+        row_counts: Accesses per row in the training data, for `policy="rank"`. Shape (N,), integer, >= 0.
+            Held, not copied. None: rows are ranked already, row 0 is the most used.
+        ageing_admits: Halve the LFU counts every so many admits, so that what was popular once can leave.
+            0: never, which is the published behaviour.
 
     Raises:
         ValueError: A size is out of range, or an option does not go with the policy.
@@ -111,8 +111,8 @@ class RowCache:
         (array([8]), 1, array([7, 8]))
 
     Source: the cache of CachedEmbedding (arXiv 2208.05321), which keeps 16 bytes per row, searches the whole
-    cache for victims at every step and writes all of them back; its two policies are kept, dirty rows, ageing and
-    the victim pool are ours.
+    cache for victims at every step and writes all of them back; its two policies are kept; dirty rows, ageing
+    and the victim pool are ours.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class RowCache:
             raise ValueError(f"expected policy 'lfu' or 'rank', found {policy!r}")
         if ageing_admits < 0 or (ageing_admits and policy != "lfu"):
             raise ValueError(
-                f"expected ageing_admits >= 0, and 0 unless policy is 'lfu', found {ageing_admits}, {policy!r}"
+                f"expected ageing_admits >= 0 (0 for 'rank'), found {ageing_admits} with {policy!r}"
             )
         if row_counts is not None and policy != "rank":
             raise ValueError("row_counts goes with policy 'rank'; 'lfu' takes starting counts in warm()")
@@ -189,17 +189,18 @@ class RowCache:
         """Make every row of a request resident and say what has to move for it.
 
         Args:
-            rows: Row numbers in [0, num_rows), duplicates allowed, any shape. Several batches at once (look-ahead)
-                are one request: their rows stay together until the next admit.
-            keep_admits: Rows of that many admits before this one may not be evicted either; 1 when the batch before
-                is still computing.
+            rows: Row numbers in [0, num_rows), duplicates allowed, any shape. Several batches at once
+                (look-ahead) are one request: their rows stay together until the next admit.
+            keep_admits: Rows of that many admits before this one may not be evicted either; 1 when the batch
+                before is still computing.
 
         Returns:
             The plan. The bookkeeping is already done.
 
         Raises:
             ValueError: A row is out of range.
-            CapacityError: The request, with the rows to keep, needs more positions than there are. Nothing changed.
+            CapacityError: The request, with the rows to keep, needs more positions than there are. Nothing
+                changed.
         """
         rows = self._checked_rows(rows)
         flat = rows.reshape(-1)
@@ -319,8 +320,7 @@ class RowCache:
         positions = self._replace(np.empty(0, np.int64), placed)
         self._last_admit[positions] = 0  # not part of any request: nothing keeps them
         if self.policy == "lfu":
-            limit = np.int64(1) << (61 - self._shift)
-            self._score[positions] += np.minimum(starts[is_placed].astype(np.int64), limit) << self._shift
+            self._score[positions] += self._scaled(starts[is_placed])
             self._forget_pool()
         return placed, positions
 
@@ -346,7 +346,7 @@ class RowCache:
         return array
 
     def _protect_and_choose(self, found: Int32, num_missing: int, keep_admits: int) -> Int64:
-        """Open admit number `num_admits + 1`: stamp the rows found, then choose who leaves for the missing ones."""
+        """Open admit number `num_admits + 1`: stamp the rows found, then choose who leaves for the others."""
         number = self.num_admits + 1
         num_victims = num_missing - (self.capacity - self._num_used)
         stamps_before = self._last_admit[found] if num_victims > 0 else None
@@ -366,10 +366,10 @@ class RowCache:
         """Find the `count` positions of lowest score that were last admitted before `oldest_kept`.
 
         Exact without a look at the whole cache: the pool holds every position whose score is at or below a
-        ceiling. Scores only rise, except where a row is placed, and a placed row takes over the entry of
-        its victim; so a position outside the pool can never become a candidate unnoticed, and entries that rose
-        above the ceiling are dropped when met. Only an exhausted pool costs a pass over all positions, and then
-        it is refilled with sqrt(S * count) more than needed, which balances the two costs.
+        ceiling. Scores only rise, except where a row is placed, and a placed row takes over the entry of its
+        victim; so a position outside the pool can never become a candidate unnoticed, and entries that rose
+        above the ceiling are dropped when met. Only an exhausted pool costs a pass over all positions, and
+        then it is refilled with sqrt(S * count) more than needed, which balances the two costs.
         """
         self._pool = self._pool[self._score[self._pool] <= self._pool_ceiling]
         candidates = self._pool[self._last_admit[self._pool] < oldest_kept]
@@ -395,7 +395,7 @@ class RowCache:
         self._pool = np.flatnonzero(score <= self._pool_ceiling)
 
     def _replace(self, victims: Int64, rows: Int64) -> Int32:
-        """Put `rows` where the victims were and then into free positions; new rows start with a count of 0."""
+        """Put rows where the victims were and then into free positions; a new row's count is 0."""
         num_free_taken = rows.size - victims.size
         free = np.arange(self._num_used, self._num_used + num_free_taken)
         positions = np.concatenate([victims, free])
@@ -409,8 +409,12 @@ class RowCache:
         self._last_admit[positions] = self.num_admits
         self._score[positions] = self.num_rows - 1 - rows
         if self._row_counts is not None:
-            self._score[positions] += self._row_counts[rows].astype(np.int64) << self._shift
+            self._score[positions] += self._scaled(self._row_counts[rows])
         return positions.astype(np.int32)
+
+    def _scaled(self, counts: NDArray[np.integer[Any]]) -> Int64:
+        limit = np.int64(1) << (61 - self._shift)  # far above any real count, and the sum cannot overflow
+        return np.minimum(counts.astype(np.int64), limit) << self._shift
 
     def _halve_counts(self) -> None:
         low_bits = (np.int64(1) << self._shift) - 1

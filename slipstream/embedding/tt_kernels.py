@@ -1,9 +1,9 @@
 """Contract the cores of a tensor train for many rows at once, and the gradient of that.
 
 Ids form a tree: level k holds the distinct prefixes (i_1 … i_k), so ids that begin alike share their first
-products. A level then multiplies the partial products of its parents with one core slice per node, in one of two
-ways: node by node (a batched product), or, on a CPU where the slice is larger than the partial product, slice
-by slice over all nodes that use it, which reads every slice once instead of once a node.
+products. A level then multiplies the partial products of its parents with one core slice per node, in one of
+two ways: node by node (a batched product), or, on a CPU where the slice is larger than the partial product,
+slice by slice over all nodes that use it, which reads every slice once instead of once a node.
 
 **n** nodes of a level, **Q** columns formed so far, **r** rank to the left, **w** = q · rank to the right.
 """
@@ -36,7 +36,7 @@ class Plan(NamedTuple):
 
     levels: list[Level]
     position: Tensor | None
-    """Where each id's row stands among the contracted rows, shape (U,), int64; None: in the order of the ids."""
+    """Where each id's row stands among the contracted rows, shape (U,), int64; None: in the ids' order."""
 
 
 def plan_contraction(
@@ -45,7 +45,8 @@ def plan_contraction(
     """Lay out the tree of a set of ids.
 
     Args:
-        ids: Ascending, without duplicates, shape (U,), int64. Tables stand one after another: id + table · prod(p).
+        ids: Ascending, without duplicates, shape (U,), int64. Tables stand one after another: a row's id is
+            row + table · prod(p).
         p_shapes: Row factors, d integers.
         q_shapes: Column factors, d integers.
         ranks: Ranks with the outer ones, d + 1 integers.
@@ -113,7 +114,7 @@ def contract(plan: Plan, cores: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]
             product = torch.bmm(left, slices.index_select(0, level.digit))
         else:
             product = _multiply_by_slice(left, slices, *level.groups)
-        partial = product.view(left.shape[0], -1, core.shape[3])
+        partial = product.view(left.shape[0], left.shape[1] * core.shape[2], core.shape[3])
         lefts.append(left)
     return partial.squeeze(-1), lefts
 
@@ -150,7 +151,7 @@ def contract_backward(
         slices = core.flatten(2)
         grad = grad.reshape(left.shape[0], left.shape[1], slices.shape[2])
         if level.groups is None:
-            # (B^T A), the transposed gradient of A^T B, and a contiguous G^T: both faster in MKL than their views
+            # B^T A, the transposed gradient, and a contiguous G^T: both faster in MKL than A^T B and a view
             used, summed = segment_sum(torch.bmm(grad.transpose(1, 2), left).flatten(1), level.digit)
             transposed = _transposed(slices, level.digit)
             grad = torch.bmm(grad, transposed)
@@ -161,7 +162,7 @@ def contract_backward(
         grads.append((used, summed.unflatten(2, core.shape[2:])))
         if level.source is not None:
             grad = segment_sum(grad.flatten(1), level.source)[1]
-    used, summed = segment_sum(grad.reshape(plan.levels[0].digit.numel(), -1), plan.levels[0].digit)
+    used, summed = segment_sum(grad.flatten(1), plan.levels[0].digit)
     grads.append((used, summed.view(-1, *cores[0].shape[1:])))
     return grads[::-1]
 

@@ -27,8 +27,8 @@ def suggested_tt_shapes(size: int, num_cores: int = 3, *, allow_round_up: bool =
 
     Sizes tried are `size` rounded up to each power of ten while that adds at most a quarter (as
     FBTT-Embedding does, so the usual tables get its shapes); should none of them give factors within a
-    factor of two of each other, every size of a window above is tried too. The most balanced factors win (largest entropy of
-    their shares), then the smallest product.
+    factor of two of each other, every size of a window above is tried too. The most balanced factors win
+    (largest entropy of their shares), then the smallest product.
 
     Args:
         size: What the product must reach, >= 1.
@@ -124,8 +124,8 @@ def check_tt_shapes(
         )
     if not 1 <= len(tt_ranks) <= 3 or min(tt_ranks) < 1:
         raise ValueError(
-            f"expected 1 to 3 tt_ranks >= 1 (2 to 4 cores), found {list(tt_ranks)}: give one rank per pair of "
-            "neighbouring cores"
+            f"expected 1 to 3 tt_ranks >= 1 (2 to 4 cores), found {list(tt_ranks)}: give one rank per "
+            "pair of neighbouring cores"
         )
     num_cores = len(tt_ranks) + 1
     p_shapes = list(tt_p_shapes) if tt_p_shapes else suggested_tt_shapes(num_embeddings, num_cores)
@@ -142,13 +142,13 @@ def check_tt_shapes(
             )
     if math.prod(p_shapes) < num_embeddings:
         raise ValueError(
-            f"expected tt_p_shapes with a product >= num_embeddings = {num_embeddings}, found {p_shapes} with "
-            f"product {math.prod(p_shapes)}: enlarge a factor, or leave tt_p_shapes out"
+            f"expected tt_p_shapes with a product >= num_embeddings = {num_embeddings}, found {p_shapes} "
+            f"with product {math.prod(p_shapes)}: enlarge a factor, or leave tt_p_shapes out"
         )
     if math.prod(q_shapes) != embedding_dim:
         raise ValueError(
-            f"expected tt_q_shapes with product embedding_dim = {embedding_dim}, found {q_shapes} with product "
-            f"{math.prod(q_shapes)}: change a factor, or leave tt_q_shapes out"
+            f"expected tt_q_shapes with product embedding_dim = {embedding_dim}, found {q_shapes} with "
+            f"product {math.prod(q_shapes)}: change a factor, or leave tt_q_shapes out"
         )
     return p_shapes, q_shapes, [1, *tt_ranks, 1]
 
@@ -162,8 +162,8 @@ def entry_variance(weight_dist: WeightDist, num_embeddings: int, embedding_dim: 
         embedding_dim: Columns of the table.
 
     Returns:
-        1 / (3N) for the approx-* ones, the variance of DLRM's U(-1/sqrt(N), 1/sqrt(N)); 2 / (N + D), Glorot's,
-        for "uniform"; 1 / N for "normal".
+        1 / (3N) for the approx-* ones, the variance of DLRM's U(-1/sqrt(N), 1/sqrt(N)); 2 / (N + D),
+        Glorot's, for "uniform"; 1 / N for "normal".
 
     Raises:
         ValueError: The name is unknown.
@@ -224,7 +224,8 @@ def _standard_draw(
     density = math.exp(-(_TAIL**2) / 2) / math.sqrt(2 * math.pi)
     tail_deviation = math.sqrt(1 + _TAIL * density / tail_mass)
     magnitude = -torch.special.ndtri(draw.abs().clamp_(min=1e-12).mul_(tail_mass))
-    return magnitude.copysign_(draw).div_(tail_deviation)
+    signed: Tensor = magnitude.copysign_(draw).div_(tail_deviation)
+    return signed
 
 
 def _signed_selector(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
@@ -276,8 +277,8 @@ def tt_svd(
     if not bool(finite.all()):
         row = int((~finite).nonzero()[0, 0])
         raise ValueError(
-            f"expected finite weights, found {int((~finite).sum())} that are NaN or infinite, the first in row {row}: "
-            "clean the table before compressing it"
+            f"expected finite weights, found {int((~finite).sum())} that are NaN or infinite, the first in "
+            f"row {row}: clean the table before compressing it"
         )
     num_cores = len(p_shapes)
     padded = weight.new_zeros((math.prod(p_shapes), weight.shape[1]), dtype=torch.float64)

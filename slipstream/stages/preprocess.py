@@ -15,11 +15,10 @@ from __future__ import annotations
 
 import collections
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -30,6 +29,7 @@ from slipstream.config import PreprocessConfig, parse_bytes
 from slipstream.datasets.source import Source
 from slipstream.errors import ConfigError, DataError
 from slipstream.io.artifacts import write_atomically
+from slipstream.io.parallel import in_order
 from slipstream.io.parsed import ParsedChunk, ParsedStore, dictionary_of
 from slipstream.io.raw import RawBlock, raw_size, read_blocks
 from slipstream.ops import split as splits
@@ -46,8 +46,6 @@ from slipstream.schema import LABEL, SPLITS, dense_name, table_name
 
 _REJECTS_PER_PART = 65_536
 _HOPELESS_LINES = 100_000
-_Task = TypeVar("_Task")
-_Done = TypeVar("_Done")
 
 
 def run(
@@ -125,7 +123,7 @@ def _parse(
                     skip=finished[-1].end if finished else 0,
                     skip_blocks=len(finished),
                 )
-                for chunk in _in_order(lambda block: _parse_block(block, source, store, dense), blocks, workers):
+                for chunk in in_order(lambda block: _parse_block(block, source, store, dense), blocks, workers):
                     finished.append(chunk)
                     lines, rejected = lines + chunk.num_lines, rejected + chunk.num_rejected
                     advance(0, f"{lines:,} lines")
@@ -315,7 +313,7 @@ def _count(
         def count_table(index: int) -> Vocabulary:
             return _count_table(index, config, source, layout, scratch)
 
-        for vocabulary in _in_order(count_table, range(source.num_tables), workers):
+        for vocabulary in in_order(count_table, range(source.num_tables), workers):
             vocabularies.append(vocabulary)
             advance(1, "")
     minima = [_training_minimum(dense_name(index), layout) for index in range(source.num_dense)]
@@ -399,7 +397,7 @@ def _encode(
         return stop - first
 
     with progress.task("encode", sum(layout.totals.values()), "samples") as advance:
-        for done in _in_order(write_part, parts, workers):
+        for done in in_order(write_part, parts, workers):
             advance(done, "")
 
 
@@ -470,19 +468,3 @@ def _check_table_names(config: PreprocessConfig, source: Source) -> None:
                 f"`preprocess.tables.{name}` names no table",
                 hint=f"this source has {table_name(0)} to {table_name(source.num_tables - 1)}",
             )
-
-
-def _in_order(work: Callable[[_Task], _Done], tasks: Iterable[_Task], workers: int) -> Iterator[_Done]:
-    """Work on a few tasks at once and yield results in the tasks' order, never far ahead of the reader."""
-    with ThreadPoolExecutor(max_workers=workers) as pool:
-        waiting: collections.deque[Future[_Done]] = collections.deque()
-        try:
-            for task in tasks:
-                waiting.append(pool.submit(work, task))
-                if len(waiting) > workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()

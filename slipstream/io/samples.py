@@ -1,0 +1,95 @@
+"""Processed samples: Parquet parts as arrays, and npz shards."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from slipstream.errors import ArtifactError
+from slipstream.io.artifacts import write_atomically
+from slipstream.schema import LABEL
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Samples:
+    """Samples as arrays; `X_cat` holds rows or slots, as the reader says."""
+
+    X_int: np.ndarray
+    """Dense values. Shape (n, number of dense columns), float32."""
+    X_cat: np.ndarray
+    """Shape (n, T), int32 (int64 from 2^31 slots on)."""
+    y: np.ndarray
+    """Labels, 0 or 1. Shape (n,), float32."""
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self.y)
+
+    def take(self, picked: np.ndarray | slice) -> Samples:
+        """Some of the samples."""
+        return Samples(X_int=self.X_int[picked], X_cat=self.X_cat[picked], y=self.y[picked])
+
+
+def concat_samples(pieces: Sequence[Samples]) -> Samples:
+    """Samples of all pieces, in order; at least one piece."""
+    if len(pieces) == 1:
+        return pieces[0]
+    return Samples(
+        X_int=np.concatenate([piece.X_int for piece in pieces]),
+        X_cat=np.concatenate([piece.X_cat for piece in pieces]),
+        y=np.concatenate([piece.y for piece in pieces]),
+    )
+
+
+def count_samples(part: Path) -> int:
+    """Samples in a Parquet part, from its footer."""
+    return int(pq.read_metadata(part).num_rows)
+
+
+def read_rows(part: Path, tables: Sequence[str], offsets: np.ndarray) -> np.ndarray:
+    """Global rows of a Parquet part. Shape (n, T), int32 while they fit, int64 beyond."""
+    table = pq.read_table(part, columns=list(tables))
+    dtype = np.int32 if offsets[-1] < 2**31 else np.int64
+    rows = np.empty((table.num_rows, len(tables)), dtype)
+    for index, name in enumerate(tables):
+        np.add(table.column(name).to_numpy(), offsets[index], out=rows[:, index], casting="unsafe")
+    return rows
+
+
+def read_part(part: Path, dense: Sequence[str], tables: Sequence[str], slot_maps: Sequence[np.ndarray]) -> Samples:
+    """Samples of a Parquet part with each row replaced by its slot."""
+    table = pq.read_table(part, columns=[LABEL, *dense, *tables])
+    X_int = np.empty((table.num_rows, len(dense)), np.float32)
+    for index, name in enumerate(dense):
+        X_int[:, index] = table.column(name).to_numpy()
+    X_cat = np.empty((table.num_rows, len(tables)), slot_maps[0].dtype)
+    for index, (name, slots) in enumerate(zip(tables, slot_maps, strict=True)):
+        X_cat[:, index] = slots[table.column(name).to_numpy()]
+    return Samples(X_int=X_int, X_cat=X_cat, y=table.column(LABEL).to_numpy().astype(np.float32))
+
+
+def write_shard(path: Path, samples: Samples) -> None:
+    """Write an npz shard: `X_int`, `X_cat`, `y`; plain arrays, no pickles."""
+    with write_atomically(path) as partial, partial.open("wb") as stream:
+        np.savez(stream, X_int=samples.X_int, X_cat=samples.X_cat, y=samples.y)
+
+
+def read_shard(path: Path) -> Samples:
+    """Read an npz shard.
+
+    Raises:
+        ArtifactError: The file is not a whole shard.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return Samples(X_int=arrays["X_int"], X_cat=arrays["X_cat"], y=arrays["y"])
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as exc:
+        raise ArtifactError(
+            f"expected an npz shard with X_int, X_cat and y at `{path}`: {exc}",
+            hint="re-run `slipstream segregate --force`",
+        ) from exc

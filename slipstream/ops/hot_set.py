@@ -1,0 +1,197 @@
+"""Which rows are hot.
+
+Rows of all tables are numbered as one list here, `global row` = rows of the tables before + row, because one
+budget serves all tables. The OOV row of every table is always hot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from slipstream.schema import OOV_ROW
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HotSet:
+    """A choice of hot rows, and how it was limited."""
+
+    is_hot: np.ndarray
+    """Whether each global row is hot. Shape (V,), bool."""
+    access_threshold: int
+    """Λ: the access count of the least used hot row outside OOV; 0 when there is none."""
+
+    @property
+    def num_hot(self) -> int:
+        """H."""
+        return int(np.count_nonzero(self.is_hot))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CurvePoint:
+    """What one budget buys."""
+
+    row_share: float
+    """Hot rows over all rows, as asked."""
+    hot_rows: int
+    access_threshold: int
+    """Λ at this budget."""
+    hit_ratio: float
+    """Lookups that find a hot row."""
+    hot_sample_share: float
+    """Samples whose every lookup finds a hot row."""
+
+
+def hot_row_bytes(*, embedding_dim: int, optimizer: str, keeps_snapshot: bool) -> int:
+    """Accelerator bytes of one hot row: fp32 weights, optimizer state and, for staleness, one snapshot.
+
+    A snapshot costs the row again plus one byte that says whether the row was looked up.
+    """
+    state = {"sgd": 0, "rowwise_adagrad": 4}[optimizer]
+    return embedding_dim * 4 + state + (embedding_dim * 4 + 1 if keeps_snapshot else 0)
+
+
+def table_offsets(rows_per_table: Sequence[int]) -> np.ndarray:
+    """Global row of each table's row 0, and V at the end. Shape (T + 1,), int64."""
+    return np.concatenate([[0], np.cumsum(rows_per_table)]).astype(np.int64)
+
+
+def rank_rows(counts: np.ndarray, oov_rows: np.ndarray, scores: np.ndarray | None = None) -> np.ndarray:
+    """Order global rows from the hottest on: OOV rows, then by score, then count, then table and row.
+
+    Args:
+        counts: Accesses per global row. Shape (V,), integer, >= 0.
+        oov_rows: Global rows of the OOV rows. Shape (T,).
+        scores: What to rank by instead of counts. Shape (V,), float.
+
+    Returns:
+        Global rows, hottest first. Shape (V,), int64.
+
+    Raises:
+        ValueError: A count is negative.
+
+    Source: FAE ranks all tables in one list by count; the tie rule is ours, so the answer does not depend on
+        the sort algorithm.
+    """
+    if counts.size and int(counts.min()) < 0:
+        raise ValueError(f"expected counts of at least 0, found {int(counts.min())}")
+    keys = counts.astype(np.float64) if scores is None else scores.copy()
+    keys[oov_rows] = np.inf
+    order = np.argsort(-counts, kind="stable") if scores is not None else np.arange(len(counts))
+    return order[np.argsort(-keys[order], kind="stable")]
+
+
+def take_hot_rows(ranked: np.ndarray, counts: np.ndarray, *, num_rows: int, num_oov: int) -> HotSet:
+    """Make the first `num_rows` of a ranking hot; rows never accessed stay cold even if they fit.
+
+    Args:
+        ranked: Global rows, hottest first, OOV rows leading. Shape (V,).
+        counts: Accesses per global row. Shape (V,).
+        num_rows: H asked for, at least `num_oov`.
+        num_oov: Number of OOV rows.
+
+    Raises:
+        ValueError: `num_rows` is below `num_oov` or above V.
+    """
+    if not num_oov <= num_rows <= len(ranked):
+        raise ValueError(f"expected {num_oov} to {len(ranked)} hot rows, found {num_rows}")
+    chosen = ranked[:num_rows]
+    beyond_oov = chosen[num_oov:][counts[chosen[num_oov:]] > 0]
+    is_hot = np.zeros(len(ranked), bool)
+    is_hot[ranked[:num_oov]] = True
+    is_hot[beyond_oov] = True
+    threshold = int(counts[beyond_oov].min()) if beyond_oov.size else 0
+    return HotSet(is_hot=is_hot, access_threshold=threshold)
+
+
+def take_above_threshold(counts: np.ndarray, oov_rows: np.ndarray, *, access_threshold: int) -> HotSet:
+    """Make every row counted at least Λ times hot, and the OOV rows."""
+    is_hot = counts >= max(access_threshold, 1)
+    is_hot[oov_rows] = True
+    return HotSet(is_hot=is_hot, access_threshold=access_threshold)
+
+
+def select_sample_aware(
+    counts: np.ndarray,
+    oov_rows: np.ndarray,
+    samples: Callable[[], Iterable[np.ndarray]],
+    *,
+    num_rows: int,
+    power: float,
+    rounds: int,
+) -> HotSet:
+    """Prefer rows whose companions are hot too, so that more samples are hot under the same budget.
+
+    A row scores the sum over its samples of (1 + c)^-power, where c counts the sample's other lookups that
+    are cold now. Scores and hot set are refined in turn; the set with the most hot samples is kept, so the
+    result is never worse on these samples than ranking by count.
+
+    Args:
+        counts: Accesses per global row. Shape (V,), integer.
+        oov_rows: Global rows of the OOV rows. Shape (T,).
+        samples: Called once a round; yields blocks of global rows, each of shape (n, T).
+        num_rows: H.
+        power: How fast a sample loses weight with its cold lookups, > 0.
+        rounds: Passes over the samples, >= 1.
+    """
+    num_oov = len(oov_rows)
+    scores: np.ndarray | None = None
+    best: tuple[int, HotSet] | None = None
+    for last in (*([False] * rounds), True):
+        ranked = rank_rows(counts, oov_rows, scores)
+        candidate = take_hot_rows(ranked, counts, num_rows=num_rows, num_oov=num_oov)
+        scores = np.zeros(len(counts))
+        num_hot_samples = 0
+        for block in samples():
+            is_cold = ~candidate.is_hot[block]
+            cold_lookups = is_cold.sum(axis=1, dtype=np.int32)
+            num_hot_samples += int(np.count_nonzero(cold_lookups == 0))
+            if not last:
+                _add_scores(scores, block, is_cold, cold_lookups, power)
+        if best is None or num_hot_samples > best[0]:
+            best = (num_hot_samples, candidate)
+    assert best is not None
+    return best[1]
+
+
+def _add_scores(
+    scores: np.ndarray, block: np.ndarray, is_cold: np.ndarray, cold_lookups: np.ndarray, power: float
+) -> None:
+    worth = (1.0 + np.arange(block.shape[1] + 1)) ** -power
+    # a cold row does not count itself among the cold companions
+    weights = np.where(is_cold, worth[cold_lookups - 1][:, None], worth[cold_lookups][:, None])
+    scores += np.bincount(block.ravel(), weights=weights.ravel(), minlength=len(scores))
+
+
+def assign_slots(is_hot: np.ndarray) -> np.ndarray:
+    """Slot of each global row: hot rows first, then cold rows, each in table then row order.
+
+    Returns:
+        Shape (V,), int32 while V < 2^31, int64 beyond.
+    """
+    dtype = np.int32 if len(is_hot) < 2**31 else np.int64
+    slots = np.empty(len(is_hot), dtype)
+    num_hot = int(np.count_nonzero(is_hot))
+    slots[is_hot] = np.arange(num_hot, dtype=dtype)
+    slots[~is_hot] = np.arange(num_hot, len(is_hot), dtype=dtype)
+    return slots
+
+
+def measure_hot_set(hot_set: HotSet, blocks: Iterable[np.ndarray], *, row_share: float) -> CurvePoint:
+    """Hit ratio and hot-sample share of a hot set over blocks of global rows, each (n, T)."""
+    num_samples = hits = lookups = num_hot_samples = 0
+    for block in blocks:
+        found = hot_set.is_hot[block]
+        num_samples += len(block)
+        lookups += block.size
+        hits += int(np.count_nonzero(found))
+        num_hot_samples += int(np.count_nonzero(found.all(axis=1)))
+    return CurvePoint(
+        row_share=row_share,
+        hot_rows=hot_set.num_hot,
+        access_threshold=hot_set.access_threshold,
+        hit_ratio=hits / max(lookups, 1),
+        hot_sample_share=num_hot_samples / max(num_samples, 1),
+    )

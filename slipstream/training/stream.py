@@ -1,0 +1,82 @@
+"""Samples of a group of shards in a seeded shuffled order, read ahead by a thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+
+from slipstream.io.samples import Samples, concat_samples
+
+
+class SampleStream:
+    """One pass over the shards of a group.
+
+    Shards are shuffled, then samples within windows of shards, so memory is bounded and the order depends on
+    the seed alone. The next window is loaded while the current one is used.
+
+    Args:
+        loaders: One function per shard that returns its samples.
+        sizes: Samples per shard.
+        seed: Of this pass; give each epoch its own.
+        window_samples: Samples shuffled together, at least one shard.
+        workers: Pool that loads.
+    """
+
+    def __init__(
+        self,
+        loaders: Sequence[Callable[[], Samples]],
+        sizes: Sequence[int],
+        *,
+        seed: Sequence[int],
+        window_samples: int,
+        workers: ThreadPoolExecutor,
+    ) -> None:
+        self._loaders = loaders
+        self._rng = np.random.default_rng(list(seed))
+        self._workers = workers
+        self._windows = self._cut_windows(sizes, window_samples)
+        self._next: Future[Samples] | None = None
+        self._held: Samples | None = None
+        self._used = 0
+        self.remaining = int(sum(sizes))
+        """Samples not yet taken."""
+        self._load_next()
+
+    def take(self, count: int) -> Samples | None:
+        """The next `count` samples, fewer at the end, None when there are none left."""
+        pieces: list[Samples] = []
+        wanted = min(count, self.remaining)
+        self.remaining -= wanted
+        while wanted:
+            if self._held is None or self._used == len(self._held):
+                assert self._next is not None
+                self._held, self._used = self._next.result(), 0
+                self._load_next()
+                continue
+            piece = self._held.take(slice(self._used, self._used + wanted))
+            self._used += len(piece)
+            wanted -= len(piece)
+            pieces.append(piece)
+        return concat_samples(pieces) if pieces else None
+
+    def _cut_windows(self, sizes: Sequence[int], window_samples: int) -> Iterator[list[int]]:
+        window: list[int] = []
+        held = 0
+        for index in self._rng.permutation(len(sizes)).tolist():
+            if window and held + sizes[index] > window_samples:
+                yield window
+                window, held = [], 0
+            window.append(index)
+            held += sizes[index]
+        if window:
+            yield window
+
+    def _load_next(self) -> None:
+        window = next(self._windows, None)
+        self._next = None if window is None else self._workers.submit(self._load, window)
+
+    def _load(self, window: list[int]) -> Samples:
+        samples = concat_samples([self._loaders[index]() for index in window])
+        return samples.take(self._rng.permutation(len(samples)))
