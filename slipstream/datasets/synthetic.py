@@ -50,7 +50,8 @@ MISSING_INTEGER = -2
 MISSING_ID = -1
 """Stands for an empty field."""
 
-_PILOT_BLOCKS = 8
+_PILOT_BLOCKS = 4
+_MOST_DAYS = 366
 _KNOT_BITS = 12  # quantile functions are piecewise linear over this many bits of a 32-bit uniform number
 _FRACTION_BITS = 32 - _KNOT_BITS
 _FIXED_BITS = 10
@@ -122,8 +123,8 @@ _INTEGER_SHAPES = (
 def default_table_sizes(num_samples: int) -> tuple[int, ...]:
     """Return 26 vocabulary sizes in the proportions of Criteo Kaggle, for a log of this length.
 
-    Small tables stay as they are; large ones grow with the log, each at its own measured pace. A log uses
-    up only part of its largest tables: about half of those ids are ever drawn.
+    Small tables stay as they are; large ones grow with the log, each at its own pace. A log uses
+    up only part of its largest tables: about a third of those ids are ever drawn.
 
     Args:
         num_samples: Rows of the log, >= 1.
@@ -145,7 +146,7 @@ class SyntheticSpec:
     num_samples: int
     """Rows, >= 1."""
     num_days: int = 7
-    """Days the rows are spread over evenly, 1 to num_samples; earlier days get the remainder."""
+    """Days the rows are spread over evenly, 1 to 366, at most num_samples; earlier days get the remainder."""
     seed: int = 0
     """0 <= seed < 2**32."""
     table_sizes: tuple[int, ...] = ()
@@ -167,7 +168,7 @@ class SyntheticSpec:
 
     def __post_init__(self) -> None:
         _check("num_samples", self.num_samples, 1, 2**44)
-        _check("num_days", self.num_days, 1, self.num_samples)
+        _check("num_days", self.num_days, 1, min(self.num_samples, _MOST_DAYS))
         _check("seed", self.seed, 0, 2**32 - 1)
         _check("zipf_exponent", self.zipf_exponent, 0, 4)
         _check("drift_ratio", self.drift_ratio, 0, 1)

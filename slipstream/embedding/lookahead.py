@@ -211,8 +211,8 @@ class LookAhead:
         num_hot = self._rows.num_hot
         positions = batch.slots.ravel()
         self.lookups += len(positions)
-        if not batch.is_hot:
-            is_cold = positions >= num_hot
+        is_cold = positions >= num_hot
+        if is_cold.any():
             positions = positions.copy()
             positions[is_cold] = self._position_of_cold[positions[is_cold] - num_hot]
             self.cold_lookups += int(np.count_nonzero(is_cold))

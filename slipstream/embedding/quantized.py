@@ -156,10 +156,11 @@ class _Bag(nn.Module):
 class QuantizedEmbeddingBag(_Bag):
     """An `nn.EmbeddingBag` trained on the grid it will be stored on.
 
-    **Forward.** Looked-up rows are gathered (each once, except where every bag holds a single row), rounded (`q = clamp(round(w / scale), -n - 1, n)`, n =
-    2^(bits-1) - 1), dequantised, then pooled. Straight-through gradient: the gradient of the master weight is
-    that of the dequantised rows, unclipped. With `sparse` it is a sparse tensor of the looked-up
-    rows (padding left out), so `torch.optim.SGD` and `SparseAdam` work; mode "max" may be sparse too.
+    **Forward.** Looked-up rows are gathered (each once, except where every bag holds a single row), rounded
+    (`q = clamp(round(w / scale), -n - 1, n)`, n = 2^(bits-1) - 1), dequantised, then pooled. Straight-through
+    gradient: the gradient of the master weight is that of the dequantised rows, unclipped. With `sparse` it
+    is a sparse tensor of the looked-up rows (padding left out), so `torch.optim.SGD` and `SparseAdam` work;
+    mode "max" may be sparse too.
 
     **Scale per row** is computed from each looked-up row at each call: always exact, in training and
     evaluation; `period` has no meaning then.

@@ -185,7 +185,7 @@ class RowCache:
         positions = self._position_of_row[self._checked_rows(rows)]
         return positions, positions < 0
 
-    def admit(self, rows: ArrayLike, *, keep_admits: int = 0) -> CachePlan:
+    def admit(self, rows: ArrayLike, *, keep_admits: int = 0, is_announced: bool = False) -> CachePlan:
         """Make every row of a request resident and say what has to move for it.
 
         Args:
@@ -193,6 +193,8 @@ class RowCache:
                 (look-ahead) are one request: their rows stay together until the next admit.
             keep_admits: Rows of that many admits before this one may not be evicted either; 1 when the batch
                 before is still computing.
+            is_announced: A look-ahead admit has counted these lookups already. They are not counted again,
+                unless a row has left since.
 
         Returns:
             The plan. The bookkeeping is already done.
@@ -217,16 +219,13 @@ class RowCache:
         if num_miss_lookups:
             positions[is_missing] = self._position_of_row[missing]
         distinct_positions, inverse = self.distinct(positions)
-        if self.policy == "lfu":
-            lookups = np.bincount(inverse, minlength=distinct_positions.size)
-            self._score[distinct_positions] += lookups << self._shift
-            if self.ageing_admits and self.num_admits % self.ageing_admits == 0:
-                self._halve_counts()
         num_hits = distinct_positions.size - fetch_rows.size
-        self.stats.hits += num_hits
-        self.stats.misses += fetch_rows.size
-        self.stats.hit_lookups += flat.size - num_miss_lookups
-        self.stats.miss_lookups += num_miss_lookups
+        if fetch_rows.size or not is_announced:
+            self._raise_counts(distinct_positions, inverse)
+            self.stats.hits += num_hits
+            self.stats.misses += fetch_rows.size
+            self.stats.hit_lookups += flat.size - num_miss_lookups
+            self.stats.miss_lookups += num_miss_lookups
         self.stats.evictions += victims.size
         self.stats.write_backs += dirty.size
         return CachePlan(
@@ -415,6 +414,13 @@ class RowCache:
     def _scaled(self, counts: NDArray[np.integer[Any]]) -> Int64:
         limit = np.int64(1) << (61 - self._shift)  # far above any real count, and the sum cannot overflow
         return np.minimum(counts.astype(np.int64), limit) << self._shift
+
+    def _raise_counts(self, distinct_positions: Int32, inverse: Int32) -> None:
+        if self.policy == "lfu":
+            lookups = np.bincount(inverse, minlength=distinct_positions.size)
+            self._score[distinct_positions] += lookups << self._shift
+            if self.ageing_admits and self.num_admits % self.ageing_admits == 0:
+                self._halve_counts()
 
     def _halve_counts(self) -> None:
         low_bits = (np.int64(1) << self._shift) - 1

@@ -183,13 +183,14 @@ def _backward_by_slice(
     groups = zip(
         left.flatten(0, 1).split(sizes),
         grad.flatten(0, 1).split(sizes),
+        grad.flatten(0, 1).t().split(sizes, 1),
         grad_left.view(-1, left.shape[2]).split(sizes),
         transposed.unbind(0),
         summed.unbind(0),
         strict=True,
     )
-    for x, y, grad_x, slice_t, grad_slice_t in groups:
-        torch.mm(y.t(), x, out=grad_slice_t)
+    for x, y, y_t, grad_x, slice_t, grad_slice_t in groups:
+        torch.mm(y_t, x, out=grad_slice_t)
         torch.mm(y, slice_t, out=grad_x)
     return grad_left, summed
 

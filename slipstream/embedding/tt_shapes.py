@@ -183,11 +183,11 @@ def draw_cores(
 ) -> list[Tensor]:
     """Draw cores whose product has entries of mean 0 and a given variance.
 
-    Entries of the product are sums over prod(ranks) paths. With independent zero-mean entries every core
-    gets the deviation (variance / prod(ranks)) ** (1 / 2d). "approx-normal" draws from the tails of a normal
-    beyond two deviations: products of factors that are never small are not peaked at 0, so the entries of the
-    table look normal already at small ranks. In "approx-uniform" every core but the last selects one path by
-    a random sign over a faint background and the last holds U(-1, 1), so that the entries look uniform.
+    Cores are drawn in standard form and then scaled alike, so that the mean square of the product's entries is
+    `variance` in this very draw, not only on average over draws. "approx-normal" draws from the tails of a
+    normal beyond two deviations: products of factors that are never small are not peaked at 0, so the entries
+    of the table look normal already at small ranks. In "approx-uniform" every core but the last selects one
+    path by a random sign over a faint background and the last holds U(-1, 1), so the entries look uniform.
 
     Args:
         weight_dist: Name of the initialisation.
@@ -198,18 +198,24 @@ def draw_cores(
     Returns:
         One float64 CPU tensor per shape.
 
-    Source: TT-Rec, "sampled Gaussian" initialisation; the scale is derived here, for any number of cores.
+    Source: TT-Rec, "sampled Gaussian" initialisation; the scale, for any number of cores, is ours.
     """
-    num_cores = len(shapes)
-    ranks = [shape[-1] for shape in shapes[:-1]]
     if weight_dist == "approx-uniform":
-        background = math.prod(1 + rank * _BACKGROUND**2 for rank in ranks)
-        scale = math.sqrt(3 * variance / background) ** (1 / num_cores)
-        selectors = [_signed_selector(shape, generator) * scale for shape in shapes[:-1]]
-        last = torch.rand(shapes[-1], dtype=torch.float64, generator=generator).mul_(2).sub_(1)
-        return [*selectors, last.mul_(scale)]
-    deviation = (variance / math.prod(ranks)) ** (1 / (2 * num_cores))
-    return [_standard_draw(weight_dist, shape, generator).mul_(deviation) for shape in shapes]
+        cores = [_signed_selector(shape, generator) for shape in shapes[:-1]]
+        cores.append(torch.rand(shapes[-1], dtype=torch.float64, generator=generator).mul_(2).sub_(1))
+    else:
+        cores = [_standard_draw(weight_dist, shape, generator) for shape in shapes]
+    scale = (variance / _mean_square(cores)) ** (1 / (2 * len(cores)))
+    return [core * scale[:, None, None, None, None] for core in cores]
+
+
+def _mean_square(cores: Sequence[Tensor]) -> Tensor:
+    """Mean square of all entries of each table, without forming it. Shape (T,)."""
+    gram = cores[0].new_ones((cores[0].shape[0], 1, 1))
+    for core in cores:
+        left = torch.einsum("tru,tpuqv->tprqv", gram, core)
+        gram = torch.einsum("tprqs,tprqv->tsv", core, left) / (core.shape[1] * core.shape[3])
+    return gram[:, 0, 0]
 
 
 def _standard_draw(

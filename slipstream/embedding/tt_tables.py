@@ -179,7 +179,7 @@ class TTTables(nn.Module):
 
     @torch.no_grad()
     def _table_rows(self, ids: Tensor) -> Tensor:
-        """Rows of ascending distinct ids, in their order; a chunk at a time, as partial products are large."""
+        """Rows of ascending distinct ids, in their order, a chunk at a time: partial products are large."""
         chunks = []
         for chunk in ids.split(_CHUNK_ROWS):
             rows, position = self._contracted_rows(chunk)

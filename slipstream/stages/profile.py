@@ -19,6 +19,7 @@ import polars as pl
 
 from slipstream.config import ProfileConfig
 from slipstream.io.artifacts import Artifact, write_atomically
+from slipstream.io.counts import write_counts
 from slipstream.io.samples import count_samples, read_rows
 from slipstream.ops.counting import count_accesses, sample_positions
 from slipstream.ops.hot_set import (
@@ -70,7 +71,7 @@ def run(
                 advance(1, "")
 
         counts = count_accesses(sampled(), num_rows=int(offsets[-1]))
-    _write_counts(scratch / "counts.parquet", counts, rows_per_table)
+    write_counts(scratch / "counts.parquet", counts, rows_per_table)
     blocks = {name: _hold_rows(processed, name, tables, offsets) for name in ("train", "val")}
     curve = []
     with progress.task("hot-set curve", 2 * len(config.curve), "budgets") as advance:
@@ -99,12 +100,6 @@ def run(
     }
 
 
-def read_counts(profile: Artifact) -> np.ndarray:
-    """Access counts per global row, of a profile artifact. Shape (V,), int64."""
-    path = profile.check(profile.path / "counts.parquet")
-    return pl.read_parquet(path)["count"].to_numpy()
-
-
 def _select(
     policy: str,
     counts: np.ndarray,
@@ -129,16 +124,3 @@ def _hold_rows(processed: Artifact, split: str, tables: list[str], offsets: np.n
     stride = max(1, -(-total // CURVE_SAMPLES))
     held = [read_rows(part, tables, offsets)[::stride] for part in parts]
     return lambda: held
-
-
-def _write_counts(path: Path, counts: np.ndarray, rows_per_table: dict[str, int]) -> None:
-    sizes = list(rows_per_table.values())
-    frame = pl.DataFrame(
-        {
-            "table": pl.Series(np.repeat(np.arange(len(sizes), dtype=np.int16), sizes)),
-            "row": pl.Series(np.concatenate([np.arange(size, dtype=np.int32) for size in sizes])),
-            "count": counts,
-        }
-    )
-    with write_atomically(path) as partial:
-        frame.write_parquet(partial, compression="zstd", compression_level=1, statistics=False)

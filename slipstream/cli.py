@@ -1,0 +1,278 @@
+"""The command line: parse, call, show. The only module that prints or chooses an exit code.
+
+stdout carries the answer (`--json`: one document), stderr everything else. Exit codes: 0 success, 1 an
+expected failure, 2 usage or configuration, 130 interrupted. Heavy packages are imported by the commands that
+need them, so that help and `check` start at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import typer.core
+
+from slipstream import __version__
+from slipstream.errors import ConfigError, SlipstreamError
+
+if TYPE_CHECKING:
+    from slipstream.config import PipelineConfig
+    from slipstream.pipeline import RunResult
+
+_DEFAULT_PIPELINE = "tiny"
+
+
+class _Edge(typer.core.TyperGroup):
+    """Turns expected errors into two parts on stderr and an exit code; unexpected ones keep their traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SlipstreamError as exc:
+            _say(f"error: {exc}")
+            if exc.hint:
+                _say(f"\nhint: {exc.hint}")
+            raise typer.Exit(exc.exit_code) from exc
+        except KeyboardInterrupt as exc:
+            _say("interrupted; finished parts are kept, the same command goes on from them")
+            raise typer.Exit(130) from exc
+        except BrokenPipeError as exc:
+            sys.stderr.close()
+            raise typer.Exit(0) from exc
+
+
+app = typer.Typer(
+    cls=_Edge,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="From raw click logs to a trained model, with only the rows that matter next to the accelerator.",
+    epilog="Example: slipstream run pipelines/criteo_kaggle.toml --set dataset.raw=/data/train.txt",
+)
+
+_Pipeline = Annotated[
+    str, typer.Argument(metavar="PIPELINE", help="Pipeline file, or the name of a shipped one.")
+]
+_Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override one key; repeatable.")]
+_Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Folder that holds run folders.")]
+_Force = Annotated[bool, typer.Option("--force", help="Run even what is up to date.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+_Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no tables.")]
+
+_NO_OVERRIDES: list[str] = []
+_RUNS = Path("runs")
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"slipstream {__version__}")
+        raise typer.Exit
+
+
+@app.command(epilog="Example: slipstream run --set train.mode=resident --json")
+def run(
+    pipeline: _Pipeline = _DEFAULT_PIPELINE,
+    runs: _Runs = _RUNS,
+    overrides: _Set = _NO_OVERRIDES,
+    force: _Force = False,
+    as_json: _Json = False,
+    quiet: _Quiet = False,
+) -> None:
+    """Run every stage that needs it, from raw log to trained model."""
+    _run(pipeline, runs, overrides, stages=None, force=force, as_json=as_json, quiet=quiet)
+
+
+@app.command(epilog="Example: slipstream plan pipelines/tiny.toml --set preprocess.freq_threshold=5")
+def plan(
+    pipeline: _Pipeline = _DEFAULT_PIPELINE,
+    runs: _Runs = _RUNS,
+    overrides: _Set = _NO_OVERRIDES,
+    as_json: _Json = False,
+) -> None:
+    """Say which stages would run, and why; change nothing."""
+    config = _load(pipeline, overrides)
+    from slipstream.pipeline import plan_pipeline
+
+    plans = plan_pipeline(config, runs)
+    if as_json:
+        body = [{"stage": p.stage, "run": p.will_run, "reason": p.reason} for p in plans]
+        typer.echo(json.dumps(body, indent=1))
+        return
+    from rich.console import Console
+
+    from slipstream.report import plan_table
+
+    Console().print(plan_table(plans))
+
+
+@app.command(epilog="Example: slipstream check pipelines/avazu.toml")
+def check(
+    pipeline: _Pipeline = _DEFAULT_PIPELINE,
+    overrides: _Set = _NO_OVERRIDES,
+    as_json: _Json = False,
+) -> None:
+    """Validate a pipeline without running it; --json prints it with every default filled in."""
+    config = _load(pipeline, overrides)
+    if as_json:
+        from slipstream.config import to_dict
+
+        typer.echo(json.dumps(to_dict(config), indent=1))
+    else:
+        typer.echo(f"{pipeline}: ok, run `{config.name}`")
+
+
+@app.command(epilog="Example: slipstream show runs/tiny/profile/*")
+def show(
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder of a published artifact.")],
+    as_json: _Json = False,
+) -> None:
+    """Show what an artifact holds: its figures, sizes and inputs."""
+    from slipstream.io.artifacts import open_artifact
+
+    manifest = open_artifact(artifact).manifest
+    if as_json:
+        typer.echo(json.dumps(manifest, indent=1))
+        return
+    from rich.console import Console
+
+    from slipstream.report import manifest_table
+
+    Console().print(manifest_table(manifest))
+
+
+@app.command(epilog="Example: slipstream clean pipelines/tiny.toml")
+def clean(pipeline: _Pipeline = _DEFAULT_PIPELINE, runs: _Runs = _RUNS, overrides: _Set = _NO_OVERRIDES) -> None:
+    """Remove what killed processes left in a run folder; published artifacts stay."""
+    config = _load(pipeline, overrides)
+    from slipstream.pipeline import clean_run
+
+    removed = clean_run(runs, config.name)
+    for path in removed:
+        _say(f"removed {path}")
+    typer.echo(f"{len(removed)} leftover folders removed")
+
+
+def _stage_command(stage: str, summary: str) -> None:
+    def command(
+        pipeline: _Pipeline = _DEFAULT_PIPELINE,
+        runs: _Runs = _RUNS,
+        overrides: _Set = _NO_OVERRIDES,
+        force: _Force = False,
+        as_json: _Json = False,
+        quiet: _Quiet = False,
+    ) -> None:
+        _run(pipeline, runs, overrides, stages=[stage], force=force, as_json=as_json, quiet=quiet)
+
+    example = f"Example: slipstream {stage} pipelines/tiny.toml --force"
+    app.command(stage, help=summary, epilog=example)(command)
+
+
+_stage_command("preprocess", "Turn raw logs into encoded columns, one row number per value.")
+_stage_command("profile", "Count accesses per row and measure what each budget would buy.")
+_stage_command("segregate", "Choose the hot rows and split samples by them; profiles first when needed.")
+_stage_command("train", "Train with hot rows on the device and cold rows on the host.")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+def _run(
+    pipeline: str,
+    runs: Path,
+    overrides: list[str],
+    *,
+    stages: list[str] | None,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    config = _load(pipeline, overrides)
+    from rich.console import Console
+
+    from slipstream.pipeline import run_pipeline
+    from slipstream.progress import Silent
+    from slipstream.report import RichProgress, curve_table, run_table, stage_line
+
+    console = Console(stderr=True)
+    result = run_pipeline(
+        config,
+        runs,
+        stages=stages,
+        force=force,
+        progress=Silent() if quiet else RichProgress(console),
+        on_stage=lambda stage: None if quiet else console.print(stage_line(stage)),
+    )
+    if as_json:
+        typer.echo(json.dumps(_to_json(result), indent=1, allow_nan=False))
+    elif not quiet:
+        answer = Console()
+        if stages == ["profile"]:
+            answer.print(curve_table(result.counts("profile")["curve"]))
+        answer.print(run_table(result))
+
+
+def _to_json(result: RunResult) -> dict[str, Any]:
+    from slipstream.pipeline import row_bytes_of
+
+    stages: dict[str, Any] = {}
+    for name, stage in result.stages.items():
+        counts = dict(stage.artifact.counts)
+        if name == "segregate":
+            samples = counts.pop("samples")
+            counts |= {"hot_samples": samples["hot"], "cold_samples": samples["cold"]}
+            counts |= {"val_samples": samples["val"], "test_samples": samples["test"]}
+            counts["bytes"] = counts["hot_rows"] * row_bytes_of(result.config)
+        stages[name] = {
+            "status": stage.status,
+            "reason": stage.reason,
+            "seconds": round(stage.seconds, 3),
+            "output": str(stage.artifact.path),
+            **_without_nan(counts),
+        }
+    return {"name": result.config.name, "run_dir": str(result.run_dir), "stages": stages}
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and value != value else value
+
+
+def _load(pipeline: str, overrides: list[str]) -> PipelineConfig:
+    from slipstream.config import load_pipeline
+
+    return load_pipeline(_find_pipeline(pipeline), overrides)
+
+
+def _find_pipeline(name: str) -> Path:
+    path = Path(name)
+    if path.exists() or path.suffix == ".toml":
+        return path
+    package = Path(__file__).parent
+    for folder in (package / "pipelines", package.parent / "pipelines"):
+        if (folder / f"{name}.toml").exists():
+            return folder / f"{name}.toml"
+    raise ConfigError(
+        f"expected a pipeline file or the name of a shipped pipeline, found `{name}`",
+        hint="shipped pipelines: " + ", ".join(sorted(path.stem for path in _shipped())),
+    )
+
+
+def _shipped() -> list[Path]:
+    package = Path(__file__).parent
+    return [*(package / "pipelines").glob("*.toml"), *(package.parent / "pipelines").glob("*.toml")]
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)

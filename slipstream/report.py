@@ -1,0 +1,178 @@
+"""Rich tables and progress: results in, renderables out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from slipstream.pipeline import RunResult, StagePlan, StageResult, row_bytes_of
+
+
+class RichProgress:
+    """Shows tasks as bars on a terminal; on anything else nothing is drawn."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    @contextmanager
+    def task(self, label: str, total: int | None, unit: str) -> Iterator[Callable[[int, str], None]]:
+        """Open a task and show it until the block ends."""
+        if not self._console.is_terminal:
+            yield lambda done, note: None
+            return
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=28),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("[dim]{task.fields[note]}"),
+        )
+        with Progress(*columns, console=self._console, transient=True) as bars:
+            task_id = bars.add_task(f"{label:<16}", total=total, note="")
+
+            def advance(done: int, note: str) -> None:
+                bars.update(task_id, advance=done, note=note or bars.tasks[0].fields["note"])
+
+            yield advance
+
+
+def stage_line(result: StageResult) -> Text:
+    """One line that says what became of a stage."""
+    mark, style = ("✓", "green") if result.status == "ran" else ("·", "dim")
+    took = f"{result.seconds:7.1f} s" if result.status == "ran" else "  skipped"
+    return Text.assemble((f"{mark} ", style), f"{result.stage:<11}", (took, "bold" if mark == "✓" else "dim"),
+                         (f"  {result.reason}", "dim"))
+
+
+def plan_table(plans: Sequence[StagePlan]) -> Table:
+    """What would run, and why."""
+    table = Table("stage", "would", "because", box=None, pad_edge=False)
+    for plan in plans:
+        table.add_row(plan.stage, "[bold]run[/]" if plan.will_run else "[dim]skip[/]", plan.reason)
+    return table
+
+
+def run_table(result: RunResult) -> RenderableType:
+    """The figures of a run that a person asks for first."""
+    table = Table(title=f"run {result.config.name}", title_justify="left", show_header=False, box=None)
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column()
+    for label, value in _facts(result):
+        table.add_row(label, value)
+    lines = [Text(f"  {stage.stage:<11} {stage.artifact.path}", style="dim") for stage in result.stages.values()]
+    return Group(table, Text("files", style="cyan"), *lines)
+
+
+def _facts(result: RunResult) -> Iterator[tuple[str, str]]:
+    config = result.config
+    if processed := result.counts("preprocess"):
+        samples = processed["samples"]
+        split = ", ".join(f"{count:,} {name}" for name, count in samples.items())
+        yield "samples", f"{split}; {processed['rejected']:,} lines rejected"
+        yield "rows", f"{sum(processed['rows_per_table'].values()):,} in {len(processed['rows_per_table'])} tables"
+    if segregated := result.counts("segregate"):
+        share = segregated["hot_rows"] / segregated["rows"]
+        hot_bytes = segregated["hot_rows"] * row_bytes_of(config)
+        yield (
+            "hot rows",
+            f"{segregated['hot_rows']:,} ({share:.1%}, {show_bytes(hot_bytes)}), Λ = {segregated['lambda']}",
+        )
+        yield (
+            "hot share",
+            f"{segregated['hot_sample_share']:.1%} of training samples, "
+            f"{segregated['hit_ratio']:.1%} of their lookups",
+        )
+    if trained := result.counts("train"):
+        teacher = result.counts("generate").get("splits", {})
+        for split in ("test", "val"):
+            quality = trained[split]
+            best = teacher.get(split, {}).get("auc")
+            beside = f" (teacher {best:.4f})" if best else ""
+            yield (
+                split,
+                f"AUC {quality['auc']:.4f}{beside}, logloss {quality['logloss']:.4f}, NE {quality['ne']:.4f}, "
+                f"calibration {quality['calibration']:.3f}, accuracy {quality['accuracy']:.4f}",
+            )
+        yield (
+            "speed",
+            f"{trained['samples_per_second']:,.0f} samples/s on {trained['device']} over "
+            f"{trained['steps']:,} steps, mode {config.train.mode}",
+        )
+        if trained["drop_asked"]:
+            threshold = trained["threshold"]
+            at = f" at T = {threshold:.3g}" if threshold is not None else ""
+            yield (
+                "dropped",
+                f"{trained['samples_dropped']:,} samples; asked {trained['drop_asked']:.1%} of "
+                f"{trained['samples_classified']:,} hot samples classified, achieved "
+                f"{trained['drop_achieved']:.1%}{at} ({config.criterion})",
+            )
+        tiers = ", ".join(f"{name} {show_bytes(size)}" for name, size in trained["bytes_per_tier"].items())
+        moved = show_bytes(trained["bytes_to_device"]), show_bytes(trained["bytes_to_host"])
+        yield "memory", f"{tiers}; moved {moved[0]} to the device, {moved[1]} back"
+
+
+def curve_table(curve: Sequence[Mapping[str, Any]]) -> Table:
+    """What each budget buys: the hot-set curve of a profile."""
+    table = Table(title="hot-set curve", title_justify="left", box=None, pad_edge=False)
+    for name in ("rows", "policy", "Λ", "hot rows", "hits train", "hits val", "hot samples train", "hot samples val"):
+        table.add_column(name, justify="left" if name == "policy" else "right")
+    by_key = {(point["row_share"], point["policy"], point["split"]): point for point in curve}
+    for (share, policy, split), point in by_key.items():
+        if split != "train":
+            continue
+        held_out = by_key[share, policy, "val"]
+        table.add_row(
+            f"{share:.1%}",
+            policy,
+            str(point["access_threshold"]),
+            f"{point['hot_rows']:,}",
+            f"{point['hit_ratio']:.1%}",
+            f"{held_out['hit_ratio']:.1%}",
+            f"{point['hot_sample_share']:.1%}",
+            f"{held_out['hot_sample_share']:.1%}",
+        )
+    return table
+
+
+def manifest_table(manifest: Mapping[str, Any]) -> RenderableType:
+    """An artifact's manifest for people."""
+    table = Table(show_header=False, box=None)
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column()
+    outputs = manifest["outputs"]
+    total = sum(output["bytes"] for output in outputs.values())
+    table.add_row("stage", f"{manifest['stage']} (slipstream {manifest['slipstream']}, format {manifest['format']})")
+    table.add_row("made in", f"{manifest['seconds']:.1f} s, peak memory {show_bytes(manifest['peak_bytes'])}")
+    table.add_row("inputs", ", ".join(f"{name} {digest}" for name, digest in manifest["inputs"].items()) or "none")
+    table.add_row("outputs", f"{len(outputs)} files, {show_bytes(total)}")
+    for name, value in manifest["counts"].items():
+        if name != "curve":
+            table.add_row(name, str(value))
+    curve = manifest["counts"].get("curve")
+    return Group(table, curve_table(curve)) if curve else table
+
+
+def show_bytes(size: float) -> str:
+    """Bytes for people: `1.5 MiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"

@@ -1,0 +1,30 @@
+"""Generate: write the raw text of a synthetic click log.
+
+Reads   nothing
+Writes  generate/    clicks.tsv in Criteo's line format
+Keeps   the same bytes for the same spec and seed, on every machine
+Costs   about four seconds and 250 MB of text a million samples
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from slipstream.config import DatasetConfig
+from slipstream.datasets.synthetic import SyntheticSpec, write_log
+from slipstream.io.artifacts import write_atomically
+from slipstream.progress import Progress
+
+
+def run(config: DatasetConfig, *, seed: int, scratch: Path, progress: Progress) -> dict[str, Any]:
+    """Write the log; returns its size and how well its teacher predicts its labels, for the manifest."""
+    spec = SyntheticSpec(num_samples=config.num_samples, num_days=config.num_days, seed=seed)
+    with (
+        progress.task("generate", config.num_samples, "samples") as advance,
+        write_atomically(scratch / "clicks.tsv") as path,
+    ):
+        summary = write_log(spec, path, progress=lambda rows: advance(rows, ""))
+    counts: dict[str, Any] = json.loads(summary.to_json())
+    return counts
