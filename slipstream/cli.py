@@ -54,9 +54,7 @@ app = typer.Typer(
     epilog="Example: slipstream run pipelines/criteo_kaggle.toml --set dataset.raw=/data/train.txt",
 )
 
-_Pipeline = Annotated[
-    str, typer.Argument(metavar="PIPELINE", help="Pipeline file, or the name of a shipped one.")
-]
+_Pipeline = Annotated[str, typer.Argument(metavar="PIPELINE", help="Pipeline file, or the name of a shipped one.")]
 _Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override one key; repeatable.")]
 _Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Folder that holds run folders.")]
 _Force = Annotated[bool, typer.Option("--force", help="Run even what is up to date.")]

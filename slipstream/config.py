@@ -148,18 +148,14 @@ class PreprocessConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        TableLimits(
-            freq_threshold=self.freq_threshold, max_rows=self.max_rows, num_buckets=self.num_buckets
-        )
+        TableLimits(freq_threshold=self.freq_threshold, max_rows=self.max_rows, num_buckets=self.num_buckets)
         _require(
             0 <= self.max_reject_ratio <= 1,
             "preprocess.max_reject_ratio",
             "in [0, 1]",
             self.max_reject_ratio,
         )
-        _require(
-            self.samples_per_part >= 1, "preprocess.samples_per_part", "at least 1", self.samples_per_part
-        )
+        _require(self.samples_per_part >= 1, "preprocess.samples_per_part", "at least 1", self.samples_per_part)
         _require(self.num_threads >= 0, "preprocess.num_threads", "at least 0", self.num_threads)
         _sized("preprocess.chunk_bytes", self.chunk_bytes, least=1024)
 
@@ -215,21 +211,15 @@ class SegregateConfig:
             parse_budget(self.hot_budget, total_bytes=100)
         except ValueError as exc:
             raise ConfigError(f"`segregate.hot_budget`: {exc}") from exc
-        _require(
-            self.access_threshold >= 0, "segregate.access_threshold", "at least 0", self.access_threshold
-        )
-        _require(
-            self.sample_aware_power > 0, "segregate.sample_aware_power", "above 0", self.sample_aware_power
-        )
+        _require(self.access_threshold >= 0, "segregate.access_threshold", "at least 0", self.access_threshold)
+        _require(self.sample_aware_power > 0, "segregate.sample_aware_power", "above 0", self.sample_aware_power)
         _require(
             self.sample_aware_rounds >= 1,
             "segregate.sample_aware_rounds",
             "at least 1",
             self.sample_aware_rounds,
         )
-        _require(
-            self.samples_per_shard >= 1, "segregate.samples_per_shard", "at least 1", self.samples_per_shard
-        )
+        _require(self.samples_per_shard >= 1, "segregate.samples_per_shard", "at least 1", self.samples_per_shard)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -257,7 +247,10 @@ class ModelConfig:
             self.bottom_mlp,
         )
         _require(
-            bool(self.top_mlp) and self.top_mlp[-1] == 1, "model.top_mlp", "a list that ends in 1", self.top_mlp
+            bool(self.top_mlp) and self.top_mlp[-1] == 1,
+            "model.top_mlp",
+            "a list that ends in 1",
+            self.top_mlp,
         )
 
 
@@ -278,6 +271,10 @@ class TrainConfig:
     """Of the rows; the dense layers use SGD or element-wise Adagrad to match."""
     lr: float = 0.02
     """Learning rate of rows and dense layers."""
+    lr_warmup: float = 0.0
+    """Share of training over which the learning rate rises from zero."""
+    lr_decay: Literal["none", "linear"] = "none"
+    """`linear` lowers the learning rate to zero at the end of training."""
     eps: float = 1e-8
     """Added to the root of the Adagrad accumulator."""
     weight_decay: float = 0.0
@@ -302,6 +299,7 @@ class TrainConfig:
         for name in ("staging_rows", "num_threads", "weight_decay"):
             _require(getattr(self, name) >= 0, f"train.{name}", "at least 0", getattr(self, name))
         _require(self.lr > 0, "train.lr", "above 0", self.lr)
+        _require(0 <= self.lr_warmup < 1, "train.lr_warmup", "in [0, 1)", self.lr_warmup)
         _require(self.eps > 0, "train.eps", "above 0", self.eps)
 
 
@@ -330,9 +328,7 @@ class SkipConfig:
         """Check ranges."""
         _require(0 <= self.target_drop < 1, "skip.target_drop", "in [0, 1)", self.target_drop)
         _require(0 < self.alpha <= 1, "skip.alpha", "in (0, 1]", self.alpha)
-        _require(
-            self.threshold is None or self.threshold >= 0, "skip.threshold", "at least 0", self.threshold
-        )
+        _require(self.threshold is None or self.threshold >= 0, "skip.threshold", "at least 0", self.threshold)
         for name in ("warmup_steps", "refresh_steps", "window_steps"):
             _require(getattr(self, name) >= 0, f"skip.{name}", "at least 0", getattr(self, name))
         _require(self.sample_size >= 1, "skip.sample_size", "at least 1", self.sample_size)
@@ -365,7 +361,7 @@ class PipelineConfig:
         _require(0 <= self.seed < 2**32, "seed", "in [0, 2^32)", self.seed)
 
     @property
-    def criterion(self) -> str:
+    def criterion(self) -> Literal["none", "stale", "random"]:
         """The skip criterion in force: only mode `slipstream` skips."""
         return self.skip.criterion if self.train.mode == "slipstream" else "none"
 
@@ -438,9 +434,7 @@ def _sized(key: str, value: str | int, *, least: int) -> None:
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
-        raise ConfigError(
-            f"expected `--set key=value`, found `{override}`", hint="for example --set train.epochs=2"
-        )
+        raise ConfigError(f"expected `--set key=value`, found `{override}`", hint="for example --set train.epochs=2")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

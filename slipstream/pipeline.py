@@ -88,7 +88,12 @@ def plan_pipeline(config: PipelineConfig, runs_dir: Path) -> list[StagePlan]:
         published = find_artifact(run_dir, key)
         if published is not None:
             plans.append(
-                StagePlan(stage=key.stage, will_run=False, reason="up to date: same config, inputs and seed", key=key)
+                StagePlan(
+                    stage=key.stage,
+                    will_run=False,
+                    reason="up to date: same config, inputs and seed",
+                    key=key,
+                )
             )
         else:
             reason = _why_run(run_dir, key, [plan.stage for plan in plans if plan.will_run])
@@ -192,9 +197,7 @@ def _stage_keys(config: PipelineConfig) -> dict[str, StageKey]:
     body = to_dict(config.preprocess, execution=False)
     body |= {"source": dataset.source, "max_ind_range": dataset.max_ind_range}
     draws = config.preprocess.split == "random"
-    keys["preprocess"] = StageKey(
-        stage="preprocess", config=body, inputs=inputs, seed=config.seed if draws else 0
-    )
+    keys["preprocess"] = StageKey(stage="preprocess", config=body, inputs=inputs, seed=config.seed if draws else 0)
     processed = {"preprocess": keys["preprocess"].fingerprint}
     segregate = config.segregate
     body = to_dict(config.profile, execution=False)
@@ -203,9 +206,7 @@ def _stage_keys(config: PipelineConfig) -> dict[str, StageKey]:
         "sample_aware_rounds": segregate.sample_aware_rounds,
     }
     draws = config.profile.sample_ratio < 1
-    keys["profile"] = StageKey(
-        stage="profile", config=body, inputs=processed, seed=config.seed if draws else 0
-    )
+    keys["profile"] = StageKey(stage="profile", config=body, inputs=processed, seed=config.seed if draws else 0)
     body = to_dict(segregate, execution=False)
     if not str(segregate.hot_budget).strip().endswith("%"):
         # a share of all rows is the same rows whatever a row weighs
@@ -346,9 +347,7 @@ def _segregate(
     )
 
 
-def _train(
-    config: PipelineConfig, inputs: Mapping[str, Artifact], scratch: Path, progress: Progress
-) -> dict[str, Any]:
+def _train(config: PipelineConfig, inputs: Mapping[str, Artifact], scratch: Path, progress: Progress) -> dict[str, Any]:
     from slipstream.stages import train
 
     return train.run(

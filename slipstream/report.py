@@ -56,8 +56,12 @@ def stage_line(result: StageResult) -> Text:
     """One line that says what became of a stage."""
     mark, style = ("✓", "green") if result.status == "ran" else ("·", "dim")
     took = f"{result.seconds:7.1f} s" if result.status == "ran" else "  skipped"
-    return Text.assemble((f"{mark} ", style), f"{result.stage:<11}", (took, "bold" if mark == "✓" else "dim"),
-                         (f"  {result.reason}", "dim"))
+    return Text.assemble(
+        (f"{mark} ", style),
+        f"{result.stage:<11}",
+        (took, "bold" if mark == "✓" else "dim"),
+        (f"  {result.reason}", "dim"),
+    )
 
 
 def plan_table(plans: Sequence[StagePlan]) -> Table:
@@ -85,7 +89,10 @@ def _facts(result: RunResult) -> Iterator[tuple[str, str]]:
         samples = processed["samples"]
         split = ", ".join(f"{count:,} {name}" for name, count in samples.items())
         yield "samples", f"{split}; {processed['rejected']:,} lines rejected"
-        yield "rows", f"{sum(processed['rows_per_table'].values()):,} in {len(processed['rows_per_table'])} tables"
+        yield (
+            "rows",
+            f"{sum(processed['rows_per_table'].values()):,} in {len(processed['rows_per_table'])} tables",
+        )
     if segregated := result.counts("segregate"):
         share = segregated["hot_rows"] / segregated["rows"]
         hot_bytes = segregated["hot_rows"] * row_bytes_of(config)
@@ -95,8 +102,7 @@ def _facts(result: RunResult) -> Iterator[tuple[str, str]]:
         )
         yield (
             "hot share",
-            f"{segregated['hot_sample_share']:.1%} of training samples, "
-            f"{segregated['hit_ratio']:.1%} of their lookups",
+            f"{segregated['hot_sample_share']:.1%} of training samples, {segregated['hit_ratio']:.1%} of their lookups",
         )
     if trained := result.counts("train"):
         teacher = result.counts("generate").get("splits", {})
@@ -131,7 +137,16 @@ def _facts(result: RunResult) -> Iterator[tuple[str, str]]:
 def curve_table(curve: Sequence[Mapping[str, Any]]) -> Table:
     """What each budget buys: the hot-set curve of a profile."""
     table = Table(title="hot-set curve", title_justify="left", box=None, pad_edge=False)
-    for name in ("rows", "policy", "Λ", "hot rows", "hits train", "hits val", "hot samples train", "hot samples val"):
+    for name in (
+        "rows",
+        "policy",
+        "Λ",
+        "hot rows",
+        "hits train",
+        "hits val",
+        "hot samples train",
+        "hot samples val",
+    ):
         table.add_column(name, justify="left" if name == "policy" else "right")
     by_key = {(point["row_share"], point["policy"], point["split"]): point for point in curve}
     for (share, policy, split), point in by_key.items():

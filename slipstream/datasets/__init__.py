@@ -1,1 +1,1 @@
-
+"""Raw formats, one file per source: columns and parsing only."""

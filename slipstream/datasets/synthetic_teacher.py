@@ -76,9 +76,7 @@ class Teacher:
         ctr: Click-through rate to calibrate for, in (0, 1).
     """
 
-    def __init__(
-        self, *, seed: int, table_sizes: tuple[int, ...], dim: int, noise_ratio: float, ctr: float
-    ) -> None:
+    def __init__(self, *, seed: int, table_sizes: tuple[int, ...], dim: int, noise_ratio: float, ctr: float) -> None:
         self._effects: list[Int] = []
         self._vectors: dict[int, Int] = {}
         self._scales = [0] * len(_VARIANCE_SHARES)
@@ -143,8 +141,7 @@ class Teacher:
         """
         parts = self.components(integers, ids)
         self._scales = [
-            _scale_for(part, signal * math.sqrt(share))
-            for part, share in zip(parts, _VARIANCE_SHARES, strict=True)
+            _scale_for(part, signal * math.sqrt(share)) for part, share in zip(parts, _VARIANCE_SHARES, strict=True)
         ]
         wanted = round(self._ctr * (1 << PROBABILITY_BITS)) * len(parts[0])
         low, high = -8 * NUM_LEVELS, 8 * NUM_LEVELS

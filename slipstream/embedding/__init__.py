@@ -1,1 +1,1 @@
-
+"""Where rows live, how they are represented, and which of them still change."""

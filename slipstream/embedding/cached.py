@@ -38,12 +38,14 @@ _DEFAULT_EPS = {"sgd": 0.0, "rowwise_adagrad": 1e-10, "adam": 1e-8}
 class CachedEmbeddingBag(nn.Module):
     """`nn.EmbeddingBag` whose rows live in host memory, with a cache of `cache_ratio` of them on the device.
 
-    Forward, and SGD over `parameters()`, give the numbers of `nn.EmbeddingBag`, to the bit on CPU. Two ways
-    to update. With `optimizer=None`, `parameters()` yields the cache tensor: plain `torch.optim.SGD` (no
-    momentum, no weight decay) is right, anything with state per row is not, since a position changes its row.
-    With `optimizer="..."`, call `step()` after `backward()`: duplicates are summed, each row looked up since
-    the last step is updated once, its state moves with it, and `parameters()` is empty so that nothing
-    updates it twice.
+    The numbers are those of `nn.EmbeddingBag`: on CPU to the bit, in the forward and with sparse gradients
+    (dense ones differ in the last bit, since torch sums duplicates in an order that depends on row numbers).
+
+    Two ways to update. With `optimizer=None`, `parameters()` yields the cache tensor: plain `torch.optim.SGD`
+    (no momentum, no weight decay) is right; anything with state per row is not, since a position changes its
+    row. With `optimizer="..."`, call `step()` after `backward()`: duplicates are summed, each row looked up
+    since the last step is updated once, its state moves with it, and `parameters()` is empty so that nothing
+    updates it twice. Either way one step answers for all forwards before it; their rows stay until then.
 
     The cache must hold the distinct rows of a training batch. Ids are best handed over on the CPU, where the
     bookkeeping happens. In eval mode the table is frozen: no row moves, nothing counts and no gradient
@@ -153,9 +155,7 @@ class CachedEmbeddingBag(nn.Module):
             row_counts=counts if evict_strategy == "dataset" else None,
             ageing_admits=ageing_admits,
         )
-        self._maps_bytes_of_caller = (
-            counts.nbytes if counts is not None and evict_strategy == "dataset" else 0
-        )
+        self._maps_bytes_of_caller = counts.nbytes if counts is not None and evict_strategy == "dataset" else 0
         self._init_tables(_weight, pin_weight, dtype, torch.device("cpu" if device is None else device))
         self._pending: list[_Pending] = []
         self._pending_admit = 0  # the admit that the first pending forward came from
@@ -205,11 +205,11 @@ class CachedEmbeddingBag(nn.Module):
         offsets: Tensor | None = None,
         per_sample_weights: Tensor | None = None,
     ) -> Tensor:
-        """Pool the rows of every bag: in training after making them resident, in eval mode without moving any.
+        """Pool the rows of every bag: in training made resident first, in eval mode wherever they are.
 
         Args:
             input: Row numbers, shape (L,) with `offsets` or (B, L / B) without; int64 or int32.
-            offsets: Start of every bag, shape (B,), or (B + 1,) with `include_last_offset`. Bags may be empty.
+            offsets: Start of every bag, shape (B,), or (B + 1,) with `include_last_offset`.
             per_sample_weights: Weight of every lookup, shape of `input`; mode `"sum"` only.
 
         Returns:
@@ -236,9 +236,7 @@ class CachedEmbeddingBag(nn.Module):
             weight,
             None if offsets is None else offsets.to(weight.device, torch.int64, non_blocking=True),
             mode=self.mode,
-            sparse=weight.requires_grad
-            and self.mode != "max"
-            and (self.sparse or self.optimizer is not None),
+            sparse=weight.requires_grad and self.mode != "max" and (self.sparse or self.optimizer is not None),
             per_sample_weights=None
             if per_sample_weights is None
             else per_sample_weights.to(weight.device, non_blocking=True),
@@ -264,9 +262,7 @@ class CachedEmbeddingBag(nn.Module):
             CapacityError: Not even the first batch fits.
         """
         if not self.training:
-            raise ValueError(
-                "expected training mode: in eval mode no row moves, so there is nothing to prefetch"
-            )
+            raise ValueError("expected training mode: in eval mode no row moves, so there is nothing to prefetch")
         requests = [self._real_rows(batch) for batch in batches]
         if not requests:
             return 0
@@ -428,9 +424,7 @@ class CachedEmbeddingBag(nn.Module):
         hint = f"raise cache_ratio to at least {_round_up(num_distinct / self.num_embeddings)}"
         if num_distinct <= capacity:
             waiting = f", beside the rows of {len(self._pending)} forwards that wait for their optimizer step"
-            hint = (
-                "take that step, or use no_grad or eval mode for what is not trained on; or raise cache_ratio"
-            )
+            hint = "take that step, or use no_grad or eval mode for what is not trained on; or raise cache_ratio"
         else:
             hint += ", or use a smaller batch"
         return CapacityError(

@@ -31,6 +31,9 @@ BLOCK_ROWS = 256
 FANOUT = 64
 """Children of a node in the tree of bounds."""
 
+LEAST_REREADS = 16
+"""Blocks that a search for the largest weight may re-read, however short the period."""
+
 PENDING_ROWS = 32_768
 """Rows noted before they are read in one go: few enough to be in the cache, enough to spread the cost."""
 
@@ -285,9 +288,7 @@ def _levels(x: Tensor, scale: Tensor, bits: int) -> Tensor:
 def _along_rows(scale: Tensor | float, x: Tensor) -> Tensor:
     """Shape a scale so that it broadcasts over the rows of `x`."""
     scale = torch.as_tensor(scale, dtype=torch.float32, device=x.device)
-    if scale.ndim == 0 or (
-        scale.ndim == x.ndim and scale.shape[:1] == x.shape[:1] and scale[:1].numel() == 1
-    ):
+    if scale.ndim == 0 or (scale.ndim == x.ndim and scale.shape[:1] == x.shape[:1] and scale[:1].numel() == 1):
         return scale
     if scale.ndim == 1 and x.ndim > 1 and scale.shape[0] == x.shape[0]:
         return scale.view(-1, *(1,) * (x.ndim - 1))
@@ -386,9 +387,7 @@ def _pack(q: Tensor, bits: int) -> Tensor:
 
 def _unpack(packed: Tensor, bits: int) -> Tensor:
     if packed.dtype != torch.uint8:
-        raise ValueError(
-            f"unpack_int{bits}: expected uint8, found {packed.dtype}; pass what pack_int{bits} gave"
-        )
+        raise ValueError(f"unpack_int{bits}: expected uint8, found {packed.dtype}; pass what pack_int{bits} gave")
     signed = packed.view(torch.int8)
     # shifted up, the sign bit of the part is the sign bit of the byte; the shift down then extends it
     parts = [(signed << (8 - bits * (k + 1))) >> (8 - bits) for k in range(values_per_byte(bits))]
@@ -463,16 +462,16 @@ class AbsMaxTracker:
     1. reads the rows noted since last time (they are the ones an optimizer changed) and *raises* the bounds;
     2. re-reads `rows_per_refresh` rows from a cursor that goes round the table, making those bounds exact;
     3. looks at the block with the largest bound: exact, then it is the answer; else it is re-read and the
-       search goes on, for `rows_per_refresh` rows at most.
+       search goes on, for R = max(rows_per_refresh / 256, 16) blocks at most.
 
     So the maximum also shrinks, at once and without reading the table. **Exactness**: if only noted rows
-    change, the answer is never below max|w|, and it is max|w| unless step 3 ran out of rows, that is unless
-    more than `rows_per_refresh / 256` blocks once held a larger weight than any there is now. Gradients may
-    accumulate over forwards of 131,072 looked-up rows before the optimizer steps. **Staleness**:
-    a change of a row that was not noted (momentum moving rows without a lookup, a write into the tensor) is
-    seen when the cursor comes by, within ceil(num_rows / rows_per_refresh) + 1 calls. **Cost** of a call: the
-    noted rows and at most 2 * rows_per_refresh rows, plus O(log num_rows). The first call reads the table
-    once; memory is 5 bytes per block.
+    change, the answer is never below max|w|, and it is max|w| unless step 3 ran out of blocks, that is unless
+    R or more blocks once held a larger weight than any there is now and were not read since. Gradients may
+    accumulate over forwards of 131,072 looked-up rows before the optimizer steps. **Staleness**: a change of
+    a row that was not noted (momentum moving rows without a lookup, a write into the tensor) is seen when the
+    cursor comes by, within ceil(num_rows / rows_per_refresh) calls. **Cost** of a call: the noted rows,
+    rows_per_refresh rows and at most R blocks of 256 rows, plus O(log num_rows). The first call reads the
+    table once; memory is about 5 bytes per block.
 
     A table of at most `rows_per_refresh` rows is read whole every time: no bounds, always exact.
 
@@ -578,7 +577,7 @@ class AbsMaxTracker:
         self._cursor = 0 if stop == self._num_blocks else stop
 
     def _search(self, read: Callable[[Tensor | slice], Tensor]) -> Tensor:
-        for _ in range(self.blocks_per_refresh):
+        for _ in range(max(self.blocks_per_refresh, LEAST_REREADS)):
             block = 0
             for level in reversed(self._bounds[:-1]):
                 children = level[block * FANOUT : (block + 1) * FANOUT]

@@ -168,13 +168,14 @@ class QuantizedEmbeddingBag(_Bag):
     **Scale per table** is max|w| / n, refreshed on training forwards 0, period, 2 * period, ..., before
     rounding; evaluation never changes it. Between refreshes a weight that outgrew the range saturates. Tables
     of at most `1024 * period` rows are re-read whole at a refresh: always exact. Larger ones use an
-    `AbsMaxTracker`, which reads the rows looked up since the last refresh and at most 2 * 1024 * period
-    others, whatever the size of the table. The scale is then exact for any optimizer that changes looked-up
-    rows only (SGD, SparseAdam, Adagrad on sparse gradients), unless more blocks of 256 rows than `4 * period`
-    shrank from above the present maximum since they were last read: then it is an upper bound, so nothing
-    saturates. Changes of other rows (momentum buffers, a second module sharing the weight, writes by hand)
-    are seen within ceil(N / 1024) + period steps; `refresh_scale` sees them at once. With `sparse=False` a
-    step costs O(N) anyway, so each refresh reads all rows. A step is one forward in training mode.
+    `AbsMaxTracker`, which reads the rows looked up since the last refresh, 1024 * period others in turn, and
+    at most R = max(4 * period, 16) blocks of 256 rows, whatever the size of the table. The scale is then
+    exact for any optimizer that changes looked-up rows only (SGD, SparseAdam, Adagrad on sparse gradients),
+    unless R or more blocks have shrunk from above the present maximum since they were last read: then it is
+    an upper bound, so nothing saturates at a refresh. Changes of other rows (momentum buffers, a second
+    module sharing the weight, writes by hand) are seen within ceil(N / (1024 * period)) refreshes, that is
+    about N / 1024 + period steps; `refresh_scale` sees them at once. With `sparse=False` a step costs O(N)
+    anyway, so each refresh reads all rows. A step is one forward in training mode.
 
     **int8 master.** The table itself is N * (D + 1) bytes: int8 values and, per row, a power of two as an
     int8 exponent, refitted at each update so that the largest |value| is 64 to 127 steps. A power of two
@@ -273,9 +274,7 @@ class QuantizedEmbeddingBag(_Bag):
         n, d = self.num_embeddings, self.embedding_dim
         is_int8 = self.master_dtype == "int8"
         self.register_parameter("weight", None)
-        self.register_buffer(
-            "master", torch.zeros(n, d, dtype=torch.int8, device=device) if is_int8 else None
-        )
+        self.register_buffer("master", torch.zeros(n, d, dtype=torch.int8, device=device) if is_int8 else None)
         self.register_buffer(
             "exponent",
             torch.full((n,), SMALLEST_EXPONENT, dtype=torch.int8, device=device) if is_int8 else None,
@@ -289,15 +288,11 @@ class QuantizedEmbeddingBag(_Bag):
                 if self.padding_idx is not None:
                     weight[self.padding_idx] = 0
             is_shared = isinstance(weight, nn.Parameter) and weight.dtype == self.dtype
-            self.weight = (
-                cast(nn.Parameter, weight) if is_shared else nn.Parameter(weight.to(device, self.dtype))
-            )
+            self.weight = cast(nn.Parameter, weight) if is_shared else nn.Parameter(weight.to(device, self.dtype))
             return
         for part in _chunks(n):
             size = part.stop - part.start
-            values = (
-                self._initial_rows(size, device) if weight is None else weight[part].to(device, self.dtype)
-            )
+            values = self._initial_rows(size, device) if weight is None else weight[part].to(device, self.dtype)
             self._write_master(part, values.detach(), is_random=False)
         if self.padding_idx is not None and weight is None:
             cast(Tensor, self.master)[self.padding_idx] = 0
@@ -547,9 +542,7 @@ class QuantizedEmbeddingBag(_Bag):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         if self.adagrad_sum is None and prefix + "adagrad_sum" in state_dict and self.weight is None:
-            self.adagrad_sum = torch.zeros(
-                self.num_embeddings, dtype=torch.float32, device=self._table().device
-            )
+            self.adagrad_sum = torch.zeros(self.num_embeddings, dtype=torch.float32, device=self._table().device)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._steps_taken = int(self.num_steps)
         self._tracker = None
@@ -607,9 +600,7 @@ class PackedEmbeddingBag(_Bag):
         check_divides(embedding_dim, bits)
         columns = embedding_dim // values_per_byte(bits)
         scales = (num_embeddings,) if scale_per == "row" else ()
-        self.register_buffer(
-            "packed", torch.zeros(num_embeddings, columns, dtype=_storage_dtype(bits), device=device)
-        )
+        self.register_buffer("packed", torch.zeros(num_embeddings, columns, dtype=_storage_dtype(bits), device=device))
         self.register_buffer("scale", torch.ones(scales, dtype=torch.float32, device=device))
 
     @torch.no_grad()
@@ -736,9 +727,7 @@ class QuantizedLinear(nn.Linear):
         self.scale_per = scale_per
 
     @classmethod
-    def from_linear(
-        cls, linear: nn.Linear, *, bits: int = 4, scale_per: LinearScale = "channel"
-    ) -> "QuantizedLinear":
+    def from_linear(cls, linear: nn.Linear, *, bits: int = 4, scale_per: LinearScale = "channel") -> "QuantizedLinear":
         """Wrap the parameters of a linear layer, without copying them.
 
         Args:
@@ -865,9 +854,7 @@ class PackedLinear(nn.Module):
         packed = torch.zeros(out_features, columns, dtype=_storage_dtype(bits), device=device)
         self.register_buffer("packed", packed)
         self.register_buffer("scale", torch.ones(scales, dtype=torch.float32, device=device))
-        self.register_buffer(
-            "bias", torch.zeros(out_features, dtype=self.dtype, device=device) if bias else None
-        )
+        self.register_buffer("bias", torch.zeros(out_features, dtype=self.dtype, device=device) if bias else None)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (the name is that of nn.Linear)
         """Unpack the weight, multiply and add the bias.
@@ -927,16 +914,10 @@ def quantize_linears(
             "quantize_linears: expected a module that contains nn.Linear layers, found an nn.Linear; "
             "use QuantizedLinear.from_linear"
         )
-    found = {
-        name: layer
-        for name, layer in module.named_modules(remove_duplicate=False)
-        if type(layer) is nn.Linear
-    }
+    found = {name: layer for name, layer in module.named_modules(remove_duplicate=False) if type(layer) is nn.Linear}
     unknown = sorted(set(skip) - set(found))
     if unknown:
-        raise ValueError(
-            f"skip: expected names of linear layers, {sorted(found)}, found {unknown}; fix the names"
-        )
+        raise ValueError(f"skip: expected names of linear layers, {sorted(found)}, found {unknown}; fix the names")
     replaced: dict[nn.Linear, QuantizedLinear] = {}
     for name, linear in found.items():
         if name in skip:
@@ -1084,26 +1065,20 @@ def _check_lookup(
         weights = weights.flatten()
     if values.ndim == 2:
         if offsets is not None:
-            raise ValueError(
-                "offsets: expected None for a 2-D input, found a tensor; its rows are the bags already"
-            )
+            raise ValueError("offsets: expected None for a 2-D input, found a tensor; its rows are the bags already")
         offsets = torch.arange(values.shape[0], device=values.device) * values.shape[1]
         is_single = values.shape[1] == 1
     elif values.ndim == 1:
         offsets, is_single = _check_offsets(bag, offsets, values.shape[0])
     else:
-        raise ValueError(
-            f"input: expected 1 or 2 dimensions, found {values.ndim}; flatten it and give offsets"
-        )
+        raise ValueError(f"input: expected 1 or 2 dimensions, found {values.ndim}; flatten it and give offsets")
     _check_rows(values, bag.num_embeddings)
     return values.flatten().to(torch.int64), offsets, weights, is_single and values.numel() > 0
 
 
 def _check_sample_weights(bag: _Bag, values: Tensor, weights: Tensor) -> None:
     if bag.mode != "sum":
-        raise ValueError(
-            f"per_sample_weights: expected mode 'sum', found {bag.mode!r}; construct the bag with it"
-        )
+        raise ValueError(f"per_sample_weights: expected mode 'sum', found {bag.mode!r}; construct the bag with it")
     if weights.shape != values.shape or weights.dtype != bag.dtype:
         raise ValueError(
             f"per_sample_weights: expected shape {tuple(values.shape)} and {bag.dtype}, found "
@@ -1115,9 +1090,7 @@ def _check_offsets(bag: _Bag, offsets: Tensor | None, num_lookups: int) -> tuple
     shape = "(B + 1,)" if bag.include_last_offset else "(B,)"
     if offsets is None or offsets.ndim != 1 or offsets.dtype not in (torch.int64, torch.int32):
         found = "None" if offsets is None else f"{tuple(offsets.shape)} {offsets.dtype}"
-        raise ValueError(
-            f"offsets: expected integers of shape {shape} for a 1-D input, found {found}; give bag starts"
-        )
+        raise ValueError(f"offsets: expected integers of shape {shape} for a 1-D input, found {found}; give bag starts")
     offsets = offsets.to(torch.int64)
     if not offsets.numel():
         if bag.include_last_offset or num_lookups:
@@ -1125,9 +1098,7 @@ def _check_offsets(bag: _Bag, offsets: Tensor | None, num_lookups: int) -> tuple
         return offsets, False
     first, last = int(offsets[0]), int(offsets[-1])
     if first != 0:
-        raise ValueError(
-            f"offsets: expected the first to be 0, found {first}; offsets are starts, not lengths"
-        )
+        raise ValueError(f"offsets: expected the first to be 0, found {first}; offsets are starts, not lengths")
     if last > num_lookups or (bag.include_last_offset and last != num_lookups):
         most = "exactly" if bag.include_last_offset else "at most"
         raise ValueError(
@@ -1191,9 +1162,7 @@ def _check_stored_dtype(state_dict: Mapping[str, Any], prefix: str, bits: int, a
 def _float_dtype(dtype: torch.dtype | None) -> torch.dtype:
     dtype = torch.get_default_dtype() if dtype is None else dtype
     if dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"dtype: expected float32 or float64, found {dtype}; the grid, not the dtype, sets the size"
-        )
+        raise ValueError(f"dtype: expected float32 or float64, found {dtype}; the grid, not the dtype, sets the size")
     return dtype
 
 

@@ -125,15 +125,11 @@ class RowCache:
         ageing_admits: int = 0,
     ) -> None:
         if not 1 <= capacity <= num_rows:
-            raise ValueError(
-                f"expected 1 <= capacity <= num_rows, found capacity {capacity}, {num_rows} rows"
-            )
+            raise ValueError(f"expected 1 <= capacity <= num_rows, found capacity {capacity}, {num_rows} rows")
         if policy not in ("lfu", "rank"):
             raise ValueError(f"expected policy 'lfu' or 'rank', found {policy!r}")
         if ageing_admits < 0 or (ageing_admits and policy != "lfu"):
-            raise ValueError(
-                f"expected ageing_admits >= 0 (0 for 'rank'), found {ageing_admits} with {policy!r}"
-            )
+            raise ValueError(f"expected ageing_admits >= 0 (0 for 'rank'), found {ageing_admits} with {policy!r}")
         if row_counts is not None and policy != "rank":
             raise ValueError("row_counts goes with policy 'rank'; 'lfu' takes starting counts in warm()")
         self.num_rows = num_rows

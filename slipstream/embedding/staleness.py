@@ -59,7 +59,7 @@ class MovementTracker:
         moved = (self._hot_rows - self._snapshot).abs_().amax(dim=1)
         moved[~self._touched] = UNTOUCHED
         self._snapshot = None
-        return moved.cpu().numpy()  # type: ignore[no-any-return]
+        return moved.cpu().numpy()
 
 
 def sample_movement(movement: np.ndarray, slots: np.ndarray, *, alpha: float) -> np.ndarray:

@@ -16,7 +16,6 @@ Shape suffixes: V rows of all tables, H hot rows, S staging rows, D embedding_di
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -145,22 +144,34 @@ def sum_duplicates(gradients: Tensor, inverse: Tensor, num_unique: int) -> Tenso
     return summed
 
 
-def make_row_update(optimizer: RowOptimizer, *, lr: float, eps: float) -> Callable[..., None]:
-    """The sparse update: (weights, state or None, positions (U,), summed gradients (U, D)) -> None.
+def update_rows(
+    optimizer: RowOptimizer,
+    weights: Tensor,
+    state: Tensor | None,
+    positions: Tensor,
+    gradients: Tensor,
+    *,
+    lr: float,
+    eps: float,
+) -> None:
+    """Apply one sparse step in place.
 
     `sgd` w -= lr g; `rowwise_adagrad` s += mean(g²), w -= lr g / (sqrt(s) + eps).
 
+    Args:
+        optimizer: Rule.
+        weights: Shape (P, D).
+        state: Accumulator of row-wise Adagrad. Shape (P,).
+        positions: Distinct rows to change. Shape (U,), int64.
+        gradients: Summed over duplicates. Shape (U, D).
+        lr: Learning rate.
+        eps: Added to the root of the accumulator.
+
     Source: row-wise Adagrad as in FBGEMM's EXACT_ROWWISE_ADAGRAD.
     """
-
-    def sgd(weights: Tensor, state: Tensor | None, positions: Tensor, gradients: Tensor) -> None:
-        weights.index_copy_(0, positions, weights.index_select(0, positions).sub_(gradients, alpha=lr))
-
-    def rowwise_adagrad(weights: Tensor, state: Tensor | None, positions: Tensor, gradients: Tensor) -> None:
+    if optimizer == "rowwise_adagrad":
         assert state is not None
         moved = state.index_select(0, positions).add_(gradients.square().mean(dim=1))
         state.index_copy_(0, positions, moved)
-        steps = gradients / moved.sqrt_().add_(eps).unsqueeze(1)
-        weights.index_copy_(0, positions, weights.index_select(0, positions).sub_(steps, alpha=lr))
-
-    return {"sgd": sgd, "rowwise_adagrad": rowwise_adagrad}[optimizer]
+        gradients = gradients / moved.sqrt_().add_(eps).unsqueeze(1)
+    weights.index_copy_(0, positions, weights.index_select(0, positions).sub_(gradients, alpha=lr))

@@ -157,9 +157,7 @@ class TTEmbeddingBag(TTTables):
             ValueError: The weight is not a finite matrix, or a shape does not fit.
         """
         if weight.dim() != 2:
-            raise ValueError(
-                f"expected a weight of shape (N, D), found {tuple(weight.shape)}: pass one table"
-            )
+            raise ValueError(f"expected a weight of shape (N, D), found {tuple(weight.shape)}: pass one table")
         options = {"dtype": weight.dtype, "device": weight.device, **options}
         bag = cls(weight.shape[0], weight.shape[1], tt_ranks, tt_p_shapes, tt_q_shapes, **options)
         cut = tt_svd(weight, bag.tt_p_shapes, bag.tt_q_shapes, bag.tt_ranks)
@@ -295,14 +293,11 @@ def _check_weights(weights: Tensor, indices: Tensor, mode: str) -> None:
 def _check_offsets(offsets: Tensor, num_lookups: int, include_last_offset: bool) -> None:
     if offsets.dim() != 1 or offsets.dtype not in (torch.int64, torch.int32):
         raise ValueError(
-            f"expected 1-D int64 or int32 offsets, found {offsets.dim()}-D {offsets.dtype}: "
-            "pass where each bag starts"
+            f"expected 1-D int64 or int32 offsets, found {offsets.dim()}-D {offsets.dtype}: pass where each bag starts"
         )
     if offsets.numel() == 0:
         if include_last_offset:
-            raise ValueError(
-                "expected at least one offset, found none: pass the end of the last bag, 0 without bags"
-            )
+            raise ValueError("expected at least one offset, found none: pass the end of the last bag, 0 without bags")
         return
     steps_back = bool((offsets.diff() < 0).any())
     first, last = int(offsets[0]), int(offsets[-1])

@@ -78,8 +78,7 @@ class IdCounter(nn.Module):
     def memory_bytes(self) -> int:
         """Give the bytes the counts take now."""
         return sum(
-            tensor_bytes(ids) + tensor_bytes(counts)
-            for ids, counts in [(self.ids, self.counts), *self._pending]
+            tensor_bytes(ids) + tensor_bytes(counts) for ids, counts in [(self.ids, self.counts), *self._pending]
         )
 
     def get_extra_state(self) -> Tensor:

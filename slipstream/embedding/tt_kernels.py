@@ -15,9 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_SHARE_BELOW = (
-    0.75  # share prefixes when that leaves fewer than this part of the nodes; gathering costs more else
-)
+_SHARE_BELOW = 0.75  # share prefixes when that leaves fewer than this part of the nodes; gathering costs more else
 
 
 class Level(NamedTuple):
@@ -123,9 +121,7 @@ def _multiply_by_slice(left: Tensor, slices: Tensor, used: Tensor, counts: list[
     sizes = [count * left.shape[1] for count in counts]
     product = left.new_empty((left.shape[0] * left.shape[1], slices.shape[2]))
     of_slice = slices.unbind(0)
-    for index, x, out in zip(
-        used.tolist(), left.flatten(0, 1).split(sizes), product.split(sizes), strict=True
-    ):
+    for index, x, out in zip(used.tolist(), left.flatten(0, 1).split(sizes), product.split(sizes), strict=True):
         torch.mm(x, of_slice[index], out=out)
     return product
 

@@ -129,11 +129,7 @@ def check_tt_shapes(
         )
     num_cores = len(tt_ranks) + 1
     p_shapes = list(tt_p_shapes) if tt_p_shapes else suggested_tt_shapes(num_embeddings, num_cores)
-    q_shapes = (
-        list(tt_q_shapes)
-        if tt_q_shapes
-        else suggested_tt_shapes(embedding_dim, num_cores, allow_round_up=False)
-    )
+    q_shapes = list(tt_q_shapes) if tt_q_shapes else suggested_tt_shapes(embedding_dim, num_cores, allow_round_up=False)
     for name, shapes in (("tt_p_shapes", p_shapes), ("tt_q_shapes", q_shapes)):
         if len(shapes) != num_cores or min(shapes) < 1:
             raise ValueError(
@@ -183,8 +179,8 @@ def draw_cores(
 ) -> list[Tensor]:
     """Draw cores whose product has entries of mean 0 and a given variance.
 
-    Cores are drawn in standard form and then scaled alike, so that the mean square of the product's entries is
-    `variance` in this very draw, not only on average over draws. "approx-normal" draws from the tails of a
+    Cores are drawn in standard form and then scaled alike, so that the mean square of the product's entries
+    is `variance` in this very draw, not only on average over draws. "approx-normal" draws from the tails of a
     normal beyond two deviations: products of factors that are never small are not peaked at 0, so the entries
     of the table look normal already at small ranks. In "approx-uniform" every core but the last selects one
     path by a random sign over a faint background and the last holds U(-1, 1), so the entries look uniform.
@@ -218,9 +214,7 @@ def _mean_square(cores: Sequence[Tensor]) -> Tensor:
     return gram[:, 0, 0]
 
 
-def _standard_draw(
-    weight_dist: WeightDist, shape: tuple[int, ...], generator: torch.Generator | None
-) -> Tensor:
+def _standard_draw(weight_dist: WeightDist, shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
     if weight_dist == "normal":
         return torch.randn(shape, dtype=torch.float64, generator=generator)
     draw = torch.rand(shape, dtype=torch.float64, generator=generator).mul_(2).sub_(1)
@@ -257,9 +251,7 @@ def tt_to_dense(cores: Sequence[Tensor]) -> Tensor:
     return table.squeeze(-1)
 
 
-def tt_svd(
-    weight: Tensor, p_shapes: Sequence[int], q_shapes: Sequence[int], ranks: Sequence[int]
-) -> list[Tensor]:
+def tt_svd(weight: Tensor, p_shapes: Sequence[int], q_shapes: Sequence[int], ranks: Sequence[int]) -> list[Tensor]:
     """Cut a dense table into tensor-train cores.
 
     Exact up to rounding where the ranks reach those of the table, within a factor sqrt(d - 1) of the best
@@ -292,9 +284,7 @@ def tt_svd(
     order = [axis for k in range(num_cores) for axis in (k, num_cores + k)]
     rest = padded.reshape(*p_shapes, *q_shapes).permute(order)
     cores = []
-    for p, q, left_rank, right_rank in zip(
-        p_shapes[:-1], q_shapes[:-1], ranks[:-2], ranks[1:-1], strict=True
-    ):
+    for p, q, left_rank, right_rank in zip(p_shapes[:-1], q_shapes[:-1], ranks[:-2], ranks[1:-1], strict=True):
         left, scale, right = torch.linalg.svd(rest.reshape(left_rank * p * q, -1), full_matrices=False)
         kept = min(right_rank, scale.numel())
         core = left.new_zeros((left.shape[0], right_rank))

@@ -263,11 +263,7 @@ class TTTables(nn.Module):
         ids = self.counter.top(self.cache_size)
         slots = torch.searchsorted(self.cache_ids, ids).clamp_(max=self.cache_size - 1)
         stays = self.cache_ids[slots] == ids
-        held = (
-            [self.cache_weight]
-            if self._states[-1] is None
-            else [self.cache_weight, self.get_buffer("cache_state")]
-        )
+        held = [self.cache_weight] if self._states[-1] is None else [self.cache_weight, self.get_buffer("cache_state")]
         for index, tensor in enumerate(held):
             kept = tensor[slots[stays]]
             tensor.zero_()
@@ -397,9 +393,7 @@ class TTTables(nn.Module):
 
     def _check_rows(self, indices: Tensor) -> None:
         if indices.dtype not in (torch.int64, torch.int32):
-            raise ValueError(
-                f"expected int64 or int32 indices, found {indices.dtype}: convert them with .long()"
-            )
+            raise ValueError(f"expected int64 or int32 indices, found {indices.dtype}: convert them with .long()")
         if indices.numel() == 0:
             return
         low, high = (int(bound) for bound in torch.aminmax(indices))
@@ -414,11 +408,7 @@ class TTTables(nn.Module):
         """Give sizes, shapes and the settings that matter."""
         tables = f"{self.num_tables} x " if self.num_tables > 1 else ""
         update = f"fused {self.optimizer}, learning_rate={self.learning_rate}" if self.sparse else "gradients"
-        cache = (
-            ""
-            if self.counter is None
-            else f", cache_size={self.cache_size}, gradient to {self.cache_gradient}"
-        )
+        cache = "" if self.counter is None else f", cache_size={self.cache_size}, gradient to {self.cache_gradient}"
         dense = self.num_tables * self.num_embeddings * self.embedding_dim
         ratio = dense / sum(core.numel() for core in self.tt_cores)
         return (

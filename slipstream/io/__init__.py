@@ -1,1 +1,1 @@
-
+"""Every file on disk: see README.md here."""

@@ -131,9 +131,7 @@ def scratch_dir(run_dir: Path, key: StageKey) -> Path:
     return path
 
 
-def publish(
-    run_dir: Path, key: StageKey, counts: Mapping[str, Any], *, seconds: float, peak_bytes: int
-) -> Artifact:
+def publish(run_dir: Path, key: StageKey, counts: Mapping[str, Any], *, seconds: float, peak_bytes: int) -> Artifact:
     """Write the manifest of a finished scratch folder and give it its name.
 
     Files in the scratch folder's `work/` are intermediate and removed first.
@@ -215,9 +213,7 @@ def wrap_write_errors(path: Path) -> Iterator[None]:
                 f"no space left while writing `{path}`",
                 hint="free some disk, or choose another folder with --runs; finished parts are kept",
             ) from exc
-        raise ArtifactError(
-            f"cannot write `{path}`: {reason}", hint="choose a writable folder with --runs"
-        ) from exc
+        raise ArtifactError(f"cannot write `{path}`: {reason}", hint="choose a writable folder with --runs") from exc
 
 
 @contextlib.contextmanager
@@ -231,14 +227,14 @@ def run_lock(run_dir: Path) -> Iterator[None]:
         run_dir.mkdir(parents=True, exist_ok=True)
     holder = run_dir / ".lock.json"
     lock = filelock.FileLock(run_dir / ".lock", timeout=0)
-    try:
-        with wrap_write_errors(run_dir / ".lock"):
+    with wrap_write_errors(run_dir / ".lock"):
+        try:
             lock.acquire()
-    except filelock.Timeout:
-        raise ArtifactError(
-            f"`{run_dir}` is in use by {_describe_holder(holder)}",
-            hint="wait for it to end, stop it, or work in another folder with --runs",
-        ) from None
+        except filelock.Timeout:
+            raise ArtifactError(
+                f"`{run_dir}` is in use by {_describe_holder(holder)}",
+                hint="wait for it to end, stop it, or work in another folder with --runs",
+            ) from None
     try:
         write_json(holder, {"pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")})
         yield

@@ -1,9 +1,9 @@
 """Parsed chunks: the numbers of one block of raw lines, kept until every count is known.
 
-    work/parsed/00000-000000.arrow   samples, sparse columns dictionary-encoded (see README.md)
-    work/parsed/00000-000000.rejects.parquet   rejected lines, only where there are any
-    work/parsed/00000-000000.json    written last: the chunk is whole
-    work/parsed/00000.json           written after the file's last chunk: the file is whole
+work/parsed/00000-000000.arrow   samples, sparse columns dictionary-encoded (see README.md)
+work/parsed/00000-000000.rejects.parquet   rejected lines, only where there are any
+work/parsed/00000-000000.json    written last: the chunk is whole
+work/parsed/00000.json           written after the file's last chunk: the file is whole
 """
 
 from __future__ import annotations
@@ -45,7 +45,11 @@ class ParsedStore:
         self._folder = folder
 
     def write(
-        self, chunk: ParsedChunk, samples: pl.DataFrame, rejects: list[tuple[int, str, bytes]], dense: list[str]
+        self,
+        chunk: ParsedChunk,
+        samples: pl.DataFrame,
+        rejects: list[tuple[int, str, bytes]],
+        dense: list[str],
     ) -> None:
         """Keep a chunk.
 
@@ -61,8 +65,10 @@ class ParsedStore:
             with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
                 writer.write_table(table)
         if rejects:
-            columns = [pa.array(column, type=kind) for column, kind in zip(
-                zip(*rejects, strict=True), _REJECT_SCHEMA.types, strict=True)]
+            columns = [
+                pa.array(column, type=kind)
+                for column, kind in zip(zip(*rejects, strict=True), _REJECT_SCHEMA.types, strict=True)
+            ]
             with write_atomically(stem.with_suffix(".rejects.parquet")) as path:
                 pq.write_table(pa.Table.from_arrays(columns, schema=_REJECT_SCHEMA), path)
         write_json(stem.with_suffix(".json"), asdict(chunk))

@@ -156,9 +156,7 @@ def open_raw(path: str) -> Iterator[IO[bytes]]:
 @contextmanager
 def _open_stored(path: str) -> Iterator[IO[bytes]]:
     try:
-        stream: IO[bytes] = (
-            fsspec.open(path, "rb").open() if "://" in path else Path(path).expanduser().open("rb")
-        )
+        stream: IO[bytes] = fsspec.open(path, "rb").open() if "://" in path else Path(path).expanduser().open("rb")
     except OSError as exc:
         raise DataError(f"cannot open raw file `{path}`: {exc.strerror or exc}") from exc
     with stream:
@@ -183,7 +181,7 @@ def _read(stream: IO[bytes], path: str, size: int) -> bytes:
 
 
 def _skip_to(stream: IO[bytes], path: str, offset: int) -> None:
-    if offset and stream.seekable() and not isinstance(stream, gzip.GzipFile):
+    if offset and stream.seekable() and not path.lower().endswith(".gz"):
         stream.seek(offset)
         return
     while offset:

@@ -1,1 +1,1 @@
-
+"""Networks around the tables: pure modules over dense values and pooled rows."""

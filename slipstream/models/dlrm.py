@@ -6,6 +6,7 @@ Shape suffixes: B batch, T tables, D embedding_dim.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,7 @@ class DLRM(nn.Module):
 def make_mlp(widths: Sequence[int], *, relu_last: bool) -> nn.Sequential:
     """Linear layers with ReLU between them, initialised as DLRM's reference does."""
     layers: list[nn.Module] = []
-    for index, (width_in, width_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for index, (width_in, width_out) in enumerate(pairwise(widths)):
         linear = nn.Linear(width_in, width_out)
         nn.init.normal_(linear.weight, std=(2.0 / (width_in + width_out)) ** 0.5)
         nn.init.normal_(linear.bias, std=(1.0 / width_out) ** 0.5)

@@ -23,11 +23,11 @@ def transform_dense(values: np.ndarray, *, name: str, minimum: int) -> np.ndarra
     """
     wide = values.astype(np.float64)
     if name == "dlrm":
-        return np.log1p(np.maximum(wide, 0)).astype(np.float32)
-    if name == "torchrec":
-        return np.log(np.maximum(wide - minimum, 0) + 2).astype(np.float32)
-    if name == "nvidia":
-        return np.log(np.maximum(wide, -1) + 2).astype(np.float32)
-    if name == "none":
-        return wide.astype(np.float32)
-    raise ValueError(f"expected one of dlrm, torchrec, nvidia, none; found {name!r}")
+        wide = np.log1p(np.maximum(wide, 0))
+    elif name == "torchrec":
+        wide = np.log(np.maximum(wide - minimum, 0) + 2)
+    elif name == "nvidia":
+        wide = np.log(np.maximum(wide, -1) + 2)
+    elif name != "none":
+        raise ValueError(f"expected one of dlrm, torchrec, nvidia, none; found {name!r}")
+    return wide.astype(np.float32)

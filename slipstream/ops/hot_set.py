@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from slipstream.schema import OOV_ROW
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HotSet:

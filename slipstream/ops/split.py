@@ -84,4 +84,5 @@ def mix64(word: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):
         word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return word ^ (word >> np.uint64(31))
+        mixed: np.ndarray = word ^ (word >> np.uint64(31))
+    return mixed

@@ -82,9 +82,7 @@ class RowLookup:
         return np.where(self.sorted_raw_ids[places] == raw_ids, self.rows[places], np.int32(OOV_ROW))
 
 
-def build_vocabulary(
-    raw_ids: np.ndarray, counts: np.ndarray, *, freq_threshold: int, max_rows: int
-) -> Vocabulary:
+def build_vocabulary(raw_ids: np.ndarray, counts: np.ndarray, *, freq_threshold: int, max_rows: int) -> Vocabulary:
     """Rank raw ids by count and cut the tail.
 
     Args:

@@ -161,9 +161,7 @@ def _parse_block(block: RawBlock, source: Source, store: ParsedStore, dense: lis
     return chunk
 
 
-def _check_rejects(
-    chunks: Sequence[ParsedChunk], files: Sequence[str], store: ParsedStore, max_ratio: float
-) -> int:
+def _check_rejects(chunks: Sequence[ParsedChunk], files: Sequence[str], store: ParsedStore, max_ratio: float) -> int:
     lines = sum(chunk.num_lines for chunk in chunks)
     rejected = sum(chunk.num_rejected for chunk in chunks)
     if rejected > max_ratio * lines or rejected == lines:
@@ -176,9 +174,7 @@ def _check_rejects(
     return rejected
 
 
-def _first_rejects(
-    chunks: Sequence[ParsedChunk], files: Sequence[str], store: ParsedStore, *, limit: int
-) -> list[str]:
+def _first_rejects(chunks: Sequence[ParsedChunk], files: Sequence[str], store: ParsedStore, *, limit: int) -> list[str]:
     found: list[str] = []
     for chunk, first_line in _with_first_lines(chunks):
         if chunk.num_rejected:
@@ -198,9 +194,7 @@ def _with_first_lines(chunks: Iterable[ParsedChunk]) -> Iterator[tuple[ParsedChu
         line += chunk.num_lines
 
 
-def _write_rejects(
-    chunks: Sequence[ParsedChunk], files: Sequence[str], store: ParsedStore, out_dir: Path
-) -> None:
+def _write_rejects(chunks: Sequence[ParsedChunk], files: Sequence[str], store: ParsedStore, out_dir: Path) -> None:
     pieces: list[pl.DataFrame] = []
     number = 0
     for chunk, first_line in _with_first_lines(chunks):

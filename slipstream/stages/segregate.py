@@ -10,6 +10,7 @@ Costs   one pass over the parts, and one a round for `sample-aware`; memory for 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def run(
     hot_set = _choose(config, processed, counts, tables, offsets, row_bytes=row_bytes, scratch=scratch)
     slots = assign_slots(hot_set.is_hot)
     _write_hot_set(scratch, hot_set, slots, counts, tables, offsets)
-    slot_maps = [slots[start:stop] for start, stop in zip(offsets[:-1], offsets[1:], strict=True)]
+    slot_maps = [slots[start:stop] for start, stop in pairwise(offsets)]
     dense = [dense_name(index) for index in range(processed.counts["num_dense"])]
     written = dict.fromkeys(("hot", "cold", "val", "test"), 0)
     lookups = hits = 0
@@ -80,7 +81,7 @@ def run(
             for samples in loaded:
                 if split == "train":
                     found = samples.X_cat < hot_set.num_hot
-                    is_hot = found.all(axis=1)
+                    is_hot: np.ndarray = found.all(axis=1)
                     lookups, hits = lookups + found.size, hits + int(np.count_nonzero(found))
                     writers["hot"].add(samples.take(is_hot))
                     writers["cold"].add(samples.take(~is_hot))
@@ -160,7 +161,12 @@ def _hold_rows(parts: Sequence[Path], tables: list[str], offsets: np.ndarray, fo
 
 
 def _write_hot_set(
-    scratch: Path, hot_set: HotSet, slots: np.ndarray, counts: np.ndarray, tables: list[str], offsets: np.ndarray
+    scratch: Path,
+    hot_set: HotSet,
+    slots: np.ndarray,
+    counts: np.ndarray,
+    tables: list[str],
+    offsets: np.ndarray,
 ) -> None:
     hot = np.flatnonzero(hot_set.is_hot)
     table_index = np.searchsorted(offsets, hot, side="right") - 1
@@ -176,7 +182,7 @@ def _write_hot_set(
         frame.write_parquet(path, compression="zstd", compression_level=1, statistics=False)
     maps = {name: slots[offsets[index] : offsets[index + 1]] for index, name in enumerate(tables)}
     with write_atomically(scratch / "slots.npz") as path, path.open("wb") as stream:
-        np.savez(stream, **maps)
+        np.savez(stream, **maps)  # type: ignore[arg-type]
 
 
 class _ShardWriter:

@@ -90,13 +90,16 @@ def run(
     lookahead = LookAhead(rows, chunk_batches=1 if config.mode == "baseline" else config.chunk_batches)
     num_train = sizes["hot"] + sizes["cold"]
     total = num_train * config.epochs
-    with SummaryWriter(str(scratch / "events")) as events, progress.task("train", total, "samples") as advance:
+    with (
+        SummaryWriter(str(scratch / "events")) as events,
+        progress.task("train", total, "samples") as advance,
+    ):
         trainer = Trainer(
             model=model,
             rows=rows,
             lookahead=lookahead,
             dense_optimizer=_dense_optimizer(config, model),
-            lr=config.lr,
+            lr_schedule=_lr_schedule(config),
             eps=config.eps,
             skipper=skipper,
             log_every=config.log_every,
@@ -112,12 +115,12 @@ def run(
                     streams,
                     batch_size=config.batch_size,
                     order=config.order,
-                    segment_steps=skip_config.refresh_steps
-                    or default_segment_steps(num_train, config.batch_size),
+                    segment_steps=skip_config.refresh_steps or default_segment_steps(num_train, config.batch_size),
                     round_samples=_WINDOW_SAMPLES,
                     warmup_steps=skip_config.warmup_steps,
                     window_steps=skip_config.window_steps,
                     rng=np.random.default_rng([seed, epoch, len(streams)]),
+                    epoch_span=(epoch / config.epochs, (epoch + 1) / config.epochs),
                 )
         quality = {}
         for split in ("test", "val"):
@@ -191,11 +194,23 @@ def _make_rows(
     return rows
 
 
+def _lr_schedule(config: TrainConfig) -> Callable[[float], float]:
+    def learning_rate(progress: float) -> float:
+        warm = min(1.0, progress / config.lr_warmup) if config.lr_warmup else 1.0
+        decay = 1.0 - progress if config.lr_decay == "linear" else 1.0
+        return config.lr * warm * decay
+
+    return learning_rate
+
+
 def _dense_optimizer(config: TrainConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
     if config.optimizer == "sgd":
         return torch.optim.SGD(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     return torch.optim.Adagrad(
-        model.parameters(), lr=config.lr, eps=config.eps, weight_decay=config.weight_decay
+        model.parameters(),
+        lr=config.lr,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
     )
 
 

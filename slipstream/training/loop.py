@@ -17,7 +17,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from slipstream.embedding.lookahead import Batch, LookAhead, StagedBatch, StagingOverflowError
 from slipstream.embedding.staleness import MovementTracker
-from slipstream.embedding.tiers import TieredRows, make_row_update, sum_duplicates
+from slipstream.embedding.tiers import TieredRows, sum_duplicates, update_rows
 from slipstream.errors import CapacityError, TrainingError
 from slipstream.io.samples import Samples
 from slipstream.training.schedule import BatchMaker, plan_rounds
@@ -60,7 +60,7 @@ class Trainer:
         rows: The tiers.
         lookahead: Stages batches into `rows`.
         dense_optimizer: Updates the model's parameters.
-        lr: Of the rows.
+        lr_schedule: Learning rate of rows and dense layers, from the share of training done, in [0, 1].
         eps: Of row-wise Adagrad.
         skipper: Leaves samples out.
         log_every: Steps between reports.
@@ -74,7 +74,7 @@ class Trainer:
         rows: TieredRows,
         lookahead: LookAhead,
         dense_optimizer: torch.optim.Optimizer,
-        lr: float,
+        lr_schedule: Callable[[float], float],
         eps: float,
         skipper: Skipper,
         log_every: int,
@@ -83,7 +83,8 @@ class Trainer:
         self.totals = LoopTotals()
         self._model, self._rows, self._lookahead = model, rows, lookahead
         self._dense_optimizer = dense_optimizer
-        self._update_rows = make_row_update(rows.optimizer, lr=lr, eps=eps)
+        self._lr_schedule, self._eps = lr_schedule, eps
+        self._lr = lr_schedule(0.0)
         self._skipper = skipper
         self._tracker = MovementTracker(rows.buffer[: rows.num_hot])
         self._log_every, self._on_report = log_every, on_report
@@ -102,6 +103,7 @@ class Trainer:
         warmup_steps: int,
         window_steps: int,
         rng: np.random.Generator,
+        epoch_span: tuple[float, float] = (0.0, 1.0),
     ) -> None:
         """Train on every sample of the streams `hot` and `cold` that the skipper keeps.
 
@@ -114,6 +116,7 @@ class Trainer:
             warmup_steps: Steps before the first window opens.
             window_steps: Length of a window that ends with its segment; 0 is the whole segment.
             rng: Draws the order of batches and the skipper's samples.
+            epoch_span: Share of all training done before and after this epoch, for the learning rate.
 
         Raises:
             TrainingError: The loss became infinite or NaN.
@@ -122,7 +125,8 @@ class Trainer:
         self._started = time.perf_counter()
         maker = BatchMaker(batch_size=batch_size, order=order)
         num_hot, num_cold = streams["hot"].remaining, streams["cold"].remaining
-        left = num_hot + num_cold
+        total = left = num_hot + num_cold
+        begin, width = epoch_span[0], epoch_span[1] - epoch_span[0]
         self._model.train()
         for part in plan_rounds(
             num_hot,
@@ -131,13 +135,18 @@ class Trainer:
             segment_steps=segment_steps,
             round_samples=round_samples,
         ):
-            left -= part.num_hot + part.num_cold
+            done, left = total - left, left - part.num_hot - part.num_cold
             hot = self._keep(streams["hot"].take(part.num_hot), rng)
             cold = streams["cold"].take(part.num_cold)
             batches = list(maker.make(hot, cold, rng=rng, last=left == 0))
             opens_at = len(batches) - window_steps if window_steps and part.ends_segment else 0
             may_open = not window_steps or part.ends_segment
-            self._run(batches, opens_at=max(opens_at, 0) if may_open else len(batches), warmup=warmup_steps)
+            self._run(
+                batches,
+                opens_at=max(opens_at, 0) if may_open else len(batches),
+                warmup=warmup_steps,
+                span=(begin + width * done / total, begin + width * (total - left) / total),
+            )
             if part.ends_segment:
                 movement = self._tracker.close_window() if self._tracker.is_open else None
                 if movement is not None or not self._skipper.needs_windows:
@@ -171,7 +180,7 @@ class Trainer:
         keep = self._skipper.keep(hot.X_cat, rng=rng)
         return hot if keep.all() else hot.take(keep)
 
-    def _run(self, batches: list[Batch], *, opens_at: int, warmup: int) -> None:
+    def _run(self, batches: list[Batch], *, opens_at: int, warmup: int, span: tuple[float, float]) -> None:
         index = 0
 
         def step(batch: StagedBatch) -> None:
@@ -179,6 +188,7 @@ class Trainer:
             past_warmup = self.totals.steps >= warmup
             if self._skipper.needs_windows and not self._tracker.is_open and index >= opens_at and past_warmup:
                 self._tracker.open_window()
+            self._set_lr(span[0] + (span[1] - span[0]) * index / len(batches))
             self._step(batch)
             index += 1
 
@@ -190,6 +200,11 @@ class Trainer:
                 hint=f"raise `train.staging_rows` to at least {exc.needed}, or lower `train.batch_size`",
             ) from exc
 
+    def _set_lr(self, progress: float) -> None:
+        self._lr = self._lr_schedule(progress)
+        for group in self._dense_optimizer.param_groups:
+            group["lr"] = self._lr
+
     def _step(self, batch: StagedBatch) -> None:
         rows = self._rows
         looked_up = rows.buffer.index_select(0, batch.positions).requires_grad_()
@@ -200,7 +215,15 @@ class Trainer:
         self._dense_optimizer.step()
         assert looked_up.grad is not None
         gradients = sum_duplicates(looked_up.grad, batch.inverse, len(batch.unique))
-        self._update_rows(rows.buffer, rows.buffer_state, batch.unique, gradients)
+        update_rows(
+            rows.optimizer,
+            rows.buffer,
+            rows.buffer_state,
+            batch.unique,
+            gradients,
+            lr=self._lr,
+            eps=self._eps,
+        )
         self._tracker.touch(batch.unique)
         self._loss_sum += loss.detach()
         self._losses_in_sum += 1
