@@ -258,9 +258,17 @@ class ModelConfig:
 class TrainConfig:
     """Placement, optimizer and loop."""
 
-    mode: Literal["resident", "baseline", "fae", "slipstream"] = "slipstream"
+    mode: Literal["resident", "baseline", "fae", "slipstream", "cached"] = "slipstream"
     """Where rows live: `resident` all on the device, `baseline` all on the host, `fae` hot rows on the device,
-    `slipstream` like fae and stale samples skipped."""
+    `slipstream` like fae and samples skipped, `cached` in a software cache that needs no hot set."""
+    seed: int | None = None
+    """Seed of training alone; left out, the seed of the pipeline."""
+    cache_ratio: float = 0.01
+    """Share of all rows that mode `cached` holds on the device."""
+    cache_policy: Literal["rank", "lfu"] = "rank"
+    """Who leaves the cache first: `rank` the row least used in the training split, `lfu` the least used so far."""
+    checkpoint_steps: int = _execution(5000)
+    """Steps between checkpoints that an interrupted run goes on from; 0 keeps none."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Accelerator; `auto` takes CUDA where there is one."""
     epochs: int = 1
@@ -296,7 +304,9 @@ class TrainConfig:
         """Check ranges."""
         for name in ("epochs", "batch_size", "chunk_batches", "log_every", "eval_batch_size"):
             _require(getattr(self, name) >= 1, f"train.{name}", "at least 1", getattr(self, name))
-        for name in ("staging_rows", "num_threads", "weight_decay"):
+        _require(0 < self.cache_ratio <= 1, "train.cache_ratio", "in (0, 1]", self.cache_ratio)
+        _require(self.seed is None or 0 <= self.seed < 2**32, "train.seed", "in [0, 2^32)", self.seed)
+        for name in ("staging_rows", "num_threads", "weight_decay", "checkpoint_steps"):
             _require(getattr(self, name) >= 0, f"train.{name}", "at least 0", getattr(self, name))
         _require(self.lr > 0, "train.lr", "above 0", self.lr)
         _require(0 <= self.lr_warmup < 1, "train.lr_warmup", "in [0, 1)", self.lr_warmup)
@@ -307,10 +317,17 @@ class TrainConfig:
 class SkipConfig:
     """Which hot samples are left out, and by what rule."""
 
-    criterion: Literal["none", "stale", "random"] = "stale"
-    """`stale` drops samples whose rows stopped moving; `random` the same share blindly: its control."""
+    criterion: Literal["none", "stale", "random", "negative", "importance"] = "stale"
+    """`stale` drops hot samples whose rows stopped moving; `random` the same share blindly: its control; `negative`
+    blindly among negatives; `importance` where the model errs least, from a forward pass over the coming samples."""
     target_drop: float = 0.3
-    """D: share of the classified hot samples to drop."""
+    """D: share of the classified samples to drop."""
+    scope: Literal["hot", "all"] = "hot"
+    """Samples that are classified; `stale` always means hot ones, whatever stands here."""
+    floor: float = 0.05
+    """Least probability with which `importance` keeps a sample."""
+    reweight: bool = True
+    """Weight samples kept by `negative` and `importance` by the inverse of their probability."""
     alpha: float = 1.0
     """Share of a sample's lookups that must be stale for it to be dropped, in (0, 1]."""
     threshold: float | None = None
@@ -327,6 +344,7 @@ class SkipConfig:
     def __post_init__(self) -> None:
         """Check ranges."""
         _require(0 <= self.target_drop < 1, "skip.target_drop", "in [0, 1)", self.target_drop)
+        _require(0 < self.floor <= 1, "skip.floor", "in (0, 1]", self.floor)
         _require(0 < self.alpha <= 1, "skip.alpha", "in (0, 1]", self.alpha)
         _require(self.threshold is None or self.threshold >= 0, "skip.threshold", "at least 0", self.threshold)
         for name in ("warmup_steps", "refresh_steps", "window_steps"):
@@ -361,7 +379,12 @@ class PipelineConfig:
         _require(0 <= self.seed < 2**32, "seed", "in [0, 2^32)", self.seed)
 
     @property
-    def criterion(self) -> Literal["none", "stale", "random"]:
+    def train_seed(self) -> int:
+        """Seed of initial weights, batch order and dropping."""
+        return self.seed if self.train.seed is None else self.train.seed
+
+    @property
+    def criterion(self) -> Literal["none", "stale", "random", "negative", "importance"]:
         """The skip criterion in force: only mode `slipstream` skips."""
         return self.skip.criterion if self.train.mode == "slipstream" else "none"
 

@@ -217,7 +217,7 @@ def _stage_keys(config: PipelineConfig) -> dict[str, StageKey]:
     if config.criterion == "none":
         skip = {"refresh_steps": config.skip.refresh_steps}
     body = {
-        "train": to_dict(config.train, execution=False),
+        "train": {**to_dict(config.train, execution=False), "seed": config.train_seed},
         "model": to_dict(config.model, execution=False),
         "skip": skip | {"criterion": config.criterion},
     }
@@ -225,7 +225,7 @@ def _stage_keys(config: PipelineConfig) -> dict[str, StageKey]:
         stage="train",
         config=body,
         inputs={"segregate": keys["segregate"].fingerprint},
-        seed=config.seed,
+        seed=config.train_seed,
     )
     return keys
 
@@ -348,6 +348,7 @@ def _segregate(
 
 
 def _train(config: PipelineConfig, inputs: Mapping[str, Artifact], scratch: Path, progress: Progress) -> dict[str, Any]:
+    from slipstream.io.counts import read_counts
     from slipstream.stages import train
 
     return train.run(
@@ -356,7 +357,9 @@ def _train(config: PipelineConfig, inputs: Mapping[str, Artifact], scratch: Path
         skip_config=config.skip,
         criterion=config.criterion,
         segregated=inputs["segregate"],
-        seed=config.seed,
+        counts=read_counts(inputs["profile"]),
+        seed=config.train_seed,
+        fingerprint=_stage_keys(config)["train"].fingerprint,
         scratch=scratch,
         progress=progress,
     )

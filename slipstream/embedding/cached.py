@@ -63,7 +63,7 @@ class CachedEmbeddingBag(nn.Module):
         pin_weight: Page-lock the whole host table. Only where there is CUDA.
         evict_strategy: `"lfu"`: the row least looked up since it came leaves; `"dataset"`: the row least used
             in the training data.
-        ageing_admits: Halve the LFU counts every so many batches; 0: never.
+        ageing_lookups: Halve the LFU counts after so many lookups per cached row; 0: never, as published.
         mode: How a bag becomes one vector.
         padding_idx: Row number whose lookups count for nothing and which is never updated.
         include_last_offset: As in `nn.EmbeddingBag`.
@@ -104,7 +104,7 @@ class CachedEmbeddingBag(nn.Module):
         buffer_size: int = 0,
         pin_weight: bool = False,
         evict_strategy: EvictStrategy = "lfu",
-        ageing_admits: int = 0,
+        ageing_lookups: float = 20.0,
         mode: Mode = "mean",
         padding_idx: int | None = None,
         include_last_offset: bool = False,
@@ -148,14 +148,15 @@ class CachedEmbeddingBag(nn.Module):
         self.num_steps = 0
         counts = _as_counts(ids_freq_mapping, num_embeddings)
         capacity = max(1, int(num_embeddings * cache_ratio))
+        ranking = counts if evict_strategy == "dataset" else None
         self.row_cache = RowCache(
             num_embeddings,
             capacity,
             policy="rank" if evict_strategy == "dataset" else "lfu",
-            row_counts=counts if evict_strategy == "dataset" else None,
-            ageing_admits=ageing_admits,
+            row_counts=ranking,
+            ageing_lookups=ageing_lookups,
         )
-        self._maps_bytes_of_caller = counts.nbytes if counts is not None and evict_strategy == "dataset" else 0
+        self._ranking_bytes = 0 if ranking is None else ranking.nbytes
         self._init_tables(_weight, pin_weight, dtype, torch.device("cpu" if device is None else device))
         self._pending: list[_Pending] = []
         self._pending_admit = 0  # the admit that the first pending forward came from
@@ -262,7 +263,7 @@ class CachedEmbeddingBag(nn.Module):
             CapacityError: Not even the first batch fits.
         """
         if not self.training:
-            raise ValueError("expected training mode: in eval mode no row moves, so there is nothing to prefetch")
+            raise ValueError("expected training mode, found eval mode, where no row moves")
         requests = [self._real_rows(batch) for batch in batches]
         if not requests:
             return 0
@@ -356,7 +357,7 @@ class CachedEmbeddingBag(nn.Module):
         """
         return {
             "cache": sum(table.nbytes for table in self._near().values()),
-            "maps": self.row_cache.index_bytes + self._maps_bytes_of_caller,
+            "maps": self.row_cache.index_bytes + self._ranking_bytes,
             "host": sum(table.nbytes for table in self._host.tables.values()),
             "staging": self._host.staging_bytes,
         }
@@ -413,9 +414,11 @@ class CachedEmbeddingBag(nn.Module):
             plan = self.row_cache.admit(rows, keep_admits=self._keep_admits(), is_announced=is_announced)
         except CapacityError as error:
             raise self._capacity_error(rows) from error
-        near = self._near()
-        self._host.write_back(plan.evict_rows, plan.evict_positions, near)
-        self._host.fetch(plan.fetch_rows, plan.fetch_positions, near)
+        if plan.fetch_rows.size:
+            near = self._near()
+            self._host.settle()  # what is fetched may have been evicted by the admit before
+            self._host.write_back(plan.evict_rows, plan.evict_positions, near)
+            self._host.fetch(plan.fetch_rows, plan.fetch_positions, near)
         return plan
 
     def _capacity_error(self, rows: NDArray[np.integer[Any]]) -> CapacityError:
@@ -424,7 +427,7 @@ class CachedEmbeddingBag(nn.Module):
         hint = f"raise cache_ratio to at least {_round_up(num_distinct / self.num_embeddings)}"
         if num_distinct <= capacity:
             waiting = f", beside the rows of {len(self._pending)} forwards that wait for their optimizer step"
-            hint = "take that step, or use no_grad or eval mode for what is not trained on; or raise cache_ratio"
+            hint = "take that step, use no_grad or eval mode for what is not trained on, or raise cache_ratio"
         else:
             hint += ", or use a smaller batch"
         return CapacityError(
@@ -545,8 +548,8 @@ class _Pending:
 class _HostTables:
     """The rows at home, weights and optimizer state alike, and their way to the cache and back.
 
-    A write-back is begun at once and lands in the tables at `settle`, which every reader calls first: so on a
-    device the copy out runs beside the step.
+    A write-back is begun at once and lands in the tables at `settle`, which comes before the next read of
+    those rows: so on a device the copy out runs beside the step.
     """
 
     def __init__(self, tables: Tables, buffer_size: int) -> None:
@@ -569,9 +572,7 @@ class _HostTables:
         return self.tables["weight"].index_select(0, torch.from_numpy(rows.astype(np.int64)))
 
     def fetch(self, rows: NDArray[np.int64], positions: NDArray[np.integer[Any]], near: Tables) -> None:
-        """Copy rows and their state into the cache."""
-        if rows.size:
-            self.settle()
+        """Copy rows and their state into the cache; none of them may be under way home."""
         for part in self._parts(rows.size):
             index = torch.from_numpy(rows[part])
             target = _index_on(near["weight"].device, positions[part])

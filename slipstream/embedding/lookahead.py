@@ -1,9 +1,9 @@
 """Look-ahead: fetch the cold rows of the next chunk of batches while the current one computes.
 
-The batch order is known, so a chunk's cold rows are known before it starts. While chunk k - 1 computes in one
-staging half, the host thread writes back the rows that left with chunk k - 2 and gathers the rows of chunk k
-into the other half. A row used by both k - 1 and k is forwarded on the device once k - 1 is done. So no row is
-ever read stale: the result equals the plain loop, to the bit on CPU, for any chunk length and staging size.
+The batch order is known, so a chunk's cold rows are known before it starts. While chunk k - 1 computes, the host
+thread writes back the rows that left with chunk k - 2 and gathers the rows of chunk k. A row that both k - 1 and k
+use stays on the device. So no row is ever read stale: the result equals the plain loop, to the bit on CPU, for any
+chunk length, staging size and placement.
 
     host thread      write back k-2 | gather k          | write back k-1 | gather k+1
     device           compute k-1                        | forward k-1 -> k, compute k
@@ -21,7 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from slipstream.embedding.placement import Deduplicator, Placement, Plan
 from slipstream.embedding.tiers import TieredRows
+from slipstream.embedding.transfer import RowMover
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +38,8 @@ class Batch:
     """Shape (B,), float32."""
     is_hot: bool
     """Whether every slot is a hot one."""
+    weights: np.ndarray | None = None
+    """Weight of each sample in the loss; None is 1 for all. Shape (B,), float32."""
 
     def __len__(self) -> int:
         """B."""
@@ -55,51 +59,24 @@ class StagedBatch:
     inverse: Tensor
     """Index into `unique` of each lookup. Shape (L,), int64."""
     is_hot: bool
+    weights: Tensor | None = None
 
     def __len__(self) -> int:
         """B."""
         return len(self.labels)
 
-
-class StagingOverflowError(ValueError):
-    """One batch alone has more cold rows than a staging half holds."""
-
-    def __init__(self, needed: int, available: int) -> None:
-        super().__init__(f"one batch looks up {needed} cold rows, and a staging half holds {available}")
-        self.needed, self.available = needed, available
+    def tensors(self) -> list[Tensor]:
+        """Everything on the device."""
+        given = (self.dense, self.labels, self.positions, self.unique, self.inverse, self.weights)
+        return [tensor for tensor in given if tensor is not None]
 
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """A planned chunk: which cold rows it stages, where, and its batches in positions."""
+    """Batches in positions, and the moves that belong to them."""
 
-    cold: np.ndarray
-    """Cold indices staged, in the order of their places in the half. Shape (n,), int64."""
-    half: int
-    fetched: np.ndarray
-    """Places in the half filled from the host. Shape (f,), int64."""
-    forwarded: np.ndarray
-    """Places in the half filled from the other half. Shape (n - f,), int64."""
-    forwarded_from: np.ndarray
-    """Buffer positions they come from."""
+    plan: Plan
     batches: list[StagedBatch]
-
-
-class _Deduplicator:
-    """Finds the distinct keys among many without sorting; 4 bytes of scratch per possible key."""
-
-    def __init__(self, num_keys: int) -> None:
-        self._first = np.empty(num_keys, np.int32)
-
-    def __call__(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Distinct keys in order of first sight, index of each key's first sight, and the inverse."""
-        order = np.arange(len(keys), dtype=np.int32)
-        self._first[keys[::-1]] = order[::-1]  # the last write wins: the first sight
-        first = self._first[keys]
-        is_first = first == order
-        rank = np.cumsum(is_first, dtype=np.int32) - 1
-        seen_at = np.flatnonzero(is_first)
-        return keys[seen_at], seen_at, rank[first]
 
 
 class LookAhead:
@@ -107,27 +84,38 @@ class LookAhead:
 
     Args:
         rows: The tiers.
-        chunk_batches: Batches per chunk, at most; a chunk that does not fit its staging half is split.
+        placement: Decides where cold rows sit.
+        chunk_batches: Batches per chunk, at most; a chunk that does not fit is split.
     """
 
-    def __init__(self, rows: TieredRows, *, chunk_batches: int) -> None:
+    def __init__(self, rows: TieredRows, placement: Placement, *, chunk_batches: int) -> None:
         if chunk_batches < 1:
             raise ValueError(f"expected chunks of at least 1 batch, found {chunk_batches}")
-        self._rows, self._chunk_batches = rows, chunk_batches
-        self._distinct_cold = _Deduplicator(rows.num_cold)
-        self._distinct_position = _Deduplicator(len(rows.buffer))
-        self._position_of_cold = np.full(rows.num_cold, -1, np.int32)
-        self._planned: np.ndarray | None = None
-        self._staged: _Chunk | None = None
-        self._num_chunks = 0
+        self._rows, self._placement, self._chunk_batches = rows, placement, chunk_batches
+        self._mover = RowMover(rows)
+        self._distinct = Deduplicator(len(rows.buffer))
         self.lookups = 0
         """Lookups of all batches so far."""
         self.cold_lookups = 0
-        """Those that went to cold rows."""
-        self.bytes_to_device = 0
-        self.bytes_to_host = 0
+        """Those that went to rows of the cold tier."""
 
-    def run(self, batches: Iterator[Batch], step: Callable[[StagedBatch], None], *, update: bool = True) -> None:
+    @property
+    def bytes_to_device(self) -> int:
+        """Bytes of rows fetched so far."""
+        return self._mover.bytes_to_device
+
+    @property
+    def bytes_to_host(self) -> int:
+        """Bytes of rows written back so far."""
+        return self._mover.bytes_to_host
+
+    def run(
+        self,
+        batches: Iterator[Batch],
+        step: Callable[[StagedBatch], None],
+        *,
+        between_chunks: Callable[[], None] = lambda: None,
+    ) -> None:
         """Call `step` with every batch in order, its rows staged.
 
         Rows stay staged between calls until `flush`. All batches must be known when asked for: none may
@@ -135,135 +123,98 @@ class LookAhead:
 
         Args:
             batches: In training order.
-            step: Reads and, where `update`, changes `rows.buffer` at the batch's positions.
-            update: Whether rows changed and must be written back.
+            step: Reads and changes `rows.buffer` at the batch's positions.
+            between_chunks: Called before each chunk while nothing moves; may call `cold_now`.
 
         Raises:
-            StagingOverflowError: A single batch has more cold rows than a staging half holds.
+            StagingOverflowError: A single batch has more cold rows than fit.
         """
         pending = _Pending(batches)
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="look-ahead") as host:
             following: Future[_Chunk | None] = host.submit(self._prepare, pending)
             while (chunk := following.result()) is not None:
-                leaving = self._activate(chunk)
-                following = host.submit(self._leave_and_prepare, leaving, update, pending)
+                between_chunks()
+                self._activate(chunk)
+                following = host.submit(self._leave_and_prepare, chunk.plan, pending)
                 for batch in chunk.batches:
                     step(batch)
+            self._mover.mark_computed()
 
     def flush(self) -> None:
-        """Write every staged row back to its tier; afterwards the tiers hold the whole model."""
-        if self._staged is not None:
-            chunk, self._staged = self._staged, None
-            positions = self._half_start(chunk.half) + np.arange(len(chunk.cold))
-            self._write_back(chunk.cold, positions)
-            self._position_of_cold[chunk.cold] = -1
-            self._planned = None
+        """Write back every row that changed; afterwards the tiers hold the whole model."""
+        self._mover.write_back(*self._placement.release())
 
-    # --- host thread ----------------------------------------------------------------------------------------
+    def counters(self) -> dict[str, int]:
+        """What it counted so far, for a checkpoint."""
+        return {
+            "lookups": self.lookups,
+            "cold_lookups": self.cold_lookups,
+            "bytes_to_device": self.bytes_to_device,
+            "bytes_to_host": self.bytes_to_host,
+        }
 
-    def _leave_and_prepare(
-        self, leaving: tuple[np.ndarray, np.ndarray], update: bool, pending: _Pending
-    ) -> _Chunk | None:
-        if update:
-            self._write_back(*leaving)
+    def restore_counters(self, counters: dict[str, int]) -> None:
+        """Go on counting from a checkpoint."""
+        self.lookups, self.cold_lookups = counters["lookups"], counters["cold_lookups"]
+        self._mover.bytes_to_device = counters["bytes_to_device"]
+        self._mover.bytes_to_host = counters["bytes_to_host"]
+
+    def cold_now(self) -> list[Tensor]:
+        """Copies of the cold tier with the latest values, one per travelling tensor; between chunks only."""
+        cold, positions = self._placement.unwritten()
+        copies = []
+        for buffer, host in self._rows.pairs:
+            latest = host.clone()
+            latest[torch.from_numpy(cold)] = buffer[torch.from_numpy(positions).to(buffer.device)].cpu()
+            copies.append(latest)
+        return copies
+
+    # --- host thread ---
+
+    def _leave_and_prepare(self, current: Plan, pending: _Pending) -> _Chunk | None:
+        self._mover.write_back(*current.leaving)
         return self._prepare(pending)
 
     def _prepare(self, pending: _Pending) -> _Chunk | None:
-        batches = pending.take(self._chunk_batches)
-        if not batches:
+        offered = pending.take(self._chunk_batches)
+        if not offered:
             return None
-        chunk, left = self._plan(batches)
-        pending.put_back(left)
-        self._fetch(chunk)
-        return chunk
-
-    def _plan(self, batches: list[Batch]) -> tuple[_Chunk, list[Batch]]:
         num_hot = self._rows.num_hot
-        slots = [batch.slots.ravel() for batch in batches]
-        cold_of = [flat[flat >= num_hot] - num_hot for flat in slots]
-        ends = np.cumsum([len(cold) for cold in cold_of])
-        staged, seen_at, _ = self._distinct_cold(np.concatenate(cold_of))
-        needed = np.searchsorted(seen_at, ends)
-        fitting = int(np.searchsorted(needed, self._rows.staging_rows, side="right"))
-        if fitting == 0:
-            raise StagingOverflowError(int(needed[0]), self._rows.staging_rows)
-        staged = staged[: needed[fitting - 1]]
-        half = self._num_chunks % 2
-        self._num_chunks += 1
-        places = np.arange(len(staged))
-        previous = self._position_of_cold[staged]
-        is_new = previous < 0
-        if self._planned is not None:
-            self._position_of_cold[self._planned] = -1
-        self._position_of_cold[staged] = self._half_start(half) + places
-        self._planned = staged
-        chunk = _Chunk(
-            cold=staged,
-            half=half,
-            fetched=places[is_new],
-            forwarded=places[~is_new],
-            forwarded_from=previous[~is_new].astype(np.int64),
-            batches=[self._stage(batch) for batch in batches[:fitting]],
-        )
-        return chunk, batches[fitting:]
+        flat = [batch.slots.ravel() for batch in offered]
+        cold = [slots[slots >= num_hot] - num_hot for slots in flat]
+        plan = self._placement.plan(cold)
+        pending.put_back(offered[plan.num_batches :])
+        self._mover.write_back(*plan.evicted)
+        self._mover.fetch(*plan.fetched)
+        fitting = zip(offered[: plan.num_batches], flat, cold, strict=False)
+        return _Chunk(plan, [self._stage(*parts) for parts in fitting])
 
-    def _stage(self, batch: Batch) -> StagedBatch:
-        num_hot = self._rows.num_hot
-        positions = batch.slots.ravel()
-        self.lookups += len(positions)
-        is_cold = positions >= num_hot
-        if is_cold.any():
-            positions = positions.copy()
-            positions[is_cold] = self._position_of_cold[positions[is_cold] - num_hot]
-            self.cold_lookups += int(np.count_nonzero(is_cold))
-        unique, _, inverse = self._distinct_position(positions)
-        device = self._rows.device
+    def _stage(self, batch: Batch, slots: np.ndarray, cold: np.ndarray) -> StagedBatch:
+        positions = slots.astype(np.int64)
+        if len(cold):
+            positions[slots >= self._rows.num_hot] = self._placement.positions_of(cold)
+        self.lookups += len(slots)
+        self.cold_lookups += len(cold)
+        unique, _, inverse = self._distinct(positions)
+        move = self._mover.to_device
         return StagedBatch(
-            dense=torch.from_numpy(batch.dense).to(device),
-            labels=torch.from_numpy(batch.labels).to(device),
-            positions=torch.from_numpy(positions.astype(np.int64)).to(device),
-            unique=torch.from_numpy(unique.astype(np.int64)).to(device),
-            inverse=torch.from_numpy(inverse.astype(np.int64)).to(device),
+            dense=move(batch.dense),
+            labels=move(batch.labels),
+            positions=move(positions),
+            unique=move(unique),
+            inverse=move(inverse.astype(np.int64)),
             is_hot=batch.is_hot,
+            weights=None if batch.weights is None else move(batch.weights),
         )
 
-    def _fetch(self, chunk: _Chunk) -> None:
-        if not len(chunk.fetched):
-            return
-        cold = torch.from_numpy(chunk.cold[chunk.fetched].astype(np.int64))
-        positions = torch.from_numpy(self._half_start(chunk.half) + chunk.fetched).to(self._rows.device)
-        for device_rows, host_rows in self._rows.pairs:
-            device_rows.index_copy_(0, positions, host_rows.index_select(0, cold).to(self._rows.device))
-        self.bytes_to_device += len(cold) * self._rows.row_bytes
+    # --- main thread ---
 
-    def _write_back(self, cold: np.ndarray, positions: np.ndarray) -> None:
-        if not len(cold):
-            return
-        targets = torch.from_numpy(cold.astype(np.int64))
-        sources = torch.from_numpy(positions.astype(np.int64)).to(self._rows.device)
-        for device_rows, host_rows in self._rows.pairs:
-            host_rows.index_copy_(0, targets, device_rows.index_select(0, sources).cpu())
-        self.bytes_to_host += len(cold) * self._rows.row_bytes
-
-    # --- main thread ----------------------------------------------------------------------------------------
-
-    def _activate(self, chunk: _Chunk) -> tuple[np.ndarray, np.ndarray]:
-        """Forward rows that the chunk shares with the one before; returns the rows that leave, and where."""
-        previous, self._staged = self._staged, chunk
-        if len(chunk.forwarded):
-            sources = torch.from_numpy(chunk.forwarded_from).to(self._rows.device)
-            targets = torch.from_numpy(self._half_start(chunk.half) + chunk.forwarded).to(self._rows.device)
-            for device_rows, _ in self._rows.pairs:
-                device_rows.index_copy_(0, targets, device_rows.index_select(0, sources))
-        if previous is None:
-            return np.empty(0, np.int64), np.empty(0, np.int64)
-        is_leaving = np.ones(len(previous.cold), bool)
-        is_leaving[chunk.forwarded_from - self._half_start(previous.half)] = False
-        places = np.flatnonzero(is_leaving)
-        return previous.cold[places], self._half_start(previous.half) + places
-
-    def _half_start(self, half: int) -> int:
-        return self._rows.num_hot + half * self._rows.staging_rows
+    def _activate(self, chunk: _Chunk) -> None:
+        self._mover.await_fetches()
+        self._mover.forward(*chunk.plan.forwarded)
+        self._mover.mark_computed()
+        for batch in chunk.batches:
+            self._mover.hand_over(batch.tensors())
 
 
 class _Pending:

@@ -96,8 +96,8 @@ class RowCache:
             least used in the training data.
         row_counts: Accesses per row in the training data, for `policy="rank"`. Shape (N,), integer, >= 0.
             Held, not copied. None: rows are ranked already, row 0 is the most used.
-        ageing_admits: Halve the LFU counts every so many admits, so that what was popular once can leave.
-            0: never, which is the published behaviour.
+        ageing_lookups: Halve the LFU counts whenever this many lookups per position have been counted, so that
+            what was popular once can leave. 0: never, which is the published behaviour.
 
     Raises:
         ValueError: A size is out of range, or an option does not go with the policy.
@@ -122,20 +122,20 @@ class RowCache:
         *,
         policy: Policy = "lfu",
         row_counts: ArrayLike | None = None,
-        ageing_admits: int = 0,
+        ageing_lookups: float = 20.0,
     ) -> None:
         if not 1 <= capacity <= num_rows:
             raise ValueError(f"expected 1 <= capacity <= num_rows, found capacity {capacity}, {num_rows} rows")
         if policy not in ("lfu", "rank"):
             raise ValueError(f"expected policy 'lfu' or 'rank', found {policy!r}")
-        if ageing_admits < 0 or (ageing_admits and policy != "lfu"):
-            raise ValueError(f"expected ageing_admits >= 0 (0 for 'rank'), found {ageing_admits} with {policy!r}")
+        if ageing_lookups < 0:
+            raise ValueError(f"expected ageing_lookups >= 0, found {ageing_lookups}")
         if row_counts is not None and policy != "rank":
             raise ValueError("row_counts goes with policy 'rank'; 'lfu' takes starting counts in warm()")
         self.num_rows = num_rows
         self.capacity = capacity
         self.policy: Policy = policy
-        self.ageing_admits = ageing_admits
+        self.ageing_lookups = ageing_lookups
         self.num_admits = 0
         self.stats = CacheStats()
         self._row_counts = None if row_counts is None else _checked_counts(row_counts, num_rows)
@@ -148,6 +148,7 @@ class RowCache:
         self._scratch = np.zeros(capacity, np.int32)
         self._is_dirty = np.zeros(capacity, np.bool_)
         self._num_used = 0  # positions are taken from 0 upwards and never become free one by one
+        self._lookups_since_halving = 0
         self._pool = np.empty(0, np.int64)
         self._pool_ceiling = _NO_CEILING
 
@@ -202,30 +203,30 @@ class RowCache:
         """
         rows = self._checked_rows(rows)
         flat = rows.reshape(-1)
-        positions = self._position_of_row[flat]
+        # Indexing by int64, `take` and `compress` take half the time of int32 and masks in numpy.
+        positions = self._position_of_row.take(flat).astype(np.int64)
         is_missing = positions < 0
-        num_miss_lookups = int(np.count_nonzero(is_missing))
-        missing = flat[is_missing]
+        missing_at = np.flatnonzero(is_missing)
+        missing = flat.take(missing_at)
         fetch_rows = _sorted_distinct(missing)
-        found = positions[~is_missing] if num_miss_lookups else positions
+        found = np.compress(~is_missing, positions) if missing_at.size else positions
         victims = self._protect_and_choose(found, fetch_rows.size, keep_admits)
         dirty = victims[self._is_dirty[victims]]
         evict_rows = self._row_of_position[dirty]
         fetch_positions = self._replace(victims, fetch_rows)
-        if num_miss_lookups:
-            positions[is_missing] = self._position_of_row[missing]
+        positions[missing_at] = self._position_of_row.take(missing)
         distinct_positions, inverse = self.distinct(positions)
         num_hits = distinct_positions.size - fetch_rows.size
         if fetch_rows.size or not is_announced:
             self._raise_counts(distinct_positions, inverse)
             self.stats.hits += num_hits
             self.stats.misses += fetch_rows.size
-            self.stats.hit_lookups += flat.size - num_miss_lookups
-            self.stats.miss_lookups += num_miss_lookups
+            self.stats.hit_lookups += flat.size - missing_at.size
+            self.stats.miss_lookups += missing_at.size
         self.stats.evictions += victims.size
         self.stats.write_backs += dirty.size
         return CachePlan(
-            positions=positions.reshape(rows.shape),
+            positions=positions.astype(np.int32).reshape(rows.shape),
             distinct_positions=distinct_positions,
             inverse=inverse,
             fetch_rows=fetch_rows,
@@ -260,7 +261,7 @@ class RowCache:
         num_kept = np.count_nonzero(self._last_admit[: self._num_used] >= oldest_kept) if keep_admits else 0
         return int(np.searchsorted(np.cumsum(new_rows), self.capacity - num_kept, side="right"))
 
-    def distinct(self, positions: Int32) -> tuple[Int32, Int32]:
+    def distinct(self, positions: NDArray[np.integer[Any]]) -> tuple[Int32, Int32]:
         """List every position of a request once, without sorting.
 
         Args:
@@ -270,12 +271,12 @@ class RowCache:
             Distinct positions, shape (U,), in no particular order but always the same, and for every lookup
             where its position stands among them, shape (L,).
         """
-        lookup = np.arange(positions.size, dtype=np.int32)
-        self._scratch[positions] = lookup  # one lookup of each position wins and speaks for it
-        speaker = self._scratch[positions]
-        is_speaker = speaker == lookup
-        rank = np.cumsum(is_speaker, dtype=np.int32) - np.int32(1)
-        return positions[is_speaker], rank[speaker]
+        index = positions.astype(np.int64, copy=False)
+        lookup = np.arange(index.size, dtype=np.int32)
+        self._scratch[index] = lookup  # one lookup of each position wins and speaks for it
+        distinct = index.take(np.flatnonzero(self._scratch.take(index) == lookup))
+        self._scratch[distinct] = np.arange(distinct.size, dtype=np.int32)
+        return distinct.astype(np.int32), self._scratch.take(index)
 
     def mark_dirty(self, positions: ArrayLike) -> None:
         """Note that the rows at these positions no longer equal their copy in the table."""
@@ -340,7 +341,7 @@ class RowCache:
             raise ValueError(f"expected rows in [0, {self.num_rows}), found {low if low < 0 else high}")
         return array
 
-    def _protect_and_choose(self, found: Int32, num_missing: int, keep_admits: int) -> Int64:
+    def _protect_and_choose(self, found: Int64, num_missing: int, keep_admits: int) -> Int64:
         """Open admit number `num_admits + 1`: stamp the rows found, then choose who leaves for the others."""
         number = self.num_admits + 1
         num_victims = num_missing - (self.capacity - self._num_used)
@@ -415,10 +416,12 @@ class RowCache:
         if self.policy == "lfu":
             lookups = np.bincount(inverse, minlength=distinct_positions.size)
             self._score[distinct_positions] += lookups << self._shift
-            if self.ageing_admits and self.num_admits % self.ageing_admits == 0:
+            self._lookups_since_halving += inverse.size
+            if 0 < self.ageing_lookups * self.capacity <= self._lookups_since_halving:
                 self._halve_counts()
 
     def _halve_counts(self) -> None:
+        self._lookups_since_halving = 0
         low_bits = (np.int64(1) << self._shift) - 1
         used = self._score[: self._num_used]
         used[:] = ((used >> (self._shift + 1)) << self._shift) | (used & low_bits)

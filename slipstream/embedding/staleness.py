@@ -43,6 +43,20 @@ class MovementTracker:
         self._snapshot = self._hot_rows.clone()
         self._touched.zero_()
 
+    def state(self) -> dict[str, np.ndarray]:
+        """What an open window holds, for a checkpoint; nothing when none is open."""
+        if self._snapshot is None:
+            return {}
+        return {"snapshot": self._snapshot.cpu().numpy(), "touched": self._touched.cpu().numpy()}
+
+    def restore(self, state: dict[str, np.ndarray]) -> None:
+        """Take over what `state` gave."""
+        self._snapshot = None
+        if state:
+            device = self._hot_rows.device
+            self._snapshot = torch.from_numpy(state["snapshot"]).to(device)
+            self._touched = torch.from_numpy(state["touched"]).to(device)
+
     def touch(self, positions: Tensor) -> None:
         """Note the lookups of a step; positions beyond the hot tier are left out. Shape (U,), int64."""
         if self._snapshot is not None:

@@ -1,17 +1,16 @@
-"""Where rows live: a hot tier on the device, a cold tier on the host, and two staging halves between them.
+"""Where rows live: a hot tier on the device, a cold tier on the host, and a staging area between them.
 
-Every row has one owner. Hot rows live in the hot tier only, cold rows in the cold tier, except while a chunk of
-batches that uses them is at work: then they sit in a staging half of the device buffer.
+Every row has one owner. Hot rows live in the hot tier only, cold rows in the cold tier, except while batches that
+use them are at work: then they sit in the staging area of the device buffer.
 
-    buffer  [H + 2S, D]   0 .. H-1        hot rows, position = slot
-                          H .. H+S-1      staging half 0
-                          H+S .. H+2S-1   staging half 1
+    buffer  [H + S, D]    0 .. H-1      hot rows, position = slot
+                          H .. H+S-1    staging area: two halves that take turns, or a cache
     cold    [V - H, D]    row of slot H + i at i
 
 A batch's slots become positions in the buffer, so a lookup is one gather and an update one scatter, whatever
 the batch. Optimizer state has the same layout and travels with its row.
 
-Shape suffixes: V rows of all tables, H hot rows, S staging rows, D embedding_dim, U unique positions.
+Shape suffixes: V rows of all tables, H hot rows, S staged rows, D embedding_dim, U unique positions.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ class TieredRows:
         num_rows: V.
         num_hot: H; V keeps everything on the device, 0 everything on the host.
         embedding_dim: D.
-        staging_rows: S; no more than V - H are used.
+        num_staged: S.
         optimizer: `sgd` has no state; `rowwise_adagrad` one float per row.
         device: Where the buffer lives.
     """
@@ -42,7 +41,7 @@ class TieredRows:
         num_rows: int,
         num_hot: int,
         embedding_dim: int,
-        staging_rows: int,
+        num_staged: int,
         optimizer: RowOptimizer,
         device: torch.device,
     ) -> None:
@@ -50,10 +49,10 @@ class TieredRows:
             raise ValueError(f"expected 0 to {num_rows} hot rows, found {num_hot}")
         self.num_rows, self.num_hot, self.embedding_dim = num_rows, num_hot, embedding_dim
         self.num_cold = num_rows - num_hot
-        self.staging_rows = min(staging_rows, self.num_cold)
+        self.num_staged = num_staged
         self.optimizer: RowOptimizer = optimizer
         self.device = device
-        num_positions = num_hot + 2 * self.staging_rows
+        num_positions = num_hot + num_staged
         self.buffer = torch.zeros(num_positions, embedding_dim, device=device)
         self.cold = torch.zeros(self.num_cold, embedding_dim)
         self.buffer_state: Tensor | None = None
@@ -80,7 +79,7 @@ class TieredRows:
         per_row = 4 * self.embedding_dim + (4 if self.buffer_state is not None else 0)
         return {
             "hot": self.num_hot * per_row,
-            "staging": 2 * self.staging_rows * per_row,
+            "staging": self.num_staged * per_row,
             "cold": self.num_cold * per_row,
         }
 
@@ -151,7 +150,7 @@ def update_rows(
     positions: Tensor,
     gradients: Tensor,
     *,
-    lr: float,
+    lr: Tensor,
     eps: float,
 ) -> None:
     """Apply one sparse step in place.
@@ -163,8 +162,8 @@ def update_rows(
         weights: Shape (P, D).
         state: Accumulator of row-wise Adagrad. Shape (P,).
         positions: Distinct rows to change. Shape (U,), int64.
-        gradients: Summed over duplicates. Shape (U, D).
-        lr: Learning rate.
+        gradients: Summed over duplicates; used up. Shape (U, D).
+        lr: Learning rate, without dimensions, on the same device.
         eps: Added to the root of the accumulator.
 
     Source: row-wise Adagrad as in FBGEMM's EXACT_ROWWISE_ADAGRAD.
@@ -173,5 +172,5 @@ def update_rows(
         assert state is not None
         moved = state.index_select(0, positions).add_(gradients.square().mean(dim=1))
         state.index_copy_(0, positions, moved)
-        gradients = gradients / moved.sqrt_().add_(eps).unsqueeze(1)
-    weights.index_copy_(0, positions, weights.index_select(0, positions).sub_(gradients, alpha=lr))
+        gradients = gradients.div_(moved.sqrt_().add_(eps).unsqueeze(1))
+    weights.index_copy_(0, positions, weights.index_select(0, positions).sub_(gradients.mul_(lr)))

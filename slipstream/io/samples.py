@@ -25,6 +25,8 @@ class Samples:
     """Shape (n, T), int32 (int64 from 2^31 slots on)."""
     y: np.ndarray
     """Labels, 0 or 1. Shape (n,), float32."""
+    weights: np.ndarray | None = None
+    """Weight of each sample in the loss; None is 1 for all. Shape (n,), float32."""
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -32,7 +34,8 @@ class Samples:
 
     def take(self, picked: np.ndarray | slice) -> Samples:
         """Some of the samples."""
-        return Samples(X_int=self.X_int[picked], X_cat=self.X_cat[picked], y=self.y[picked])
+        weights = None if self.weights is None else self.weights[picked]
+        return Samples(X_int=self.X_int[picked], X_cat=self.X_cat[picked], y=self.y[picked], weights=weights)
 
 
 def concat_samples(pieces: Sequence[Samples]) -> Samples:
@@ -43,6 +46,15 @@ def concat_samples(pieces: Sequence[Samples]) -> Samples:
         X_int=np.concatenate([piece.X_int for piece in pieces]),
         X_cat=np.concatenate([piece.X_cat for piece in pieces]),
         y=np.concatenate([piece.y for piece in pieces]),
+        weights=_concat_weights(pieces),
+    )
+
+
+def _concat_weights(pieces: Sequence[Samples]) -> np.ndarray | None:
+    if all(piece.weights is None for piece in pieces):
+        return None
+    return np.concatenate(
+        [np.ones(len(piece), np.float32) if piece.weights is None else piece.weights for piece in pieces]
     )
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import polars as pl
 
-_SENTINEL = "\x01"
+_SENTINEL = b"\x01"
+_EATEN = (b"\xef\xbb\xbf", b"\r")
+"""What Polars drops at the start of a text; a line put before it keeps it."""
 
 
 def read_fields(data: bytes, *, separator: str, names: list[str]) -> tuple[pl.DataFrame, pl.Series]:
@@ -28,14 +30,21 @@ def read_fields(data: bytes, *, separator: str, names: list[str]) -> tuple[pl.Da
     if b"\r" in data:
         data = data.replace(b"\r\n", b"\n").removesuffix(b"\r")
     data = data.removesuffix(b"\n") + b"\n"
-    marked = data.replace(b"\n", f"{separator}{_SENTINEL}\n".encode())
+    is_guarded = data.startswith(_EATEN)
+    if is_guarded:
+        data = b"\n" + data
+    mark = separator.encode() + _SENTINEL
+    while mark in data:  # a field of the data must not pass for the sentinel
+        mark += _SENTINEL
+    marked = data.replace(b"\n", mark + b"\n")
     columns = [*names, "_end", "_beyond"]
     try:
         frame = _read(marked, separator, columns, "utf8")
     except pl.exceptions.ComputeError:
         frame = _read(marked, separator, columns, "utf8-lossy")
-    ends = (pl.col("_end") == _SENTINEL).fill_null(value=False) & pl.col("_beyond").is_null()
-    return frame.select(names), frame.select(ends).to_series()
+    ends = (pl.col("_end") == mark[1:].decode()).fill_null(value=False) & pl.col("_beyond").is_null()
+    fields, sound = frame.select(names), frame.select(ends).to_series()
+    return (fields[1:], sound[1:]) if is_guarded else (fields, sound)
 
 
 def _read(data: bytes, separator: str, columns: list[str], encoding: str) -> pl.DataFrame:

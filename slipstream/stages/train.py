@@ -18,8 +18,10 @@ import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from slipstream.config import ModelConfig, SkipConfig, TrainConfig
+from slipstream.config import ModelConfig, SkipConfig, TrainConfig, to_dict
 from slipstream.embedding.lookahead import LookAhead
+from slipstream.embedding.placement import CachedRows, Placement, StagingHalves
+from slipstream.embedding.row_cache import RowCache
 from slipstream.embedding.tiers import TieredRows
 from slipstream.errors import CapacityError, ConfigError
 from slipstream.io.artifacts import Artifact, write_atomically, write_json
@@ -27,10 +29,12 @@ from slipstream.io.samples import Samples, read_shard
 from slipstream.models.dlrm import DLRM
 from slipstream.ops.metrics import measure_quality
 from slipstream.progress import Progress
-from slipstream.training.checkpoint import save_model
-from slipstream.training.loop import StepReport, Trainer
+from slipstream.training.checkpoint import Checkpointer, save_model
+from slipstream.training.dense_optimizer import DenseOptimizer
+from slipstream.training.loop import Schedule, StepReport, Trainer
 from slipstream.training.schedule import default_segment_steps
-from slipstream.training.skipping import Criterion, Skipper
+from slipstream.training.skipping import Criterion, Skipper, SkipRule
+from slipstream.training.step import TrainStep
 from slipstream.training.stream import SampleStream
 
 _WINDOW_SAMPLES = 2_000_000
@@ -46,11 +50,13 @@ def run(
     skip_config: SkipConfig,
     criterion: Criterion,
     segregated: Artifact,
+    counts: np.ndarray,
     seed: int,
+    fingerprint: str,
     scratch: Path,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Train and evaluate.
+    """Train and evaluate; goes on from a checkpoint in `scratch` where there is one.
 
     Args:
         config: Section `train`.
@@ -58,7 +64,9 @@ def run(
         skip_config: Section `skip`.
         criterion: The skip criterion in force.
         segregated: The segregate artifact.
+        counts: Access counts per global row, which mode `cached` ranks by. Shape (V,), int64.
         seed: Of initial weights, batch order and dropping.
+        fingerprint: Of this run, so that no other run's checkpoint is taken up.
         scratch: Folder to write to.
         progress: Told how far it is.
 
@@ -68,10 +76,10 @@ def run(
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     device = resolve_device(config.device)
-    sizes: dict[str, int] = segregated.counts["samples"]
     num_dense: int = segregated.counts["num_dense"]
     slot_maps = _read_slot_maps(segregated)
-    rows = _make_rows(config, model_config, segregated, slot_maps, device=device, seed=seed)
+    rows, placement = _place_rows(config, model_config, segregated, slot_maps, counts, device=device)
+    _init_rows(rows, slot_maps, seed=seed)
     torch.manual_seed(seed)
     model = DLRM(
         num_dense=num_dense,
@@ -80,67 +88,57 @@ def run(
         bottom_mlp=model_config.bottom_mlp,
         top_mlp=model_config.top_mlp,
     ).to(device)
-    skipper = Skipper(
-        criterion=criterion,
-        target_drop=skip_config.target_drop,
-        alpha=skip_config.alpha,
-        threshold=skip_config.threshold,
-        sample_size=skip_config.sample_size,
+    num_train = segregated.counts["samples"]["hot"] + segregated.counts["samples"]["cold"]
+    checkpoints = Checkpointer(
+        scratch / "work" / "checkpoint.safetensors",
+        fingerprint=fingerprint,
+        every_steps=config.checkpoint_steps,
     )
-    lookahead = LookAhead(rows, chunk_batches=1 if config.mode == "baseline" else config.chunk_batches)
-    num_train = sizes["hot"] + sizes["cold"]
-    total = num_train * config.epochs
     with (
         SummaryWriter(str(scratch / "events")) as events,
-        progress.task("train", total, "samples") as advance,
+        ThreadPoolExecutor(max_workers=2, thread_name_prefix="shards") as workers,
     ):
-        trainer = Trainer(
-            model=model,
-            rows=rows,
-            lookahead=lookahead,
-            dense_optimizer=_dense_optimizer(config, model),
-            lr_schedule=_lr_schedule(config),
-            eps=config.eps,
-            skipper=skipper,
-            log_every=config.log_every,
-            on_report=_listener(events, advance),
-        )
-        with ThreadPoolExecutor(max_workers=2, thread_name_prefix="shards") as workers:
-            for epoch in range(config.epochs):
-                streams = {
+        with progress.task("train", num_train * config.epochs, "samples") as advance:
+            trainer = Trainer(
+                step=TrainStep(
+                    model=model,
+                    rows=rows,
+                    dense_optimizer=DenseOptimizer(
+                        model.parameters(),
+                        kind="sgd" if config.optimizer == "sgd" else "adagrad",
+                        eps=config.eps,
+                        weight_decay=config.weight_decay,
+                    ),
+                    eps=config.eps,
+                ),
+                lookahead=LookAhead(
+                    rows, placement, chunk_batches=1 if config.mode == "baseline" else config.chunk_batches
+                ),
+                lr_schedule=_lr_schedule(config),
+                skipper=Skipper(_skip_rule(skip_config, criterion)),
+                schedule=_schedule(config, skip_config, num_train, seed),
+                log_every=config.log_every,
+                on_report=_listener(events, advance),
+                between_chunks=checkpoints.between_chunks,
+            )
+            checkpoints.restore(trainer)
+            trainer.train(
+                lambda epoch: {
                     group: _open_stream(segregated, group, seed=(seed, epoch), workers=workers)
                     for group in ("hot", "cold")
                 }
-                trainer.train_epoch(
-                    streams,
-                    batch_size=config.batch_size,
-                    order=config.order,
-                    segment_steps=skip_config.refresh_steps or default_segment_steps(num_train, config.batch_size),
-                    round_samples=_WINDOW_SAMPLES,
-                    warmup_steps=skip_config.warmup_steps,
-                    window_steps=skip_config.window_steps,
-                    rng=np.random.default_rng([seed, epoch, len(streams)]),
-                    epoch_span=(epoch / config.epochs, (epoch + 1) / config.epochs),
-                )
-        quality = {}
-        for split in ("test", "val"):
-            shards = (read_shard(segregated.check(path)) for path in segregated.files(f"{split}/", ".npz"))
-            predicted, labels = trainer.predict(shards, batch_size=config.eval_batch_size)
-            quality[split] = asdict(measure_quality(labels, predicted))
-            for name, value in quality[split].items():
-                events.add_scalar(f"{split}/{name}", value, trainer.totals.steps)
-            with write_atomically(scratch / f"predictions_{split}.npy") as path, path.open("wb") as stream:
-                np.save(stream, predicted)
+            )
+        quality = _evaluate(trainer, segregated, scratch, events, batch_size=config.eval_batch_size)
     save_model(
         scratch,
         model=model,
         rows=rows,
         slot_maps=slot_maps,
-        description={"num_dense": num_dense, "tables": segregated.counts["tables"], **_plain(model_config)},
+        description={"num_dense": num_dense, "tables": segregated.counts["tables"], **to_dict(model_config)},
     )
-    write_json(scratch / "staleness.json", [asdict(check) for check in skipper.checks])
+    write_json(scratch / "staleness.json", [asdict(check) for check in trainer.skipper.checks])
     write_json(scratch / "losses.json", trainer.totals.losses)
-    return _summarise(trainer, skipper, lookahead, rows, quality, device=device, criterion=criterion)
+    return _summarise(trainer, quality, placement)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -156,42 +154,88 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _make_rows(
+def _place_rows(
     config: TrainConfig,
     model_config: ModelConfig,
     segregated: Artifact,
     slot_maps: dict[str, np.ndarray],
+    counts: np.ndarray,
     *,
     device: torch.device,
-    seed: int,
-) -> TieredRows:
+) -> tuple[TieredRows, Placement]:
     num_rows: int = segregated.counts["rows"]
-    placement = {"resident": num_rows, "baseline": 0}
-    num_hot = placement.get(config.mode, segregated.counts["hot_rows"])
+    num_hot = {"resident": num_rows, "baseline": 0, "cached": 0}.get(config.mode, segregated.counts["hot_rows"])
+    num_cold = num_rows - num_hot
     lookups = config.batch_size * len(slot_maps)
-    staging = config.staging_rows or max(lookups, min(config.chunk_batches * lookups, _STAGING_CAP))
+    half = config.staging_rows or max(lookups, min(config.chunk_batches * lookups, _STAGING_CAP))
+    num_staged = 2 * min(half, num_cold)
+    if config.mode == "cached":
+        num_staged = max(1, int(num_rows * config.cache_ratio))
     try:
         rows = TieredRows(
             num_rows=num_rows,
             num_hot=num_hot,
             embedding_dim=model_config.embedding_dim,
-            staging_rows=staging,
+            num_staged=num_staged,
             optimizer=config.optimizer,
             device=device,
         )
     except torch.cuda.OutOfMemoryError as exc:
         raise CapacityError(
-            f"{num_hot:,} hot rows and 2 x {staging:,} staging rows of {model_config.embedding_dim} floats do "
-            f"not fit the device: {exc}",
-            hint="lower `segregate.hot_budget` or `train.staging_rows`",
+            f"{num_hot:,} hot rows and {num_staged:,} staged rows of {model_config.embedding_dim} floats do not fit "
+            f"the device: {exc}",
+            hint="lower `segregate.hot_budget`, `train.cache_ratio` or `train.staging_rows`",
         ) from exc
-    # drawn table by table, so that the initial model does not depend on what is hot
+    if config.mode != "cached":
+        return rows, StagingHalves(rows)
+    slot_counts = np.empty(num_rows, np.int64)
+    slot_counts[np.concatenate(list(slot_maps.values()))] = counts
+    return rows, CachedRows(rows, _warm_cache(config, slot_counts, num_staged))
+
+
+def _warm_cache(config: TrainConfig, slot_counts: np.ndarray, capacity: int) -> RowCache:
+    by_rank = config.cache_policy == "rank"
+    return RowCache(
+        len(slot_counts),
+        capacity,
+        policy=config.cache_policy,
+        row_counts=slot_counts if by_rank else None,
+    )
+
+
+def _init_rows(rows: TieredRows, slot_maps: dict[str, np.ndarray], *, seed: int) -> None:
+    """Draw initial weights table by table, so that they do not depend on what is hot."""
     generator = torch.Generator().manual_seed(seed)
     for slots in slot_maps.values():
         bound = len(slots) ** -0.5
-        weights = torch.empty(len(slots), model_config.embedding_dim)
+        weights = torch.empty(len(slots), rows.embedding_dim)
         rows.load(torch.from_numpy(slots), weights.uniform_(-bound, bound, generator=generator))
-    return rows
+
+
+def _skip_rule(config: SkipConfig, criterion: Criterion) -> SkipRule:
+    return SkipRule(
+        criterion=criterion,
+        target_drop=config.target_drop,
+        scope=config.scope,
+        alpha=config.alpha,
+        threshold=config.threshold,
+        sample_size=config.sample_size,
+        floor=config.floor,
+        reweight=config.reweight,
+    )
+
+
+def _schedule(config: TrainConfig, skip_config: SkipConfig, num_train: int, seed: int) -> Schedule:
+    return Schedule(
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        order=config.order,
+        segment_steps=skip_config.refresh_steps or default_segment_steps(num_train, config.batch_size),
+        round_samples=_WINDOW_SAMPLES,
+        warmup_steps=skip_config.warmup_steps,
+        window_steps=skip_config.window_steps,
+        seed=seed,
+    )
 
 
 def _lr_schedule(config: TrainConfig) -> Callable[[float], float]:
@@ -201,17 +245,6 @@ def _lr_schedule(config: TrainConfig) -> Callable[[float], float]:
         return config.lr * warm * decay
 
     return learning_rate
-
-
-def _dense_optimizer(config: TrainConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    return torch.optim.Adagrad(
-        model.parameters(),
-        lr=config.lr,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-    )
 
 
 def _open_stream(
@@ -257,30 +290,35 @@ def _read_slot_maps(segregated: Artifact) -> dict[str, np.ndarray]:
         return {name: arrays[name] for name in segregated.counts["tables"]}
 
 
-def _plain(config: ModelConfig) -> dict[str, Any]:
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
+def _evaluate(
+    trainer: Trainer, segregated: Artifact, scratch: Path, events: SummaryWriter, *, batch_size: int
+) -> dict[str, dict[str, float]]:
+    quality = {}
+    for split in ("test", "val"):
+        shards = (read_shard(segregated.check(path)) for path in segregated.files(f"{split}/", ".npz"))
+        predicted, labels = trainer.predict(shards, batch_size=batch_size)
+        quality[split] = asdict(measure_quality(labels, predicted))
+        for name, value in quality[split].items():
+            events.add_scalar(f"{split}/{name}", value, trainer.totals.steps)
+        with write_atomically(scratch / f"predictions_{split}.npy") as path, path.open("wb") as stream:
+            np.save(stream, predicted)
+    return quality
 
 
-def _summarise(
-    trainer: Trainer,
-    skipper: Skipper,
-    lookahead: LookAhead,
-    rows: TieredRows,
-    quality: dict[str, dict[str, float]],
-    *,
-    device: torch.device,
-    criterion: Criterion,
-) -> dict[str, Any]:
-    totals = trainer.totals
+def _summarise(trainer: Trainer, quality: dict[str, dict[str, float]], placement: Placement) -> dict[str, Any]:
+    totals, skipper, lookahead, rows = trainer.totals, trainer.skipper, trainer.lookahead, trainer.step.rows
+    hit_ratio = 1 - lookahead.cold_lookups / max(lookahead.lookups, 1)
+    if isinstance(placement, CachedRows):
+        hit_ratio = placement.cache.stats.hit_ratio
     return {
         **quality,
-        "device": device.type,
+        "device": rows.device.type,
         "steps": totals.steps,
         "hot_steps": totals.hot_steps,
         "samples_seen": totals.samples_seen,
         "samples_dropped": skipper.dropped,
         "samples_classified": skipper.classified,
-        "drop_asked": skipper.target_drop if criterion != "none" else 0.0,
+        "drop_asked": skipper.rule.target_drop if skipper.rule.criterion != "none" else 0.0,
         "drop_achieved": skipper.dropped / skipper.classified if skipper.classified else 0.0,
         "threshold": skipper.threshold,
         "samples_per_second": totals.samples_seen / totals.seconds,
@@ -288,5 +326,5 @@ def _summarise(
         "bytes_per_tier": rows.bytes_per_tier(),
         "bytes_to_device": lookahead.bytes_to_device,
         "bytes_to_host": lookahead.bytes_to_host,
-        "hit_ratio": 1 - lookahead.cold_lookups / max(lookahead.lookups, 1),
+        "hit_ratio": hit_ratio,
     }

@@ -1,25 +1,38 @@
-"""The trained model on disk: safetensors and JSON, no pickles.
+"""Models and checkpoints on disk: safetensors and JSON, no pickles.
 
-Tables are stored by name in row order, whatever was hot, so a model is the same file for every placement:
+A model stores its tables by name in row order, whatever was hot, so it is the same file for every placement:
 
     model.safetensors   tables.cat_0 (N, D) … tables.cat_25, dense.bottom.0.weight …
     model.json          architecture and table sizes
+
+A checkpoint holds everything a killed run needs to end with the parameters of an uninterrupted one, in one file
+that is renamed into place: rows and optimizer state by tier, dense layers, position in the epoch, samples waiting
+for a batch, what was kept of the current round, staleness state. The order of samples and batches is redrawn from
+the seed.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slipstream.embedding.tiers import TieredRows
 from slipstream.errors import ArtifactError
 from slipstream.io.artifacts import write_atomically, write_json
-from slipstream.training.loop import iter_tables
+from slipstream.io.samples import Samples
+from slipstream.training.loop import LoopTotals, Position, Trainer
+from slipstream.training.skipping import Selection
+
+_GROUPS = ("hot", "cold")
 
 
 def save_model(
@@ -39,20 +52,154 @@ def save_model(
         slot_maps: Slot of each row, per table.
         description: Goes to model.json.
     """
-    tensors = {f"tables.{name}": weights for name, weights in iter_tables(rows, slot_maps)}
+    tensors = {f"tables.{name}": rows.gather(torch.from_numpy(slots)).cpu() for name, slots in slot_maps.items()}
     tensors |= {f"dense.{name}": value.cpu().contiguous() for name, value in model.state_dict().items()}
     with write_atomically(folder / "model.safetensors") as path:
         save_file(tensors, path)
     write_json(folder / "model.json", dict(description))
 
 
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a model.
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file.
 
     Raises:
-        ArtifactError: Not a safetensors file.
+        ArtifactError: Not a whole safetensors file.
     """
     try:
-        return load_file(path)
-    except Exception as exc:  # the library raises its own error, OSError or ValueError
+        with safe_open(path, framework="pt") as stream:
+            names = stream.keys()
+            return {name: stream.get_tensor(name) for name in names}, dict(stream.metadata() or {})
+    except (OSError, SafetensorError) as exc:
         raise ArtifactError(f"expected a safetensors file at `{path}`: {exc}") from exc
+
+
+class Checkpointer:
+    """Saves and restores a trainer.
+
+    Args:
+        path: The checkpoint file.
+        fingerprint: Of the run; a checkpoint of another run is refused.
+        every_steps: Steps between saves, rounded up to the end of a look-ahead chunk; 0 never saves.
+    """
+
+    def __init__(self, path: Path, *, fingerprint: str, every_steps: int) -> None:
+        self._path, self._fingerprint, self._every_steps = path, fingerprint, every_steps
+        self._saved_at = 0
+
+    def between_chunks(self, trainer: Trainer) -> None:
+        """Save when it is time; called while no row moves."""
+        steps = trainer.totals.steps
+        if self._every_steps and steps - self._saved_at >= self._every_steps:
+            self._save(trainer)
+            self._saved_at = steps
+
+    def restore(self, trainer: Trainer) -> bool:
+        """Bring a trainer to the state of the checkpoint; returns whether there was one.
+
+        Raises:
+            ArtifactError: The file is damaged or belongs to another run.
+        """
+        if not self._path.exists():
+            return False
+        tensors, metadata = read_tensors(self._path)
+        if metadata.get("fingerprint") != self._fingerprint:
+            raise ArtifactError(
+                f"`{self._path}` is a checkpoint of run {metadata.get('fingerprint')}, expected {self._fingerprint}",
+                hint="remove it, or run `slipstream train --force`",
+            )
+        _set_parameters(trainer, tensors)
+        state = json.loads(metadata["state"])
+        trainer.totals = LoopTotals(**state["totals"])
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        trainer.position = _read_position(state["position"], arrays)
+        trainer.skipper.restore(state["skipper"], _below(arrays, "skipper."))
+        trainer.tracker.restore(_below(arrays, "tracker."))
+        trainer.lookahead.restore_counters(state["lookahead"])
+        self._saved_at = trainer.totals.steps
+        return True
+
+    def _save(self, trainer: Trainer) -> None:
+        trainer.totals.loss_sum += trainer.step.take_loss_sum()
+        plain, arrays = trainer.skipper.state()
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in _parameters(trainer).items()}
+        for name, array in (
+            _prefixed("skipper.", arrays)
+            | _prefixed("tracker.", trainer.tracker.state())
+            | _position_arrays(trainer.position)
+        ).items():
+            tensors[name] = torch.from_numpy(np.ascontiguousarray(array))
+        state = {
+            "totals": asdict(trainer.totals) | {"seconds": trainer.elapsed()},
+            "position": _plain_position(trainer.position),
+            "skipper": plain,
+            "lookahead": trainer.lookahead.counters(),
+        }
+        metadata = {"fingerprint": self._fingerprint, "state": json.dumps(state)}
+        with write_atomically(self._path) as path:
+            save_file(tensors, path, metadata=metadata)
+
+
+def _parameters(trainer: Trainer) -> dict[str, Tensor]:
+    rows = trainer.step.rows
+    tensors = {f"hot.{index}": buffer[: rows.num_hot].cpu() for index, (buffer, _) in enumerate(rows.pairs)}
+    tensors |= {f"cold.{index}": host for index, host in enumerate(trainer.lookahead.cold_now())}
+    tensors |= {f"dense.{name}": value for name, value in trainer.step.model.state_dict().items()}
+    tensors |= {f"dense_state.{i}": value for i, value in enumerate(trainer.step.dense_optimizer.state)}
+    return tensors
+
+
+def _set_parameters(trainer: Trainer, tensors: Mapping[str, Tensor]) -> None:
+    rows = trainer.step.rows
+    for index, (buffer, host) in enumerate(rows.pairs):
+        buffer[: rows.num_hot] = tensors[f"hot.{index}"].to(buffer.device)
+        host.copy_(tensors[f"cold.{index}"])
+    trainer.step.model.load_state_dict(_below(tensors, "dense."))
+    for index, value in enumerate(trainer.step.dense_optimizer.state):
+        value.copy_(tensors[f"dense_state.{index}"])
+
+
+def _plain_position(position: Position) -> dict[str, Any]:
+    return {
+        "epoch": position.epoch,
+        "round_index": position.round_index,
+        "batches_done": position.batches_done,
+        "is_picked": position.picked is not None,
+    }
+
+
+def _position_arrays(position: Position) -> dict[str, np.ndarray]:
+    arrays: dict[str, np.ndarray] = {}
+    for kind, samples in position.waiting.items():
+        fields = {"X_int": samples.X_int, "X_cat": samples.X_cat, "y": samples.y, "weights": samples.weights}
+        arrays |= {f"waiting.{kind}.{name}": value for name, value in fields.items() if value is not None}
+    for group, selection in zip(_GROUPS, position.picked or (), strict=False):
+        arrays[f"picked.{group}.keep"] = selection.keep
+        if selection.weights is not None:
+            arrays[f"picked.{group}.weights"] = selection.weights
+    return arrays
+
+
+def _read_position(plain: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> Position:
+    is_picked = plain.pop("is_picked")
+    waiting = {}
+    for kind in _GROUPS:
+        if fields := _below(arrays, f"waiting.{kind}."):
+            waiting[kind] = Samples(
+                X_int=fields["X_int"], X_cat=fields["X_cat"], y=fields["y"], weights=fields.get("weights")
+            )
+    picked = None
+    if is_picked:
+        hot, cold = (
+            Selection(keep=fields["keep"], weights=fields.get("weights"))
+            for fields in (_below(arrays, f"picked.{group}.") for group in _GROUPS)
+        )
+        picked = (hot, cold)
+    return Position(waiting=waiting, picked=picked, **plain)
+
+
+def _below(items: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {name.removeprefix(prefix): value for name, value in items.items() if name.startswith(prefix)}
+
+
+def _prefixed(prefix: str, items: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {prefix + name: value for name, value in items.items()}

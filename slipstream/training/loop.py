@@ -1,28 +1,49 @@
 """The loop every mode shares: rounds of samples, look-ahead over their batches, one step per batch.
 
-Modes differ in how many rows are hot and how far the loop looks ahead, not in what it computes; over the same
+Modes differ in which rows sit on the device and how far the loop looks ahead, not in what it computes; over the same
 batch order they end with the same parameters, to the bit on CPU.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits
 
-from slipstream.embedding.lookahead import Batch, LookAhead, StagedBatch, StagingOverflowError
+from slipstream.embedding.lookahead import Batch, LookAhead, StagedBatch
+from slipstream.embedding.placement import StagingOverflowError
 from slipstream.embedding.staleness import MovementTracker
-from slipstream.embedding.tiers import TieredRows, sum_duplicates, update_rows
 from slipstream.errors import CapacityError, TrainingError
 from slipstream.io.samples import Samples
-from slipstream.training.schedule import BatchMaker, plan_rounds
-from slipstream.training.skipping import Skipper
+from slipstream.training.schedule import BatchMaker, Round, plan_rounds
+from slipstream.training.skipping import Selection, Skipper
+from slipstream.training.step import TrainStep
 from slipstream.training.stream import SampleStream
+
+_SCORE_BATCH = 16_384
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Schedule:
+    """How an epoch is cut."""
+
+    epochs: int
+    batch_size: int
+    order: str
+    """`interleaved` or `mixed`."""
+    segment_steps: int
+    """Steps between staleness checks."""
+    round_samples: int
+    """Most samples held at once."""
+    warmup_steps: int = 0
+    """Steps before the first window opens."""
+    window_steps: int = 0
+    """Length of a window that ends with its segment; 0 is the whole segment."""
+    seed: int = 0
+    """Draws the order of batches and what is dropped."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,220 +69,222 @@ class LoopTotals:
     hot_steps: int = 0
     samples_seen: int = 0
     seconds: float = 0.0
+    """Wall time of training, loading and scoring included, evaluation left out."""
     losses: list[float] = field(default_factory=list)
     """Mean loss of each stretch of `log_every` steps."""
+    loss_sum: float = 0.0
+    losses_in_sum: int = 0
+
+
+@dataclass(kw_only=True, slots=True)
+class Position:
+    """Where training stands inside its schedule, and what the current round was made of."""
+
+    epoch: int = 0
+    round_index: int = 0
+    batches_done: int = 0
+    """Batches of the current round that are trained."""
+    waiting: dict[str, Samples] = field(default_factory=dict)
+    """Samples that waited for a batch when the round began."""
+    picked: tuple[Selection, Selection] | None = None
+    """What the skipper kept of the round; None before it was asked."""
 
 
 class Trainer:
     """Trains a model over tiered rows.
 
     Args:
-        model: (dense (B, n), pooled (B, T, D)) -> logits (B,).
-        rows: The tiers.
-        lookahead: Stages batches into `rows`.
-        dense_optimizer: Updates the model's parameters.
+        step: One training step, and the model it trains.
+        lookahead: Stages batches for the step.
         lr_schedule: Learning rate of rows and dense layers, from the share of training done, in [0, 1].
-        eps: Of row-wise Adagrad.
         skipper: Leaves samples out.
+        schedule: How epochs are cut.
         log_every: Steps between reports.
         on_report: Hears reports.
+        between_chunks: Called with the trainer whenever no row is moving, for checkpoints.
     """
 
     def __init__(
         self,
         *,
-        model: nn.Module,
-        rows: TieredRows,
+        step: TrainStep,
         lookahead: LookAhead,
-        dense_optimizer: torch.optim.Optimizer,
         lr_schedule: Callable[[float], float],
-        eps: float,
         skipper: Skipper,
+        schedule: Schedule,
         log_every: int,
         on_report: Callable[[StepReport], None] = lambda report: None,
+        between_chunks: Callable[[Trainer], None] = lambda trainer: None,
     ) -> None:
         self.totals = LoopTotals()
-        self._model, self._rows, self._lookahead = model, rows, lookahead
-        self._dense_optimizer = dense_optimizer
-        self._lr_schedule, self._eps = lr_schedule, eps
-        self._lr = lr_schedule(0.0)
-        self._skipper = skipper
-        self._tracker = MovementTracker(rows.buffer[: rows.num_hot])
-        self._log_every, self._on_report = log_every, on_report
-        self._loss_sum = torch.zeros((), device=rows.device)
-        self._losses_in_sum = 0
+        self.position = Position()
+        self.step, self.lookahead, self.skipper = step, lookahead, skipper
+        self.tracker = MovementTracker(step.rows.buffer[: step.rows.num_hot])
+        self._lr_schedule, self._schedule = lr_schedule, schedule
+        self._log_every, self._on_report, self._between_chunks = log_every, on_report, between_chunks
         self._started = time.perf_counter()
 
-    def train_epoch(
-        self,
-        streams: Mapping[str, SampleStream],
-        *,
-        batch_size: int,
-        order: str,
-        segment_steps: int,
-        round_samples: int,
-        warmup_steps: int,
-        window_steps: int,
-        rng: np.random.Generator,
-        epoch_span: tuple[float, float] = (0.0, 1.0),
-    ) -> None:
-        """Train on every sample of the streams `hot` and `cold` that the skipper keeps.
+    def train(self, open_streams: Callable[[int], Mapping[str, SampleStream]]) -> None:
+        """Train to the end of the schedule, from `position` on.
 
         Args:
-            streams: Samples of the epoch.
-            batch_size: Samples per step.
-            order: `interleaved` or `mixed`.
-            segment_steps: Steps between staleness checks.
-            round_samples: Most samples held at once.
-            warmup_steps: Steps before the first window opens.
-            window_steps: Length of a window that ends with its segment; 0 is the whole segment.
-            rng: Draws the order of batches and the skipper's samples.
-            epoch_span: Share of all training done before and after this epoch, for the learning rate.
+            open_streams: Gives the streams `hot` and `cold` of an epoch, from their beginning.
 
         Raises:
             TrainingError: The loss became infinite or NaN.
-            CapacityError: A batch does not fit the staging half.
+            CapacityError: A batch does not fit the staging area.
         """
         self._started = time.perf_counter()
-        maker = BatchMaker(batch_size=batch_size, order=order)
-        num_hot, num_cold = streams["hot"].remaining, streams["cold"].remaining
-        total = left = num_hot + num_cold
-        begin, width = epoch_span[0], epoch_span[1] - epoch_span[0]
-        self._model.train()
-        for part in plan_rounds(
-            num_hot,
-            num_cold,
-            batch_size=batch_size,
-            segment_steps=segment_steps,
-            round_samples=round_samples,
-        ):
-            done, left = total - left, left - part.num_hot - part.num_cold
-            hot = self._keep(streams["hot"].take(part.num_hot), rng)
-            cold = streams["cold"].take(part.num_cold)
-            batches = list(maker.make(hot, cold, rng=rng, last=left == 0))
-            opens_at = len(batches) - window_steps if window_steps and part.ends_segment else 0
-            may_open = not window_steps or part.ends_segment
-            self._run(
-                batches,
-                opens_at=max(opens_at, 0) if may_open else len(batches),
-                warmup=warmup_steps,
-                span=(begin + width * done / total, begin + width * (total - left) / total),
-            )
-            if part.ends_segment:
-                movement = self._tracker.close_window() if self._tracker.is_open else None
-                if movement is not None or not self._skipper.needs_windows:
-                    self._skipper.check(step=self.totals.steps, movement=movement)
+        self.step.model.train()
+        for epoch in range(self.position.epoch, self._schedule.epochs):
+            self.position.epoch = epoch
+            self._train_epoch(open_streams(epoch))
+            self.position = Position(epoch=epoch + 1)
         self._report()
-        self._lookahead.flush()
-        self.totals.seconds += time.perf_counter() - self._started
+        self.lookahead.flush()
+        self.totals.seconds = self.elapsed()
+
+    def elapsed(self) -> float:
+        """Wall seconds of training so far, those before an interruption included."""
+        return self.totals.seconds + time.perf_counter() - self._started
 
     def predict(self, shards: Iterable[Samples], *, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Click probabilities and labels of samples; changes nothing.
+        """Click probabilities and labels of samples; changes nothing and evicts nothing.
+
+        Every row must be in its tier: call after `train`, or after the look-ahead's `flush`.
 
         Returns:
             (probabilities (n,) float32, labels (n,) float32), in the order given.
         """
-        self._model.eval()
+        rows = self.step.rows
+        self.step.model.eval()
         probabilities, labels = [], []
         with torch.inference_mode():
             for samples in shards:
                 for start in range(0, len(samples), batch_size):
                     piece = samples.take(slice(start, start + batch_size))
                     slots = torch.from_numpy(np.ascontiguousarray(piece.X_cat))
-                    pooled = self._rows.gather(slots.flatten()).view(*slots.shape, -1)
-                    dense = torch.from_numpy(np.ascontiguousarray(piece.X_int)).to(self._rows.device)
-                    probabilities.append(torch.sigmoid(self._model(dense, pooled)).cpu().numpy())
+                    looked_up = rows.gather(slots.flatten()).view(*slots.shape, -1)
+                    dense = torch.from_numpy(np.ascontiguousarray(piece.X_int)).to(rows.device)
+                    probabilities.append(torch.sigmoid(self.step.model(dense, looked_up)).cpu().numpy())
                     labels.append(piece.y)
+        self.step.model.train()
         return np.concatenate(probabilities), np.concatenate(labels)
 
-    def _keep(self, hot: Samples | None, rng: np.random.Generator) -> Samples | None:
-        if hot is None:
-            return None
-        keep = self._skipper.keep(hot.X_cat, rng=rng)
-        return hot if keep.all() else hot.take(keep)
+    def _train_epoch(self, streams: Mapping[str, SampleStream]) -> None:
+        schedule, position = self._schedule, self.position
+        num_hot, num_cold = streams["hot"].remaining, streams["cold"].remaining
+        rounds = plan_rounds(
+            num_hot,
+            num_cold,
+            batch_size=schedule.batch_size,
+            segment_steps=schedule.segment_steps,
+            round_samples=schedule.round_samples,
+        )
+        maker = BatchMaker(batch_size=schedule.batch_size, order=schedule.order)
+        maker.waiting = dict(position.waiting)
+        taken, total = 0, num_hot + num_cold
+        for index, part in enumerate(rounds):
+            hot, cold = streams["hot"].take(part.num_hot), streams["cold"].take(part.num_cold)
+            before, taken = taken, taken + part.num_hot + part.num_cold
+            if index < position.round_index:
+                continue  # trained before the run was interrupted
+            if index > position.round_index:
+                position.round_index, position.batches_done, position.picked = index, 0, None
+                position.waiting = dict(maker.waiting)
+            span = ((position.epoch + before / total), (position.epoch + taken / total))
+            self._train_round(part, hot, cold, maker, span=span, is_last=taken == total)
 
-    def _run(self, batches: list[Batch], *, opens_at: int, warmup: int, span: tuple[float, float]) -> None:
-        index = 0
+    def _train_round(
+        self,
+        part: Round,
+        hot: Samples | None,
+        cold: Samples | None,
+        maker: BatchMaker,
+        *,
+        span: tuple[float, float],
+        is_last: bool,
+    ) -> None:
+        position = self.position
+        key = [self._schedule.seed, position.epoch, position.round_index]
+        if position.picked is None:
+            rng = np.random.default_rng([*key, 0])
+            position.picked = self.skipper.select(hot, cold, rng=rng, score=self._score)
+        hot, cold = (
+            None if group is None else selection.apply(group)
+            for group, selection in zip((hot, cold), position.picked, strict=True)
+        )
+        batches = list(maker.make(hot, cold, rng=np.random.default_rng([*key, 1]), last=is_last))
+        self._run(batches, part, span)
+        if part.ends_segment:
+            movement = self.tracker.close_window() if self.tracker.is_open else None
+            if movement is not None or not self.skipper.needs_windows:
+                self.skipper.check(step=self.totals.steps, movement=movement)
+
+    def _run(self, batches: Sequence[Batch], part: Round, span: tuple[float, float]) -> None:
+        schedule, position = self._schedule, self.position
+        opens_at = len(batches)
+        if not schedule.window_steps:
+            opens_at = 0
+        elif part.ends_segment:
+            opens_at = max(0, len(batches) - schedule.window_steps)
 
         def step(batch: StagedBatch) -> None:
-            nonlocal index
-            past_warmup = self.totals.steps >= warmup
-            if self._skipper.needs_windows and not self._tracker.is_open and index >= opens_at and past_warmup:
-                self._tracker.open_window()
-            self._set_lr(span[0] + (span[1] - span[0]) * index / len(batches))
-            self._step(batch)
-            index += 1
+            done = position.batches_done
+            is_due = done >= opens_at and self.totals.steps >= schedule.warmup_steps
+            if self.skipper.needs_windows and is_due and not self.tracker.is_open:
+                self.tracker.open_window()
+            progress = (span[0] + (span[1] - span[0]) * done / len(batches)) / schedule.epochs
+            self._step(batch, self._lr_schedule(progress))
+            position.batches_done = done + 1
 
+        remaining = iter(batches[position.batches_done :])
         try:
-            self._lookahead.run(iter(batches), step)
+            self.lookahead.run(remaining, step, between_chunks=lambda: self._between_chunks(self))
         except StagingOverflowError as exc:
             raise CapacityError(
-                f"{exc}: `train.staging_rows` = {exc.available} is too small",
-                hint=f"raise `train.staging_rows` to at least {exc.needed}, or lower `train.batch_size`",
+                f"{exc} (`train.batch_size` = {schedule.batch_size})",
+                hint=f"make room for {exc.needed} rows: raise `train.staging_rows` or, in mode `cached`, "
+                "`train.cache_ratio`; or lower `train.batch_size`",
             ) from exc
 
-    def _set_lr(self, progress: float) -> None:
-        self._lr = self._lr_schedule(progress)
-        for group in self._dense_optimizer.param_groups:
-            group["lr"] = self._lr
-
-    def _step(self, batch: StagedBatch) -> None:
-        rows = self._rows
-        looked_up = rows.buffer.index_select(0, batch.positions).requires_grad_()
-        logits = self._model(batch.dense, looked_up.view(len(batch), -1, rows.embedding_dim))
-        loss = binary_cross_entropy_with_logits(logits, batch.labels)
-        self._dense_optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self._dense_optimizer.step()
-        assert looked_up.grad is not None
-        gradients = sum_duplicates(looked_up.grad, batch.inverse, len(batch.unique))
-        update_rows(
-            rows.optimizer,
-            rows.buffer,
-            rows.buffer_state,
-            batch.unique,
-            gradients,
-            lr=self._lr,
-            eps=self._eps,
-        )
-        self._tracker.touch(batch.unique)
-        self._loss_sum += loss.detach()
-        self._losses_in_sum += 1
-        self.totals.steps += 1
-        self.totals.hot_steps += batch.is_hot
-        self.totals.samples_seen += len(batch)
-        if self.totals.steps % self._log_every == 0:
+    def _step(self, batch: StagedBatch, lr: float) -> None:
+        self.step(batch, lr)
+        self.tracker.touch(batch.unique)
+        totals = self.totals
+        totals.losses_in_sum += 1
+        totals.steps += 1
+        totals.hot_steps += batch.is_hot
+        totals.samples_seen += len(batch)
+        if totals.steps % self._log_every == 0:
             self._report()
 
+    def _score(self, samples: Samples) -> np.ndarray:
+        self.lookahead.flush()
+        predicted, _ = self.predict([samples], batch_size=_SCORE_BATCH)
+        return predicted
+
     def _report(self) -> None:
-        if not self._losses_in_sum:
-            return
-        loss = float(self._loss_sum) / self._losses_in_sum
         totals = self.totals
+        if not totals.losses_in_sum:
+            return
+        loss = (totals.loss_sum + self.step.take_loss_sum()) / totals.losses_in_sum
         if not np.isfinite(loss):
-            first = totals.steps - self._losses_in_sum + 1
+            first = totals.steps - totals.losses_in_sum + 1
             raise TrainingError(
                 f"the loss became {loss} between steps {first} and {totals.steps}",
                 hint="lower `train.lr`; look for extreme dense values if preprocess.dense_transform is 'none'",
             )
-        self._loss_sum.zero_()
-        self._losses_in_sum = 0
+        totals.loss_sum, totals.losses_in_sum = 0.0, 0
         totals.losses.append(loss)
-        elapsed = totals.seconds + time.perf_counter() - self._started
         self._on_report(
             StepReport(
                 step=totals.steps,
                 loss=loss,
                 samples_seen=totals.samples_seen,
-                samples_dropped=self._skipper.dropped,
-                samples_per_second=totals.samples_seen / elapsed,
+                samples_dropped=self.skipper.dropped,
+                samples_per_second=totals.samples_seen / self.elapsed(),
                 hot_batch_share=totals.hot_steps / totals.steps,
-                threshold=self._skipper.threshold,
+                threshold=self.skipper.threshold,
             )
         )
-
-
-def iter_tables(rows: TieredRows, slot_maps: Mapping[str, np.ndarray]) -> Iterator[tuple[str, Tensor]]:
-    """Each table's weights in row order, gathered from wherever its rows live."""
-    for name, slots in slot_maps.items():
-        yield name, rows.gather(torch.from_numpy(slots)).cpu()

@@ -61,7 +61,8 @@ class BatchMaker:
 
     def __init__(self, *, batch_size: int, order: str) -> None:
         self._batch_size, self._order = batch_size, order
-        self._waiting: dict[str, list[Samples]] = {"hot": [], "cold": []}
+        self.waiting: dict[str, Samples] = {}
+        """Samples that did not fill a batch yet, per kind of batch."""
 
     def make(
         self, hot: Samples | None, cold: Samples | None, *, rng: np.random.Generator, last: bool
@@ -87,18 +88,25 @@ class BatchMaker:
             yield next(sources[kind])
 
     def _cut(self, kind: str, samples: Samples | None, last: bool) -> list[Batch]:
-        waiting = self._waiting[kind]
-        if samples is not None:
-            waiting.append(samples)
-        if not waiting:
+        pieces = [piece for piece in (self.waiting.pop(kind, None), samples) if piece is not None]
+        if not pieces:
             return []
-        stacked = concat_samples(waiting)
+        stacked = concat_samples(pieces)
         stop = len(stacked) if last else len(stacked) - len(stacked) % self._batch_size
         batches = []
         for start in range(0, stop, self._batch_size):
             piece = stacked.take(slice(start, min(start + self._batch_size, stop)))
-            batches.append(Batch(dense=piece.X_int, slots=piece.X_cat, labels=piece.y, is_hot=kind == "hot"))
-        self._waiting[kind] = [stacked.take(slice(stop, None))] if stop < len(stacked) else []
+            batches.append(
+                Batch(
+                    dense=piece.X_int,
+                    slots=piece.X_cat,
+                    labels=piece.y,
+                    is_hot=kind == "hot",
+                    weights=piece.weights,
+                )
+            )
+        if stop < len(stacked):
+            self.waiting[kind] = stacked.take(slice(stop, None))
         return batches
 
 

@@ -1,15 +1,49 @@
-"""Which hot samples to leave out of the coming segment."""
+"""Which samples to leave out of the coming round, and how to weight those that stay.
+
+    stale       hot samples whose rows stopped moving (Slipstream)
+    random      the same share, blindly: the control of every claim
+    negative    blindly among negatives, the rest of them weighted up: the habit of the industry
+    importance  by the error the model would make: large errors stay, small ones stay rarely and count more
+
+Nothing is dropped before the first check, which ends the first segment.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import numpy as np
 
 from slipstream.embedding.staleness import find_threshold, sample_movement
+from slipstream.io.samples import Samples
 
-Criterion = Literal["none", "stale", "random"]
+Criterion = Literal["none", "stale", "random", "negative", "importance"]
+Scope = Literal["hot", "all"]
+Scorer = Callable[[Samples], np.ndarray]
+"""Click probabilities of samples. Shape (n,)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SkipRule:
+    """The settings of a criterion."""
+
+    criterion: Criterion
+    target_drop: float
+    """D: share of the classified samples to drop."""
+    scope: Scope = "hot"
+    """Which samples are classified; `stale` knows hot ones only."""
+    alpha: float = 1.0
+    """Share of lookups that must be stale, for `stale`."""
+    threshold: float | None = None
+    """T by hand for `stale`; None takes the D-quantile."""
+    sample_size: int = 65_536
+    """Hot samples the quantile is taken from."""
+    floor: float = 0.05
+    """Least probability to keep a sample, for `importance`."""
+    reweight: bool = True
+    """Weight kept samples by the inverse of their probability to be kept, for `negative` and `importance`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,44 +59,46 @@ class CheckRecord:
     """Hot rows that were not looked up in the window."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Selection:
+    """Which samples of a group to train on."""
+
+    keep: np.ndarray
+    """Shape (n,), bool."""
+    weights: np.ndarray | None = None
+    """Weights of the kept samples, None for 1. Shape (number kept,), float32."""
+
+    def apply(self, samples: Samples) -> Samples:
+        """The kept samples with their weights."""
+        kept = samples if self.keep.all() else samples.take(self.keep)
+        if self.weights is None:
+            return kept
+        return Samples(X_int=kept.X_int, X_cat=kept.X_cat, y=kept.y, weights=self.weights)
+
+
 class Skipper:
-    """Decides, segment by segment, which hot samples to drop.
+    """Applies a rule, round by round, and keeps its books."""
 
-    Nothing is dropped before the first check. `stale` compares each sample's statistic with the threshold;
-    `random` drops the same share blindly, as the control.
-
-    Args:
-        criterion: Rule.
-        target_drop: D.
-        alpha: Share of lookups that must be stale.
-        threshold: T by hand, or None to take the D-quantile.
-        sample_size: Hot samples the quantile is taken from.
-    """
-
-    def __init__(
-        self,
-        *,
-        criterion: Criterion,
-        target_drop: float,
-        alpha: float,
-        threshold: float | None,
-        sample_size: int,
-    ) -> None:
-        self.criterion: Criterion = criterion
-        self.target_drop = target_drop
+    def __init__(self, rule: SkipRule) -> None:
+        self.rule = rule
         self.checks: list[CheckRecord] = []
         self.classified = 0
-        """Hot samples that a rule was applied to."""
+        """Samples that the rule was applied to."""
         self.dropped = 0
-        self._alpha, self._given, self._sample_size = alpha, threshold, sample_size
         self._movement: np.ndarray | None = None
         self._threshold: float | None = None
+        self._step = 0
         self._is_active = False
 
     @property
     def needs_windows(self) -> bool:
         """Whether the rule watches rows move."""
-        return self.criterion == "stale"
+        return self.rule.criterion == "stale"
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether the rule needs predictions for the coming round."""
+        return self._is_active and self.rule.criterion == "importance"
 
     @property
     def threshold(self) -> float | None:
@@ -71,45 +107,143 @@ class Skipper:
 
     def check(self, *, step: int, movement: np.ndarray | None) -> None:
         """Start a new segment with what a window showed. `movement` has shape (H,) for `stale`."""
-        self._is_active = self.criterion != "none"
-        if self.criterion == "stale":
-            self._movement, self._threshold = movement, self._given
-            if self._given is not None:
-                self._record(step)
-            self._step = step
+        self._is_active = self.rule.criterion != "none"
+        self._step = step
+        if self.needs_windows:
+            self._movement, self._threshold = movement, self.rule.threshold
+            if self._threshold is not None:
+                self._record()
 
-    def keep(self, slots: np.ndarray, *, rng: np.random.Generator) -> np.ndarray:
-        """Which of the coming hot samples to train on. `slots` (n, T) -> bool (n,)."""
-        if not self._is_active or not len(slots):
-            return np.ones(len(slots), bool)
-        if self.criterion == "random":
-            keep = np.ones(len(slots), bool)
-            before, after = self.classified, self.classified + len(slots)
-            count = round(after * self.target_drop) - round(before * self.target_drop)
-            keep[rng.choice(len(slots), count, replace=False)] = False
+    def select(
+        self, hot: Samples | None, cold: Samples | None, *, rng: np.random.Generator, score: Scorer
+    ) -> tuple[Selection, Selection]:
+        """Decide about the hot and the cold samples of a round.
+
+        Args:
+            hot: Hot samples, or None.
+            cold: Cold samples, or None.
+            rng: Draws.
+            score: Asked by `importance` only.
+
+        Returns:
+            What to keep of the hot and of the cold samples.
+        """
+        num_hot, num_cold = (0 if group is None else len(group) for group in (hot, cold))
+        everything = Selection(keep=np.ones(num_hot, bool)), Selection(keep=np.ones(num_cold, bool))
+        covers_cold = self.rule.scope == "all" and not self.needs_windows
+        classified = num_hot + (num_cold if covers_cold else 0)
+        if not self._is_active or not classified:
+            return everything
+        groups = [group for group in (hot, cold if covers_cold else None) if group is not None]
+        if self.needs_windows:
+            assert hot is not None
+            keep, weights = ~self._is_stale(hot.X_cat, rng), None
+        elif self.rule.criterion == "random":
+            keep, weights = self._draw(np.ones(classified), rng)[0], None
+        elif self.rule.criterion == "negative":
+            labels = np.concatenate([group.y for group in groups])
+            keep, weights = self._draw(np.where(labels > 0.5, np.inf, 1.0), rng)
         else:
-            assert self._movement is not None
-            statistic = sample_movement(self._movement, slots, alpha=self._alpha)
-            if self._threshold is None:
-                self._threshold = self._find(statistic, rng)
-                self._record(self._step)
-            keep = ~(statistic < self._threshold)
-        self.classified += len(slots)
+            errors = np.concatenate([np.abs(score(group) - group.y) for group in groups])
+            keep, weights = self._draw(errors, rng)
+        self.classified += classified
         self.dropped += int(np.count_nonzero(~keep))
-        return keep
+        weights = weights if self.rule.reweight else None
+        first = Selection(keep=keep[:num_hot], weights=None if weights is None else weights[:num_hot][keep[:num_hot]])
+        if not covers_cold:
+            return first, everything[1]
+        rest = keep[num_hot:]
+        return first, Selection(keep=rest, weights=None if weights is None else weights[num_hot:][rest])
 
-    def _find(self, statistic: np.ndarray, rng: np.random.Generator) -> float:
-        if len(statistic) > self._sample_size:
-            statistic = statistic[rng.choice(len(statistic), self._sample_size, replace=False)]
-        return find_threshold(statistic, target_drop=self.target_drop)
+    def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Everything a resumed run needs: plain values, and arrays."""
+        plain = {
+            "checks": [asdict(check) for check in self.checks],
+            "classified": self.classified,
+            "dropped": self.dropped,
+            "threshold": self._threshold,
+            "step": self._step,
+            "is_active": self._is_active,
+        }
+        return plain, {} if self._movement is None else {"movement": self._movement}
 
-    def _record(self, step: int) -> None:
+    def restore(self, plain: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+        """Take over what `state` gave."""
+        self.checks = [CheckRecord(**check) for check in plain["checks"]]
+        self.classified, self.dropped = plain["classified"], plain["dropped"]
+        self._threshold, self._step = plain["threshold"], plain["step"]
+        self._is_active = plain["is_active"]
+        self._movement = arrays.get("movement")
+
+    def _is_stale(self, slots: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        assert self._movement is not None
+        statistic = sample_movement(self._movement, slots, alpha=self.rule.alpha)
+        if self._threshold is None:
+            drawn = statistic
+            if len(drawn) > self.rule.sample_size:
+                drawn = drawn[rng.choice(len(drawn), self.rule.sample_size, replace=False)]
+            self._threshold = find_threshold(drawn, target_drop=self.rule.target_drop)
+            self._record()
+        return statistic < self._threshold
+
+    def _draw(self, worth: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Keep samples with probability ∝ worth, the drop exact over all rounds, and their weights."""
+        after = self.classified + len(worth)
+        num_drop = round(after * self.rule.target_drop) - round(self.classified * self.rule.target_drop)
+        floor = self.rule.floor if self.rule.criterion == "importance" else 0.0
+        probabilities = keep_probabilities(worth, num_keep=len(worth) - num_drop, floor=floor)
+        keep = draw_systematically(probabilities, rng)
+        weights = 1.0 / np.maximum(probabilities, 1e-12)
+        return keep, (weights / weights[keep].mean()).astype(np.float32)
+
+    def _record(self) -> None:
         assert self._movement is not None and self._threshold is not None
         self.checks.append(
             CheckRecord(
-                step=step,
+                step=self._step,
                 threshold=self._threshold,
                 stale_rows=int(np.count_nonzero(self._movement < self._threshold)),
                 untouched_rows=int(np.count_nonzero(np.isinf(self._movement))),
             )
         )
+
+
+def keep_probabilities(worth: np.ndarray, *, num_keep: int, floor: float) -> np.ndarray:
+    """Probabilities ∝ worth, between `floor` and 1, that sum to `num_keep`.
+
+    Args:
+        worth: At least 0; infinity is kept for certain. Shape (n,).
+        num_keep: Expected number kept. If it cannot be reached because too many are certain or the floor is
+            too high, the sum comes as near as it can.
+        floor: Least probability.
+
+    Returns:
+        Shape (n,), float64.
+    """
+    worth = np.maximum(np.asarray(worth, np.float64), 1e-12)
+    certain = np.isinf(worth)
+    probabilities = np.ones(len(worth))
+    finite = worth[~certain]
+    low, high = 0.0, 1.0 / finite.min() if len(finite) else 0.0
+    for _ in range(60):
+        scale = (low + high) / 2
+        total = certain.sum() + np.clip(finite * scale, floor, 1.0).sum()
+        low, high = (scale, high) if total < num_keep else (low, scale)
+    probabilities[~certain] = np.clip(finite * high, floor, 1.0)
+    return probabilities
+
+
+def draw_systematically(probabilities: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Draw with the given inclusion probabilities so that the number drawn is their sum, give or take one.
+
+    Source: systematic sampling (Madow, 1949), over a random order so that no two samples are tied together.
+
+    Returns:
+        Shape (n,), bool.
+    """
+    order = rng.permutation(len(probabilities))
+    marks = np.floor(np.cumsum(probabilities[order]) + rng.random())
+    drawn = np.zeros(len(probabilities), bool)
+    drawn[order] = np.diff(marks, prepend=0.0) >= 1
+    drawn[order[0]] = marks[0] >= 1
+    return drawn

@@ -43,9 +43,7 @@ def make_batches(count: int, *, seed: int = 0, weighted: bool = False, max_rows:
 def pair(**options: Any) -> tuple[CachedEmbeddingBag, nn.EmbeddingBag]:
     """A cached bag and a plain one that start alike."""
     table = torch.randn(N, D)
-    shared = {
-        name: options[name] for name in ("mode", "padding_idx", "include_last_offset") if name in options
-    }
+    shared = {name: options[name] for name in ("mode", "padding_idx", "include_last_offset") if name in options}
     is_sparse = options.get("sparse", options.get("optimizer") is not None and options.get("mode") != "max")
     plain = nn.EmbeddingBag(N, D, _weight=table.clone(), sparse=is_sparse, **shared)
     return CachedEmbeddingBag(N, D, _weight=table.clone(), **{"cache_ratio": SMALL, **options}), plain
@@ -84,17 +82,16 @@ def train(
         sgd.zero_grad()
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize(
+    ("mode", "sparse"), [("sum", False), ("sum", True), ("mean", False), ("mean", True), ("max", False)]
+)
 @pytest.mark.parametrize("evict_strategy", ["lfu", "dataset"])
 @pytest.mark.parametrize("padding_idx", [None, 7, -1])
 def test_sgd_over_parameters_equals_a_plain_bag(
     mode: str, sparse: bool, evict_strategy: str, padding_idx: int | None
 ) -> None:
-    if sparse and mode == "max":
-        pytest.skip("max has no sparse gradient, here or in nn.EmbeddingBag")
     cached, plain = pair(mode=mode, sparse=sparse, evict_strategy=evict_strategy, padding_idx=padding_idx)
-    # Dense sum and mean gradients of torch depend on how rows are numbered, in the last bit: its sort is unstable.
+    # Dense sum and mean gradients of torch depend, in the last bit, on how rows are numbered.
     is_exact = sparse or mode == "max"
     train(cached, plain, make_batches(25), exact=is_exact)
     stats = cached.row_cache.stats
@@ -356,9 +353,7 @@ def test_staged_copies_change_nothing_and_bound_their_buffers(buffer_size: int, 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("padding_idx", [None, 7])
 @pytest.mark.parametrize("optimizer", [None, "sgd"])
-def test_evaluation_equals_a_plain_bag_and_moves_nothing(
-    mode: str, padding_idx: int | None, optimizer: Any
-) -> None:
+def test_evaluation_equals_a_plain_bag_and_moves_nothing(mode: str, padding_idx: int | None, optimizer: Any) -> None:
     options: dict[str, Any] = {"optimizer": optimizer} if optimizer else {"sparse": mode != "max"}
     cached, plain = pair(mode=mode, padding_idx=padding_idx, lr=0.3, **options)
     step = None if optimizer is None else summed_sgd(0.3)
@@ -387,9 +382,7 @@ def test_evaluation_equals_a_plain_bag_and_moves_nothing(
 
 @pytest.mark.parametrize("optimizer", [None, "sgd", "rowwise_adagrad", "adam"])
 @pytest.mark.parametrize("other_ratio", [0.2, 0.45, 1.0])
-def test_a_state_dict_continues_in_another_cache_as_if_nothing_happened(
-    optimizer: Any, other_ratio: float
-) -> None:
+def test_a_state_dict_continues_in_another_cache_as_if_nothing_happened(optimizer: Any, other_ratio: float) -> None:
     options: dict[str, Any] = {"mode": "sum", "optimizer": optimizer, "lr": 0.3}
     first, _ = pair(**options)
     second, _ = pair(**options, evict_strategy="dataset")
@@ -410,7 +403,9 @@ def test_a_state_dict_continues_in_another_cache_as_if_nothing_happened(
     steps(first, batches[:15], 1)
     steps(second, batches[15:20], 2)  # it has a life of its own, to be overwritten
     second.load_state_dict(copy.deepcopy(first.state_dict()))
+    written = second.bytes_to_host
     assert torch.equal(second.weight, first.weight)
+    assert second.bytes_to_host == written  # nothing of its old life is left to write
     for bag in (first, second):
         steps(bag, batches[15:], 3)
     for key, value in first.state_dict().items():
@@ -473,6 +468,16 @@ def test_only_changed_rows_are_written_back() -> None:
     assert cached.bytes_to_host == 4 * D
 
 
+def test_a_row_fetched_right_after_its_eviction_comes_back_changed() -> None:
+    cached = CachedEmbeddingBag(N, D, cache_ratio=1 / N, optimizer="sgd", mode="sum", lr=1.0)
+    expected = cached.weight[[0]] - 1
+    cached(torch.tensor([0]), torch.tensor([0])).sum().backward()
+    cached.step()
+    with torch.no_grad():
+        cached(torch.tensor([1]), torch.tensor([0]))  # evicts row 0, changed; the next evicts row 1, unchanged
+        assert torch.equal(cached(torch.tensor([0]), torch.tensor([0])), expected)
+
+
 @pytest.mark.parametrize("optimizer", [None, "adam"])
 def test_copies_and_pickles_live_on_their_own(optimizer: Any) -> None:
     cached, _ = pair(mode="sum", optimizer=optimizer)
@@ -497,9 +502,7 @@ def test_casting_casts_the_table_too() -> None:
 
 
 def test_half_precision_rows_are_updated_in_single_precision() -> None:
-    cached = CachedEmbeddingBag(
-        N, D, cache_ratio=SMALL, mode="sum", dtype=torch.bfloat16, optimizer="rowwise_adagrad"
-    )
+    cached = CachedEmbeddingBag(N, D, cache_ratio=SMALL, mode="sum", dtype=torch.bfloat16, optimizer="rowwise_adagrad")
     assert cached.cache_sum_of_squares.dtype == torch.float32
     cached(torch.tensor([1, 1, 50]), torch.tensor([0])).float().sum().backward()
     cached.step()
@@ -511,7 +514,7 @@ def test_half_precision_rows_are_updated_in_single_precision() -> None:
 
 @pytest.mark.parametrize("counts", [None, [4, 2, 1, 3, 1]])
 def test_the_published_lfu_script_gives_its_hit_counts(counts: list[int] | None) -> None:
-    bag = CachedEmbeddingBag(5, 5, cache_ratio=3 / 5, ids_freq_mapping=counts, warmup_ratio=1.0)
+    bag = CachedEmbeddingBag(5, 5, cache_ratio=3 / 5, ids_freq_mapping=counts, warmup_ratio=1.0, ageing_lookups=0)
     learning = [[2], [1, 2], [0, 2], *[[0, 1, 2]] * 4, *[[0, 2]] * 4, *[[0]] * 4, [0, 1, 2]]
     history = []
     with torch.no_grad():
@@ -587,7 +590,7 @@ def test_rows_outside_the_table_are_refused(rows: list[int], training: bool) -> 
         {"sparse": True, "optimizer": "sgd"},
         {"ids_freq_mapping": [1] * (N - 1)},
         {"ids_freq_mapping": [0.5] * N},
-        {"evict_strategy": "dataset", "ageing_admits": 3},
+        {"ageing_lookups": -1.0},
         {"_weight": torch.zeros(N, D + 1)},
         {"_weight": torch.zeros(N, D, dtype=torch.int64)},
     ],
@@ -643,9 +646,7 @@ def test_any_script_of_calls_equals_a_plain_bag(data: st.DataObject) -> None:
 def test_training_on_a_device_equals_training_on_the_cpu(optimizer: Any, buffer_size: int) -> None:
     here, _ = pair(mode="sum", optimizer=optimizer, lr=0.3, buffer_size=buffer_size)
     there = copy.deepcopy(here).cuda()
-    sgds = {
-        bag: torch.optim.SGD(bag.parameters(), lr=0.3) if optimizer is None else None for bag in (here, there)
-    }
+    sgds = {bag: torch.optim.SGD(bag.parameters(), lr=0.3) if optimizer is None else None for bag in (here, there)}
     for ids, offsets, _ in make_batches(30):
         upstream = torch.randn(5, D)
         for bag, sgd in sgds.items():

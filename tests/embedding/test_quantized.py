@@ -133,9 +133,7 @@ def test_four_bits_survive_packing_and_take_half_a_byte(values: list[int]) -> No
     q = torch.tensor(values, dtype=torch.int8)
     packed = pack_int4(q)
     assert packed.numel() == len(values) // 2
-    assert packed.tolist() == [
-        (a & 15) | ((b & 15) << 4) for a, b in zip(values[::2], values[1::2], strict=True)
-    ]
+    assert packed.tolist() == [(a & 15) | ((b & 15) << 4) for a, b in zip(values[::2], values[1::2], strict=True)]
     assert torch.equal(unpack_int4(packed), q)
 
 
@@ -343,9 +341,7 @@ def test_per_sample_weights_scale_lookups_and_get_their_gradient(include_last: b
         bag = QuantizedEmbeddingBag(
             11, 4, scale_per="row", include_last_offset=include_last, padding_idx=5, _weight=weight.clone()
         )
-        expected = F.embedding_bag(
-            values, table, offsets, per_sample_weights=expected_factors, **settings_of(bag)
-        )
+        expected = F.embedding_bag(values, table, offsets, per_sample_weights=expected_factors, **settings_of(bag))
         factors.requires_grad_()
         pooled = bag(values, offsets, factors)
         torch.testing.assert_close(pooled, expected)
@@ -367,6 +363,15 @@ def test_rows_are_quantised_before_they_are_pooled() -> None:
     bag = QuantizedEmbeddingBag(2, 2, bits=4, _weight=weight)
     # 0.4 rounds to 0 on a grid of step 1, while the pooled 0.8 would round to 1
     assert bag(torch.tensor([[0, 1]])).tolist() == [[0.0, 7.0]]
+
+
+@pytest.mark.parametrize("lengths", [[0, 2, 1], [2, 1, 0], [1, 2, 0], [1, 1, 1]])
+@pytest.mark.parametrize("include_last", [True, False])
+def test_as_many_bags_as_lookups_are_not_taken_for_bags_of_one_row(lengths: list[int], include_last: bool) -> None:
+    bag = QuantizedEmbeddingBag(20, 4, include_last_offset=include_last)
+    values, offsets = jagged(0, 20, lengths, include_last=include_last)
+    table = loop_quantized(bag.weight, 4, "table")
+    assert torch.equal(bag(values, offsets), F.embedding_bag(values, table, offsets, **settings_of(bag)))
 
 
 def test_empty_batches_give_empty_or_zero_outputs() -> None:
@@ -402,9 +407,7 @@ def test_k_steps_of_a_torch_optimizer_equal_training_through_the_quantised_table
         table = loop_quantized(reference, 4, scale_per).requires_grad_()
         F.mse_loss(F.embedding_bag(values, table, offsets, mode="sum"), target).backward()
         rows = values.unique()
-        reference.grad = torch.sparse_coo_tensor(
-            rows[None], table.grad[rows], table.shape, check_invariants=True
-        )
+        reference.grad = torch.sparse_coo_tensor(rows[None], table.grad[rows], table.shape, check_invariants=True)
         theirs.step()
         torch.testing.assert_close(bag.weight, reference)
 
@@ -565,9 +568,7 @@ def test_a_packed_bag_has_the_promised_size_and_the_same_bits_after_safetensors(
             assert packed.memory_bytes() == size + 4 * (37 if scale_per == "row" else 1)
             path = tmp_path / f"{mode}{dtype}.safetensors"
             save_file(packed.state_dict(), path)
-            loaded = PackedEmbeddingBag(
-                37, 8, bits=bits, scale_per=scale_per, dtype=dtype, **settings_of(bag)
-            )
+            loaded = PackedEmbeddingBag(37, 8, bits=bits, scale_per=scale_per, dtype=dtype, **settings_of(bag))
             loaded.load_state_dict(load_file(path))
             ones, starts = torch.arange(37), torch.arange(38)
             for lookup in ((values, offsets), (values.view(-1, 1),), (ones, starts)):
@@ -702,6 +703,16 @@ def test_rows_without_an_update_and_the_padding_row_keep_their_values() -> None:
     torch.testing.assert_close(after[3], before[3] + 2, atol=0.05, rtol=0)
 
 
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_training_leaves_the_padding_row_of_an_int8_master_alone(mode: str) -> None:
+    bag = QuantizedEmbeddingBag(5, 4, master_dtype="int8", mode=mode, padding_idx=2)
+    bag(torch.tensor([[2, 1], [2, 2], [4, 3]])).sum().backward()
+    bag(torch.tensor([[2], [1]])).sum().backward()
+    bag.apply_gradients(lr=1.0)
+    assert not bag.master_rows()[2].any()
+    assert bag.master_rows()[1].abs().min() > 0.5
+
+
 @pytest.mark.parametrize("rule", ["sgd", "rowwise_adagrad"])
 def test_fused_updates_of_an_int8_master_follow_the_formula(rule: str) -> None:
     weight = weights_like(0, 12, 8)
@@ -744,9 +755,7 @@ def test_training_with_an_int8_master_ends_close_to_fp32() -> None:
 
     def train(make_bag: object) -> float:
         bag = make_bag()
-        optimizer = (
-            None if isinstance(bag, QuantizedEmbeddingBag) else torch.optim.SGD(bag.parameters(), lr=3.0)
-        )
+        optimizer = None if isinstance(bag, QuantizedEmbeddingBag) else torch.optim.SGD(bag.parameters(), lr=3.0)
         generator = torch.Generator().manual_seed(1)
         losses = []
         for _ in range(300):
@@ -924,9 +933,7 @@ def test_nan_weights_are_refused_where_they_are_met() -> None:
         lambda: table_scale(bad, 4),
         lambda: quantize_table(bad, 4),
     ):
-        with pytest.raises(
-            ValueError, match=r"expected finite values, found 1 .* \(0, 1\); lower the learning"
-        ):
+        with pytest.raises(ValueError, match=r"expected finite values, found 1 .* \(0, 1\); lower the learning"):
             call()
     for scale_per in ("table", "row"):
         bag = QuantizedEmbeddingBag(4, 2, scale_per=scale_per, period=1)

@@ -1,0 +1,69 @@
+# Every verb works on a fresh clone. `make` alone lists them.
+
+PYTHON ?= python3
+VENV ?= .venv
+RUNS ?= runs
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# Sizes that make a benchmark take seconds; one that is not listed runs at its own size.
+SMALL_bench_cached := --rows 50000 --batch 512 --warmup-steps 4 --steps 8 --rounds 1
+SMALL_bench_quantized := --rows 20000 --batch 256 --steps 4 --rounds 1 --tables 4
+SMALL_bench_tt := --rows 50000 --ranks 8 --batch 128 --steps 3 --distribution zipf
+
+.DEFAULT_GOAL := help
+.PHONY: help setup all test test-all test-gpu lint fmt type bench docs golden clean distclean
+
+help: ## list the verbs
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo 'installing into $(VENV); the first time takes minutes'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+setup: $(STAMP) ## make .venv and install slipstream into it; does nothing when nothing changed
+
+all: setup ## set up, then run the shipped pipeline `tiny` from raw text to trained model
+	$(BIN)/slipstream run --runs $(RUNS)
+
+test: setup ## run the tests that take seconds each
+	$(BIN)/python -m pytest
+
+test-all: setup ## run the slow tests too
+	$(BIN)/python -m pytest -m "not gpu"
+
+test-gpu: setup ## run the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+lint: setup ## check code style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+fmt: setup ## put code into shape
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+type: setup ## check types
+	$(BIN)/mypy
+
+bench: setup ## run every benchmark once at a small size: they work, the figures mean nothing
+	@set -e; $(foreach file,$(sort $(wildcard benchmarks/bench_*.py)), \
+	  echo; echo "== $(file) $(SMALL_$(basename $(notdir $(file))))"; \
+	  $(BIN)/python $(file) $(SMALL_$(basename $(notdir $(file))));)
+
+docs: setup ## write docs/reference from the command line and the config dataclasses
+	$(BIN)/python docs/generate_reference.py
+
+golden: setup ## renew tests/golden; review the change like code
+	SLIPSTREAM_GOLDEN=renew $(BIN)/python -m pytest -m "not gpu" -k golden
+
+clean: ## remove caches and what killed runs left behind; finished runs stay
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	@if [ -d $(RUNS) ]; then find $(RUNS) -mindepth 3 -maxdepth 3 -type d \
+	  \( -name '.*.partial' -o -name '.*.removed' \) -prune -exec rm -rf {} +; fi
+
+distclean: clean ## clean, and remove all runs and .venv too
+	rm -rf $(RUNS) $(VENV)

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+settings.register_profile("slipstream", deadline=None, print_blob=True)
+settings.load_profile("slipstream")
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(20_261_121)
+
+
+@pytest.fixture(autouse=True)
+def _plain_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    # help and tables must not depend on the terminal the tests run in
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A runs folder shared by tests that only read from it, or add to it: stages done once are skipped after."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real logs; tests that need it are skipped where it is not given."""
+    folder = os.environ.get("SLIPSTREAM_DATA")
+    if not folder:
+        pytest.skip("set SLIPSTREAM_DATA to the folder of the real logs")
+    path = Path(folder)
+    if not (path / "criteo_kaggle_137139.tsv.gz").exists():
+        pytest.skip(f"no criteo_kaggle_137139.tsv.gz in {path}")
+    return path
