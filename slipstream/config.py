@@ -261,6 +261,9 @@ class TrainConfig:
     mode: Literal["resident", "baseline", "fae", "slipstream", "cached"] = "slipstream"
     """Where rows live: `resident` all on the device, `baseline` all on the host, `fae` hot rows on the device,
     `slipstream` like fae and samples skipped, `cached` in a software cache that needs no hot set."""
+    faithful: bool = False
+    """Reproduce the published order of `fae` and `slipstream`: all cold batches, then all hot ones, whole-table
+    copies between them, T by bisection, one classification an epoch. No checkpoints, constant learning rate."""
     seed: int | None = None
     """Seed of training alone; left out, the seed of the pipeline."""
     cache_ratio: float = 0.01
@@ -304,6 +307,11 @@ class TrainConfig:
         """Check ranges."""
         for name in ("epochs", "batch_size", "chunk_batches", "log_every", "eval_batch_size"):
             _require(getattr(self, name) >= 1, f"train.{name}", "at least 1", getattr(self, name))
+        if self.faithful and self.mode not in ("fae", "slipstream"):
+            raise ConfigError(
+                f"`train.faithful` goes with mode `fae` or `slipstream`, found `{self.mode}`",
+                hint="set train.mode, or leave train.faithful out",
+            )
         _require(0 < self.cache_ratio <= 1, "train.cache_ratio", "in (0, 1]", self.cache_ratio)
         _require(self.seed is None or 0 <= self.seed < 2**32, "train.seed", "in [0, 2^32)", self.seed)
         for name in ("staging_rows", "num_threads", "weight_decay", "checkpoint_steps"):

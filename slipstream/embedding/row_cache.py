@@ -18,7 +18,7 @@ Shapes: N rows of the table, S positions of the cache, L lookups of a request, U
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,6 +32,7 @@ Int64 = NDArray[np.int64]
 Policy = Literal["lfu", "rank"]
 
 ABSENT = -1
+_SEEN = -2  # absent, and counted already; only within num_fitting
 _NO_CEILING = -1  # below every score: the pool holds nothing
 
 
@@ -237,7 +238,7 @@ class RowCache:
             num_misses=fetch_rows.size,
         )
 
-    def num_fitting(self, batches: Sequence[ArrayLike], *, keep_admits: int = 0) -> int:
+    def num_fitting(self, batches: Iterable[ArrayLike], *, keep_admits: int = 0) -> int:
         """Count how many of the first batches fit the cache together, beside the rows to keep.
 
         Args:
@@ -246,20 +247,32 @@ class RowCache:
                 the answer may be too low then, never too high.
 
         Returns:
-            Number of leading batches, possibly 0, that one `admit` can take.
+            Number of leading batches, possibly 0, that one `admit` can take. Batches after those are not read.
 
         Raises:
             ValueError: A row is out of range.
         """
-        flats = [self._checked_rows(batch).reshape(-1) for batch in batches]
-        if not flats:
-            return 0
-        batch_of_lookup = np.repeat(np.arange(len(flats)), [flat.size for flat in flats])
-        _, first_lookup = np.unique(np.concatenate(flats), return_index=True)
-        new_rows = np.bincount(batch_of_lookup[first_lookup], minlength=len(flats))
-        oldest_kept = self.num_admits + 1 - keep_admits
-        num_kept = np.count_nonzero(self._last_admit[: self._num_used] >= oldest_kept) if keep_admits else 0
-        return int(np.searchsorted(np.cumsum(new_rows), self.capacity - num_kept, side="right"))
+        is_seen = np.zeros(self.capacity, np.bool_)  # of the resident rows; absent ones are marked in the map
+        num_kept = 0
+        if keep_admits:
+            oldest_kept = self.num_admits + 1 - keep_admits
+            num_kept = int(np.count_nonzero(self._last_admit[: self._num_used] >= oldest_kept))
+        marked = [np.empty(0, np.int64)]
+        num_absent = num_fitting = 0
+        try:
+            for batch in batches:
+                flat = self._checked_rows(batch).reshape(-1)
+                positions = self._position_of_row.take(flat)
+                is_seen[np.compress(positions >= 0, positions)] = True
+                marked.append(_sorted_distinct(np.compress(positions == ABSENT, flat)))
+                self._position_of_row[marked[-1]] = _SEEN
+                num_absent += marked[-1].size
+                if num_kept + num_absent + np.count_nonzero(is_seen) > self.capacity:
+                    break
+                num_fitting += 1
+        finally:
+            self._position_of_row[np.concatenate(marked)] = ABSENT
+        return num_fitting
 
     def distinct(self, positions: NDArray[np.integer[Any]]) -> tuple[Int32, Int32]:
         """List every position of a request once, without sorting.

@@ -120,5 +120,28 @@ def find_threshold(statistic: np.ndarray, *, target_drop: float) -> float:
     return float(pivot) if below else 0.0
 
 
+def bisect_threshold(
+    statistic: np.ndarray,
+    *,
+    target_drop: float,
+    tolerance: float,
+    highest: float = 0.1,
+    steps: int = 25,
+) -> float:
+    """The published search: halve [0, highest] until the share below T is within `tolerance` of the target.
+
+    Returns:
+        T, or 0, which drops nothing, when no step lands in the band.
+    """
+    low, high = 0.0, highest
+    for _ in range(steps):
+        middle = (low + high) / 2
+        share = float(np.mean(statistic < middle))
+        if abs(share - target_drop) <= tolerance:
+            return middle
+        low, high = (middle, high) if share < target_drop else (low, middle)
+    return 0.0
+
+
 def _just_above(value: np.float32) -> float:
     return float(np.nextafter(np.float32(value), np.float32(np.inf)))

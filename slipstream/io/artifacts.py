@@ -115,6 +115,8 @@ def open_artifact(path: Path) -> Artifact:
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict) or not {"stage", "config", "inputs", "outputs", "counts"} <= manifest.keys():
+            raise ValueError("it lacks what every manifest has")
     except (OSError, ValueError) as exc:
         raise ArtifactError(
             f"expected a published artifact with a {MANIFEST} at `{path}`: {exc}",

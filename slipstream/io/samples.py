@@ -32,6 +32,10 @@ class Samples:
         """Number of samples."""
         return len(self.y)
 
+    def followed_by(self, other: Samples) -> Samples:
+        """These samples, then the others."""
+        return concat_samples([self, other])
+
     def take(self, picked: np.ndarray | slice) -> Samples:
         """Some of the samples."""
         weights = None if self.weights is None else self.weights[picked]
@@ -98,9 +102,9 @@ def read_shard(path: Path) -> Samples:
         ArtifactError: The file is not a whole shard.
     """
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             return Samples(X_int=arrays["X_int"], X_cat=arrays["X_cat"], y=arrays["y"])
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as exc:
+    except (OSError, EOFError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as exc:
         raise ArtifactError(
             f"expected an npz shard with X_int, X_cat and y at `{path}`: {exc}",
             hint="re-run `slipstream segregate --force`",

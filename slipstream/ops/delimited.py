@@ -9,14 +9,15 @@ from __future__ import annotations
 import polars as pl
 
 _SENTINEL = b"\x01"
-_EATEN = (b"\xef\xbb\xbf", b"\r")
-"""What Polars drops at the start of a text; a line put before it keeps it."""
+_BOM = b"\xef\xbb\xbf"
+_REPLACEMENT = "\ufffd".encode()
 
 
 def read_fields(data: bytes, *, separator: str, names: list[str]) -> tuple[pl.DataFrame, pl.Series]:
     r"""Split lines into fields.
 
-    A line ends at `\n` or `\r\n`. Invalid UTF-8 becomes U+FFFD, which no numeric field accepts.
+    A line ends at `\n` or `\r\n`. Invalid UTF-8, and a carriage return anywhere else, become U+FFFD, which no numeric
+    field accepts.
 
     Args:
         data: Whole lines; the last may lack its newline.
@@ -28,11 +29,11 @@ def read_fields(data: bytes, *, separator: str, names: list[str]) -> tuple[pl.Da
         that is true where a line has exactly `len(names)` fields.
     """
     if b"\r" in data:
-        data = data.replace(b"\r\n", b"\n").removesuffix(b"\r")
+        data = data.replace(b"\r\n", b"\n").removesuffix(b"\r").replace(b"\r", _REPLACEMENT)
     data = data.removesuffix(b"\n") + b"\n"
-    is_guarded = data.startswith(_EATEN)
+    is_guarded = data.startswith(_BOM)
     if is_guarded:
-        data = b"\n" + data
+        data = b"\n" + data  # Polars drops a BOM at the start of a text; here it is part of the first field
     mark = separator.encode() + _SENTINEL
     while mark in data:  # a field of the data must not pass for the sentinel
         mark += _SENTINEL

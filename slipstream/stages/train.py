@@ -31,7 +31,9 @@ from slipstream.ops.metrics import measure_quality
 from slipstream.progress import Progress
 from slipstream.training.checkpoint import Checkpointer, save_model
 from slipstream.training.dense_optimizer import DenseOptimizer
-from slipstream.training.loop import Schedule, StepReport, Trainer
+from slipstream.training.faithful import FaithfulRule, FaithfulTrainer
+from slipstream.training.loop import LoopTotals, Schedule, StepReport, Trainer
+from slipstream.training.predict import predict
 from slipstream.training.schedule import default_segment_steps
 from slipstream.training.skipping import Criterion, Skipper, SkipRule
 from slipstream.training.step import TrainStep
@@ -98,37 +100,47 @@ def run(
         SummaryWriter(str(scratch / "events")) as events,
         ThreadPoolExecutor(max_workers=2, thread_name_prefix="shards") as workers,
     ):
+        step = TrainStep(
+            model=model,
+            rows=rows,
+            dense_optimizer=DenseOptimizer(
+                model.parameters(),
+                kind="sgd" if config.optimizer == "sgd" else "adagrad",
+                eps=config.eps,
+                weight_decay=config.weight_decay,
+            ),
+            eps=config.eps,
+        )
+
+        def open_streams(epoch: int) -> dict[str, SampleStream]:
+            return {
+                group: _open_stream(segregated, group, seed=(seed, epoch), workers=workers) for group in ("hot", "cold")
+            }
+
         with progress.task("train", num_train * config.epochs, "samples") as advance:
-            trainer = Trainer(
-                step=TrainStep(
-                    model=model,
-                    rows=rows,
-                    dense_optimizer=DenseOptimizer(
-                        model.parameters(),
-                        kind="sgd" if config.optimizer == "sgd" else "adagrad",
-                        eps=config.eps,
-                        weight_decay=config.weight_decay,
+            if config.faithful:
+                figures = _train_faithfully(config, skip_config, criterion, segregated, step, open_streams, seed)
+            else:
+                trainer = Trainer(
+                    step=step,
+                    lookahead=LookAhead(
+                        rows, placement, chunk_batches=1 if config.mode == "baseline" else config.chunk_batches
                     ),
-                    eps=config.eps,
-                ),
-                lookahead=LookAhead(
-                    rows, placement, chunk_batches=1 if config.mode == "baseline" else config.chunk_batches
-                ),
-                lr_schedule=_lr_schedule(config),
-                skipper=Skipper(_skip_rule(skip_config, criterion)),
-                schedule=_schedule(config, skip_config, num_train, seed),
-                log_every=config.log_every,
-                on_report=_listener(events, advance),
-                between_chunks=checkpoints.between_chunks,
-            )
-            checkpoints.restore(trainer)
-            trainer.train(
-                lambda epoch: {
-                    group: _open_stream(segregated, group, seed=(seed, epoch), workers=workers)
-                    for group in ("hot", "cold")
-                }
-            )
-        quality = _evaluate(trainer, segregated, scratch, events, batch_size=config.eval_batch_size)
+                    lr_schedule=_lr_schedule(config),
+                    skipper=Skipper(_skip_rule(skip_config, criterion)),
+                    schedule=_schedule(config, skip_config, num_train, seed),
+                    log_every=config.log_every,
+                    on_report=_listener(events, advance),
+                    between_chunks=checkpoints.between_chunks,
+                )
+                checkpoints.restore(trainer)
+                trainer.train(open_streams)
+                figures = _figures(trainer, placement)
+                write_json(scratch / "staleness.json", [asdict(check) for check in trainer.skipper.checks])
+                write_json(scratch / "losses.json", trainer.totals.losses)
+        quality = _evaluate(
+            model, rows, segregated, scratch, events, at_step=figures["steps"], batch_size=config.eval_batch_size
+        )
     save_model(
         scratch,
         model=model,
@@ -136,9 +148,7 @@ def run(
         slot_maps=slot_maps,
         description={"num_dense": num_dense, "tables": segregated.counts["tables"], **to_dict(model_config)},
     )
-    write_json(scratch / "staleness.json", [asdict(check) for check in trainer.skipper.checks])
-    write_json(scratch / "losses.json", trainer.totals.losses)
-    return _summarise(trainer, quality, placement)
+    return {**quality, "device": device.type, **figures}
 
 
 def resolve_device(name: str) -> torch.device:
@@ -165,6 +175,8 @@ def _place_rows(
 ) -> tuple[TieredRows, Placement]:
     num_rows: int = segregated.counts["rows"]
     num_hot = {"resident": num_rows, "baseline": 0, "cached": 0}.get(config.mode, segregated.counts["hot_rows"])
+    if config.faithful:
+        num_hot = 0  # the master copy of every row is on the host
     num_cold = num_rows - num_hot
     lookups = config.batch_size * len(slot_maps)
     half = config.staging_rows or max(lookups, min(config.chunk_batches * lookups, _STAGING_CAP))
@@ -290,41 +302,103 @@ def _read_slot_maps(segregated: Artifact) -> dict[str, np.ndarray]:
         return {name: arrays[name] for name in segregated.counts["tables"]}
 
 
+def _train_faithfully(
+    config: TrainConfig,
+    skip_config: SkipConfig,
+    criterion: Criterion,
+    segregated: Artifact,
+    step: TrainStep,
+    open_streams: Callable[[int], dict[str, SampleStream]],
+    seed: int,
+) -> dict[str, Any]:
+    rule = FaithfulRule(
+        target_drop=skip_config.target_drop if criterion == "stale" else 0.0,
+        alpha=skip_config.alpha,
+        first_snapshot=skip_config.warmup_steps,
+        sample_size=skip_config.sample_size,
+    )
+    trainer = FaithfulTrainer(
+        step=step,
+        num_hot=segregated.counts["hot_rows"],
+        rule=rule,
+        batch_size=config.batch_size,
+        lr=config.lr,
+        seed=seed,
+    )
+    trainer.train(open_streams, epochs=config.epochs)
+    return _common_figures(
+        trainer.totals,
+        trainer.lookahead,
+        classified=trainer.classified,
+        dropped=trainer.dropped,
+        asked=rule.target_drop,
+        threshold=trainer.threshold,
+    ) | {
+        "bytes_per_tier": trainer.bytes_per_tier(),
+        "sync_bytes": trainer.sync_bytes,
+        "sync_seconds": trainer.sync_seconds,
+    }
+
+
+def _figures(trainer: Trainer, placement: Placement) -> dict[str, Any]:
+    skipper = trainer.skipper
+    figures = _common_figures(
+        trainer.totals,
+        trainer.lookahead,
+        classified=skipper.classified,
+        dropped=skipper.dropped,
+        asked=skipper.rule.target_drop if skipper.rule.criterion != "none" else 0.0,
+        threshold=skipper.threshold,
+    )
+    figures["bytes_per_tier"] = trainer.step.rows.bytes_per_tier()
+    if isinstance(placement, CachedRows):
+        figures["hit_ratio"] = placement.cache.stats.hit_ratio
+    return figures
+
+
+def _common_figures(
+    totals: LoopTotals,
+    lookahead: LookAhead,
+    *,
+    classified: int,
+    dropped: int,
+    asked: float,
+    threshold: float | None,
+) -> dict[str, Any]:
+    return {
+        "steps": totals.steps,
+        "hot_steps": totals.hot_steps,
+        "samples_seen": totals.samples_seen,
+        "samples_dropped": dropped,
+        "samples_classified": classified,
+        "drop_asked": asked,
+        "drop_achieved": dropped / classified if classified else 0.0,
+        "threshold": threshold,
+        "samples_per_second": totals.samples_seen / totals.seconds,
+        "train_seconds": totals.seconds,
+        "bytes_to_device": lookahead.bytes_to_device,
+        "bytes_to_host": lookahead.bytes_to_host,
+        "hit_ratio": 1 - lookahead.cold_lookups / max(lookahead.lookups, 1),
+    }
+
+
 def _evaluate(
-    trainer: Trainer, segregated: Artifact, scratch: Path, events: SummaryWriter, *, batch_size: int
+    model: torch.nn.Module,
+    rows: TieredRows,
+    segregated: Artifact,
+    scratch: Path,
+    events: SummaryWriter,
+    *,
+    at_step: int,
+    batch_size: int,
 ) -> dict[str, dict[str, float]]:
     quality = {}
     for split in ("test", "val"):
         shards = (read_shard(segregated.check(path)) for path in segregated.files(f"{split}/", ".npz"))
-        predicted, labels = trainer.predict(shards, batch_size=batch_size)
+        predicted, labels = predict(model, rows, shards, batch_size=batch_size)
         quality[split] = asdict(measure_quality(labels, predicted))
         for name, value in quality[split].items():
-            events.add_scalar(f"{split}/{name}", value, trainer.totals.steps)
+            events.add_scalar(f"{split}/{name}", value, at_step)
         with write_atomically(scratch / f"predictions_{split}.npy") as path, path.open("wb") as stream:
             np.save(stream, predicted)
     return quality
-
-
-def _summarise(trainer: Trainer, quality: dict[str, dict[str, float]], placement: Placement) -> dict[str, Any]:
-    totals, skipper, lookahead, rows = trainer.totals, trainer.skipper, trainer.lookahead, trainer.step.rows
-    hit_ratio = 1 - lookahead.cold_lookups / max(lookahead.lookups, 1)
-    if isinstance(placement, CachedRows):
-        hit_ratio = placement.cache.stats.hit_ratio
-    return {
-        **quality,
-        "device": rows.device.type,
-        "steps": totals.steps,
-        "hot_steps": totals.hot_steps,
-        "samples_seen": totals.samples_seen,
-        "samples_dropped": skipper.dropped,
-        "samples_classified": skipper.classified,
-        "drop_asked": skipper.rule.target_drop if skipper.rule.criterion != "none" else 0.0,
-        "drop_achieved": skipper.dropped / skipper.classified if skipper.classified else 0.0,
-        "threshold": skipper.threshold,
-        "samples_per_second": totals.samples_seen / totals.seconds,
-        "train_seconds": totals.seconds,
-        "bytes_per_tier": rows.bytes_per_tier(),
-        "bytes_to_device": lookahead.bytes_to_device,
-        "bytes_to_host": lookahead.bytes_to_host,
-        "hit_ratio": hit_ratio,
-    }

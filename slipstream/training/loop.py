@@ -7,17 +7,17 @@ batch order they end with the same parameters, to the bit on CPU.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
 from slipstream.embedding.lookahead import Batch, LookAhead, StagedBatch
 from slipstream.embedding.placement import StagingOverflowError
 from slipstream.embedding.staleness import MovementTracker
 from slipstream.errors import CapacityError, TrainingError
 from slipstream.io.samples import Samples
+from slipstream.training.predict import predict
 from slipstream.training.schedule import BatchMaker, Round, plan_rounds
 from slipstream.training.skipping import Selection, Skipper
 from slipstream.training.step import TrainStep
@@ -148,29 +148,6 @@ class Trainer:
         """Wall seconds of training so far, those before an interruption included."""
         return self.totals.seconds + time.perf_counter() - self._started
 
-    def predict(self, shards: Iterable[Samples], *, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Click probabilities and labels of samples; changes nothing and evicts nothing.
-
-        Every row must be in its tier: call after `train`, or after the look-ahead's `flush`.
-
-        Returns:
-            (probabilities (n,) float32, labels (n,) float32), in the order given.
-        """
-        rows = self.step.rows
-        self.step.model.eval()
-        probabilities, labels = [], []
-        with torch.inference_mode():
-            for samples in shards:
-                for start in range(0, len(samples), batch_size):
-                    piece = samples.take(slice(start, start + batch_size))
-                    slots = torch.from_numpy(np.ascontiguousarray(piece.X_cat))
-                    looked_up = rows.gather(slots.flatten()).view(*slots.shape, -1)
-                    dense = torch.from_numpy(np.ascontiguousarray(piece.X_int)).to(rows.device)
-                    probabilities.append(torch.sigmoid(self.step.model(dense, looked_up)).cpu().numpy())
-                    labels.append(piece.y)
-        self.step.model.train()
-        return np.concatenate(probabilities), np.concatenate(labels)
-
     def _train_epoch(self, streams: Mapping[str, SampleStream]) -> None:
         schedule, position = self._schedule, self.position
         num_hot, num_cold = streams["hot"].remaining, streams["cold"].remaining
@@ -261,7 +238,7 @@ class Trainer:
 
     def _score(self, samples: Samples) -> np.ndarray:
         self.lookahead.flush()
-        predicted, _ = self.predict([samples], batch_size=_SCORE_BATCH)
+        predicted, _ = predict(self.step.model, self.step.rows, [samples], batch_size=_SCORE_BATCH)
         return predicted
 
     def _report(self) -> None:

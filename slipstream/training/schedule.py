@@ -93,21 +93,19 @@ class BatchMaker:
             return []
         stacked = concat_samples(pieces)
         stop = len(stacked) if last else len(stacked) - len(stacked) % self._batch_size
-        batches = []
-        for start in range(0, stop, self._batch_size):
-            piece = stacked.take(slice(start, min(start + self._batch_size, stop)))
-            batches.append(
-                Batch(
-                    dense=piece.X_int,
-                    slots=piece.X_cat,
-                    labels=piece.y,
-                    is_hot=kind == "hot",
-                    weights=piece.weights,
-                )
-            )
+        batches = cut_batches(stacked.take(slice(0, stop)), batch_size=self._batch_size, is_hot=kind == "hot")
         if stop < len(stacked):
             self.waiting[kind] = stacked.take(slice(stop, None))
         return batches
+
+
+def cut_batches(samples: Samples, *, batch_size: int, is_hot: bool) -> list[Batch]:
+    """Samples in batches, in order; the last may be shorter."""
+    pieces = (samples.take(slice(at, at + batch_size)) for at in range(0, len(samples), batch_size))
+    return [
+        Batch(dense=piece.X_int, slots=piece.X_cat, labels=piece.y, is_hot=is_hot, weights=piece.weights)
+        for piece in pieces
+    ]
 
 
 def default_segment_steps(num_samples: int, batch_size: int) -> int:

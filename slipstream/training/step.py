@@ -32,6 +32,10 @@ class TrainStep:
         self._lr.fill_(lr)
         self._compute(batch)
 
+    def over(self, rows: TieredRows) -> TrainStep:
+        """The same model and dense optimizer over other rows."""
+        return TrainStep(model=self.model, rows=rows, dense_optimizer=self.dense_optimizer, eps=self._eps)
+
     def take_loss_sum(self) -> float:
         """Sum of the losses since the last call; waits for the device."""
         total = float(self._loss_sum)

@@ -283,8 +283,10 @@ def test_as_many_leading_batches_fit_as_a_plain_loop_finds(capacity: int, batche
         if len(union) > capacity:
             break
         expected += 1
+    cache.warm(range(0, 31, 3))
     fitting = cache.num_fitting(batches)
     assert fitting == expected
+    check_maps(cache)
     cache.admit([row for batch in batches[:fitting] for row in batch])
 
 
@@ -293,6 +295,9 @@ def test_rows_to_keep_leave_less_room_for_batches() -> None:
     cache.admit([1, 2])
     assert cache.num_fitting([[5, 6], [7]], keep_admits=1) == 1
     assert cache.num_fitting([[5, 6], [7]]) == 2
+    with pytest.raises(ValueError, match="expected rows"):
+        cache.num_fitting([[5, 6], [77]])
+    check_maps(cache)
 
 
 def test_warming_leaves_out_what_is_there_and_what_has_no_room() -> None:

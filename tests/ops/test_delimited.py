@@ -19,7 +19,7 @@ def plain_fields(data: bytes, separator: bytes, num_fields: int) -> list[list[st
     data = data.replace(b"\r\n", b"\n").removesuffix(b"\r").removesuffix(b"\n")
     lines = [line.split(separator) for line in data.split(b"\n")]
     return [
-        [field.decode(errors="replace") or None for field in line] if len(line) == num_fields else None
+        [field.decode(errors="replace").replace("\r", "\ufffd") or None for field in line] if len(line) == num_fields else None
         for line in lines
     ]
 

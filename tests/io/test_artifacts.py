@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slipstream.errors import ArtifactError, CapacityError
+from slipstream.io.artifacts import (
+    StageKey,
+    find_artifact,
+    hash_file,
+    leftovers,
+    open_artifact,
+    publish,
+    remove_artifact,
+    run_lock,
+    scratch_dir,
+    wrap_write_errors,
+    write_atomically,
+    write_json,
+)
+
+KEY = StageKey(stage="profile", config={"sample_ratio": 1.0, "curve": [0.1]}, inputs={"preprocess": "ab" * 8}, seed=3)
+
+
+def publish_files(run_dir: Path, key: StageKey = KEY, **files: str):
+    scratch = scratch_dir(run_dir, key)
+    for name, text in files.items():
+        path = scratch / name.replace("__", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return publish(run_dir, key, {"rows": 7}, seconds=1.23456, peak_bytes=10)
+
+
+def test_a_published_artifact_lists_its_files_and_opens_again(tmp_path: Path):
+    artifact = publish_files(tmp_path, train__a="one", train__b="two", val__a="three", work__junk="x")
+    assert artifact.path == tmp_path / "profile" / KEY.fingerprint
+    assert not (artifact.path / "work").exists()
+    found = find_artifact(tmp_path, KEY)
+    assert found == artifact == open_artifact(artifact.path)
+    assert [path.name for path in artifact.files("train/")] == ["a", "b"]
+    assert artifact.manifest["outputs"]["train/a"] == {"bytes": 3, "xxh3": xxhash.xxh3_64_hexdigest(b"one")}
+    assert artifact.manifest["config"] == dict(KEY.config)
+    assert (artifact.counts, artifact.fingerprint) == ({"rows": 7}, KEY.fingerprint)
+
+
+def test_the_fingerprint_of_a_key_never_changes_by_itself():
+    # Renew this only together with FORMAT_VERSION: every published artifact would run again.
+    assert KEY.fingerprint == "0905e445f1346776"
+
+
+def test_the_fingerprint_ignores_the_order_of_keys():
+    shuffled = replace(KEY, config=dict(reversed(KEY.config.items())))
+    assert shuffled.fingerprint == KEY.fingerprint
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        replace(KEY, stage="segregate"),
+        replace(KEY, config={"sample_ratio": 0.5, "curve": [0.1]}),
+        replace(KEY, inputs={"preprocess": "cd" * 8}),
+        replace(KEY, seed=4),
+    ],
+)
+def test_whatever_a_result_depends_on_changes_the_fingerprint(other: StageKey):
+    assert other.fingerprint != KEY.fingerprint
+
+
+def test_a_failure_while_publishing_leaves_no_published_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    scratch = scratch_dir(tmp_path, KEY)
+    (scratch / "a").write_text("one")
+    with monkeypatch.context() as patched:
+
+        def fail(path: Path, target: Path) -> None:
+            raise OSError(errno.EIO, "Input/output error")
+
+        patched.setattr(Path, "rename", fail)
+        with pytest.raises(ArtifactError, match="Input/output error"):
+            publish(tmp_path, KEY, {}, seconds=0, peak_bytes=0)
+    assert find_artifact(tmp_path, KEY) is None
+    assert leftovers(tmp_path) == [scratch]
+    assert publish(tmp_path, KEY, {}, seconds=0, peak_bytes=0) == find_artifact(tmp_path, KEY)
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("damage", ["missing", "longer", "same size"])
+def test_check_notices_damage_and_says_what_to_run(tmp_path: Path, damage: str):
+    artifact = publish_files(tmp_path, a="one", b="two")
+    file = artifact.path / "a"
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_text("one!" if damage == "longer" else "onE")
+    with pytest.raises(ArtifactError, match="missing" if damage == "missing" else "altered") as caught:
+        artifact.check(file)
+    assert "slipstream profile --force" in str(caught.value.hint)
+    assert artifact.check(artifact.path / "b").read_text() == "two"
+
+
+@pytest.mark.parametrize("manifest", [None, "", "{broken", "[]", "3", "{}"])
+def test_a_folder_without_a_sound_manifest_is_no_artifact(tmp_path: Path, manifest: str | None):
+    if manifest is not None:
+        (tmp_path / "manifest.json").write_text(manifest)
+    with pytest.raises(ArtifactError, match="expected a published artifact"):
+        open_artifact(tmp_path)
+
+
+def test_removing_an_artifact_forgets_its_scratch_folder_too(tmp_path: Path):
+    artifact = publish_files(tmp_path, a="one")
+    scratch = scratch_dir(tmp_path, KEY)
+    remove_artifact(tmp_path, KEY)
+    remove_artifact(tmp_path, KEY)
+    assert not artifact.path.exists()
+    assert not scratch.exists()
+
+
+@settings(max_examples=25)
+@given(st.recursive(st.none() | st.integers() | st.text(max_size=5), lambda inner: st.lists(inner, max_size=3)))
+def test_json_is_written_whole(tmp_path_factory: pytest.TempPathFactory, value: object):
+    path = tmp_path_factory.getbasetemp() / "value.json"
+    write_json(path, value)
+    assert json.loads(path.read_text()) == value
+
+
+def test_an_atomic_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path):
+    path = tmp_path / "deep" / "file"
+    with write_atomically(path) as partial:
+        partial.write_text("old")
+    with pytest.raises(RuntimeError), write_atomically(path) as partial:
+        partial.write_text("new")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert [entry.name for entry in path.parent.iterdir()] == ["file"]
+
+
+def test_a_full_disk_is_a_capacity_error_and_names_the_way_out(tmp_path: Path):
+    with pytest.raises(CapacityError, match="no space left") as caught, wrap_write_errors(tmp_path / "x"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert "--runs" in str(caught.value.hint)
+
+
+def test_a_folder_that_cannot_be_written_is_an_artifact_error(tmp_path: Path):
+    # a file where a folder should be: refused for every user, root included
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(ArtifactError, match="cannot write") as caught:
+        scratch_dir(tmp_path / "taken", KEY)
+    assert "--runs" in str(caught.value.hint)
+    with pytest.raises(ArtifactError, match="cannot write"), run_lock(tmp_path / "taken" / "run"):
+        pass
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder_is_an_artifact_error(tmp_path: Path):
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(ArtifactError, match="cannot write"), run_lock(tmp_path / "run"):
+            pass
+    finally:
+        tmp_path.chmod(0o700)
+
+
+_HOLD = """
+import sys
+from pathlib import Path
+from slipstream.io.artifacts import run_lock
+with run_lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_the_second_process_on_a_run_folder_is_told_who_holds_it(tmp_path: Path):
+    run_dir = tmp_path / "run"
+    with subprocess.Popen(
+        [sys.executable, "-c", _HOLD, str(run_dir)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdin and holder.stdout
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(ArtifactError, match=rf"in use by process {holder.pid} \(\S+\), since") as caught:
+            with run_lock(run_dir):
+                pass
+        assert "--runs" in str(caught.value.hint)
+        holder.stdin.close()
+        assert holder.wait(timeout=30) == 0
+    with run_lock(run_dir):
+        assert json.loads((run_dir / ".lock.json").read_text())["pid"] == os.getpid()
+    assert not (run_dir / ".lock.json").exists()
+
+
+def test_a_lock_is_free_again_after_an_error(tmp_path: Path):
+    with pytest.raises(RuntimeError), run_lock(tmp_path):
+        raise RuntimeError
+    with run_lock(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("size", [0, 5, (1 << 22) + 1])
+def test_a_file_hash_covers_every_byte(tmp_path: Path, size: int):
+    path = tmp_path / "file"
+    path.write_bytes(bytes(size))
+    assert hash_file(path) == xxhash.xxh3_64_hexdigest(bytes(size))
