@@ -7,6 +7,7 @@ need them, so that help and `check` start at once.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -155,6 +156,51 @@ def clean(pipeline: _Pipeline = _DEFAULT_PIPELINE, runs: _Runs = _RUNS, override
     for path in removed:
         _say(f"removed {path}")
     typer.echo(f"{len(removed)} leftover folders removed")
+
+
+@app.command(
+    epilog="Example: slipstream compare --modes resident,fae --criteria random,stale --seeds 3 --skip-share 0.1"
+)
+def compare(
+    pipeline: _Pipeline = _DEFAULT_PIPELINE,
+    runs: _Runs = _RUNS,
+    overrides: _Set = _NO_OVERRIDES,
+    modes: Annotated[str, typer.Option(help="Modes to run without skipping.")] = "resident",
+    criteria: Annotated[str, typer.Option(help="Skip criteria to run.")] = "random,stale,importance,negative",
+    vary: Annotated[list[str], typer.Option(metavar="KEY=V,V", help="One more axis; repeatable.")] = _NO_OVERRIDES,
+    seeds: Annotated[int, typer.Option(min=1, help="Training seeds.")] = 3,
+    skip_share: Annotated[
+        float | None, typer.Option(help="Share of all samples every criterion skips; sets its D.")
+    ] = None,
+    as_json: _Json = False,
+    quiet: _Quiet = False,
+) -> None:
+    """Run a grid of modes and skip criteria over several seeds and show paired differences."""
+    from rich.console import Console
+
+    from slipstream.compare import make_grid, run_comparison
+    from slipstream.progress import Silent
+    from slipstream.report import RichProgress, comparison_table
+
+    console = Console(stderr=True)
+    compared = run_comparison(
+        _find_pipeline(pipeline),
+        runs,
+        grid=make_grid(_split(modes), _split(criteria), vary),
+        overrides=overrides,
+        seeds=seeds,
+        skip_share=skip_share,
+        progress=Silent() if quiet else RichProgress(console),
+        on_run=lambda name, seed: None if quiet else console.print(f"[dim]{name}, seed {seed}[/]"),
+    )
+    if as_json:
+        typer.echo(json.dumps([dataclasses.asdict(variant) for variant in compared], indent=1))
+    elif not quiet:
+        Console().print(comparison_table(compared))
+
+
+def _split(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",") if name.strip()]
 
 
 def _stage_command(stage: str, summary: str) -> None:

@@ -19,6 +19,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from slipstream.compare import ComparedVariant
 from slipstream.pipeline import RunResult, StagePlan, StageResult, row_bytes_of
 
 
@@ -162,6 +163,38 @@ def curve_table(curve: Sequence[Mapping[str, Any]]) -> Table:
             f"{held_out['hit_ratio']:.1%}",
             f"{point['hot_sample_share']:.1%}",
             f"{held_out['hot_sample_share']:.1%}",
+        )
+    return table
+
+
+def comparison_table(compared: Sequence[ComparedVariant]) -> Table:
+    """Figures of every variant, means over seeds; ± is the standard error, of paired differences for ΔAUC."""
+    table = Table(
+        title=f"{compared[0].seeds} seeds; ± standard error; ΔAUC paired against {compared[0].name}",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+    )
+    names = ("variant", "wall s", "samples/s", "skipped", "AUC", "ΔAUC", "logloss", "NE", "calibration")
+    for name in (*names, "device", "host", "moved", "hits"):
+        table.add_column(name, justify="left" if name == "variant" else "right", no_wrap=name != "variant")
+    for variant in compared:
+        figures = variant.figures
+        change = figures["auc_change"]
+        table.add_row(
+            variant.name,
+            f"{figures['seconds'].mean:.1f}",
+            f"{figures['samples_per_second'].mean:,.0f}",
+            f"{figures['skipped_share'].mean:.1%}",
+            f"{figures['auc'].mean:.4f} ± {figures['auc'].error:.4f}",
+            "" if variant is compared[0] else f"{change.mean:+.4f} ± {change.error:.4f}",
+            f"{figures['test_logloss'].mean:.4f}",
+            f"{figures['test_ne'].mean:.4f}",
+            f"{figures['test_calibration'].mean:.2f}",
+            show_bytes(figures["device_bytes"].mean),
+            show_bytes(figures["host_bytes"].mean),
+            show_bytes(figures["moved_bytes"].mean),
+            f"{figures['hit_ratio'].mean:.1%}",
         )
     return table
 

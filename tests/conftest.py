@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -40,3 +41,16 @@ def real_data() -> Path:
     if not (path / "criteo_kaggle_137139.tsv.gz").exists():
         pytest.skip(f"no criteo_kaggle_137139.tsv.gz in {path}")
     return path
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str, str], None]:
+    """Compare a text with its file in golden/, or write it there when `make golden` asks for that."""
+
+    def check(name: str, text: str) -> None:
+        path = Path(__file__).parent / "golden" / name
+        if os.environ.get("SLIPSTREAM_GOLDEN"):
+            path.write_text(text, encoding="utf-8")
+        assert path.read_text(encoding="utf-8") == text, f"golden/{name} differs; if that is meant: make golden"
+
+    return check

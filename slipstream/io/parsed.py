@@ -117,18 +117,19 @@ def dictionary_of(table: pa.Table, column: str) -> tuple[np.ndarray, np.ndarray]
 
 
 def _encode(samples: pl.DataFrame, dense: list[str]) -> pa.Table:
-    samples = samples.with_columns(pl.col(dense).fill_null(0)) if dense else samples
-    limits = samples.select(pl.col(dense).min().name.suffix("_min"), pl.col(dense).max().name.suffix("_max"))
-    row = limits.row(0, named=True)
-    narrow = [
-        name
-        for name in dense
-        if row[f"{name}_min"] is not None and -(2**31) <= row[f"{name}_min"] and row[f"{name}_max"] < 2**31
-    ]
-    table = samples.with_columns(pl.col(narrow).cast(pl.Int32)).rechunk().to_arrow()
-    for index, name in enumerate(table.column_names):
-        if name.startswith("cat_"):
-            column = table.column(name).combine_chunks()
-            column = column if isinstance(column, pa.Array) else pa.array([], pa.int64())
-            table = table.set_column(index, name, column.dictionary_encode())
-    return table.combine_chunks()
+    columns = {}
+    for column in samples.rechunk().iter_columns():
+        if column.name in dense:
+            columns[column.name] = _narrow(column.fill_null(0)).to_arrow()
+        elif column.name.startswith("cat_"):
+            columns[column.name] = column.to_arrow().dictionary_encode()
+        else:
+            columns[column.name] = column.to_arrow()
+    return pa.table(columns)
+
+
+def _narrow(values: pl.Series) -> pl.Series:
+    """As 32 bits where they suffice."""
+    least, most = values.min(), values.max()
+    fits = isinstance(least, int) and isinstance(most, int) and -(2**31) <= least and most < 2**31
+    return values.cast(pl.Int32) if fits else values

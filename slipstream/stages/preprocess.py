@@ -46,6 +46,7 @@ from slipstream.schema import LABEL, SPLITS, dense_name, table_name
 
 _REJECTS_PER_PART = 65_536
 _HOPELESS_LINES = 100_000
+_KEPT_CODES = 64
 
 
 def run(
@@ -208,11 +209,11 @@ def _write_rejects(chunks: Sequence[ParsedChunk], files: Sequence[str], store: P
         )
         pieces.append(frame)
         while sum(piece.height for piece in pieces) >= _REJECTS_PER_PART:
-            stacked = pl.concat(pieces)
+            stacked = pl.concat(pieces, rechunk=True)
             _write_parquet(stacked.head(_REJECTS_PER_PART).to_arrow(), out_dir / f"part-{number:05d}.parquet")
             pieces, number = [stacked.slice(_REJECTS_PER_PART)], number + 1
     if sum(piece.height for piece in pieces):
-        _write_parquet(pl.concat(pieces).to_arrow(), out_dir / f"part-{number:05d}.parquet")
+        _write_parquet(pl.concat(pieces, rechunk=True).to_arrow(), out_dir / f"part-{number:05d}.parquet")
 
 
 # --- which sample goes where ---------------------------------------------------------------------------------
@@ -237,8 +238,9 @@ class _SplitLayout:
         self._starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         self._bounds = splits.chronological_bounds(int(self._starts[-1]))
         self._days = self._held_out_day() if rule == "by_day" else None
-        counts = np.array([np.bincount(self.codes(index), minlength=3) for index in range(len(chunks))])
-        self._ends = np.cumsum(counts, axis=0)
+        self._recent_codes: dict[int, np.ndarray] = {}
+        counts = [[self._count(index, code) for code in range(len(SPLITS))] for index in range(len(chunks))]
+        self._ends = np.cumsum(np.array(counts, np.int64), axis=0)
         self.totals = {name: int(self._ends[-1][code]) for code, name in enumerate(SPLITS)}
         if min(self.totals.values()) == 0:
             raise DataError(
@@ -246,12 +248,31 @@ class _SplitLayout:
                 hint="give more samples, or choose another `preprocess.split`",
             )
 
-    def codes(self, chunk_index: int) -> np.ndarray:
-        """Split code of each sample of a chunk. Shape (n,), uint8."""
+    def members(self, chunk_index: int, code: int) -> slice | np.ndarray:
+        """Which samples of a chunk belong to a split, in order: a slice where they are neighbours."""
         start, stop = int(self._starts[chunk_index]), int(self._starts[chunk_index + 1])
         if self._rule == "chronological":
-            return splits.assign_by_bounds(start, stop, *self._bounds)
+            train_end, test_end = self._bounds
+            ranges = {splits.TRAIN: (0, train_end), splits.TEST: (train_end, test_end), splits.VAL: (test_end, stop)}
+            first, last = (min(max(bound, start), stop) - start for bound in ranges[code])
+            return slice(first, max(first, last))
+        return np.flatnonzero(self._codes(chunk_index) == code)
+
+    def _count(self, chunk_index: int, code: int) -> int:
+        members = self.members(chunk_index, code)
+        return members.stop - members.start if isinstance(members, slice) else len(members)
+
+    def _codes(self, chunk_index: int) -> np.ndarray:
+        codes = self._recent_codes.get(chunk_index)
+        if codes is None:
+            if len(self._recent_codes) >= _KEPT_CODES:
+                self._recent_codes.clear()
+            codes = self._recent_codes[chunk_index] = self._assign(chunk_index)
+        return codes
+
+    def _assign(self, chunk_index: int) -> np.ndarray:
         if self._rule == "random":
+            start, stop = int(self._starts[chunk_index]), int(self._starts[chunk_index + 1])
             return splits.assign_randomly(start, stop, seed=self._seed)
         assert self._days is not None
         last_day, last_count, seen_before = self._days
@@ -310,8 +331,9 @@ def _count(
         for vocabulary in in_order(count_table, range(source.num_tables), workers):
             vocabularies.append(vocabulary)
             advance(1, "")
-    minima = [_training_minimum(dense_name(index), layout) for index in range(source.num_dense)]
-    return vocabularies, minima
+    if config.dense_transform != "torchrec":
+        return vocabularies, [0] * source.num_dense
+    return vocabularies, [_training_minimum(dense_name(index), layout) for index in range(source.num_dense)]
 
 
 def _count_table(
@@ -327,8 +349,7 @@ def _count_table(
     counter = RawIdCounter()
     for chunk_index, chunk in enumerate(layout.chunks):
         raw_ids, sample_codes = dictionary_of(layout.store.open(chunk, [name]), name)
-        in_training = layout.codes(chunk_index) == splits.TRAIN
-        used = sample_codes if in_training.all() else sample_codes[in_training]
+        used = sample_codes[layout.members(chunk_index, splits.TRAIN)]
         if limits.num_buckets:
             raw_ids = hash_to_buckets(raw_ids, limits.num_buckets)
         counter.add(raw_ids, np.bincount(used, minlength=len(raw_ids)))
@@ -357,7 +378,7 @@ def _training_minimum(name: str, layout: _SplitLayout) -> int:
     least = 0
     for chunk_index, chunk in enumerate(layout.chunks):
         values = layout.store.open(chunk, [name]).column(name).to_numpy()
-        used = values[layout.codes(chunk_index) == splits.TRAIN]
+        used = values[layout.members(chunk_index, splits.TRAIN)]
         least = min(least, int(used.min())) if used.size else least
     return least
 
@@ -424,9 +445,11 @@ class _Encoder:
     def _encode_piece(self, code: int, piece: _Piece) -> pa.Table:
         chunk = self._layout.chunks[piece.chunk_index]
         table = self._layout.store.open(chunk, [LABEL, *self._dense, *self._tables])
-        members = np.flatnonzero(self._layout.codes(piece.chunk_index) == code)[piece.first : piece.stop]
-        start, count = int(members[0]), len(members)
-        picked: Any = slice(start, start + count) if members[-1] - start + 1 == count else members
+        members = self._layout.members(piece.chunk_index, code)
+        if isinstance(members, slice):
+            picked: Any = slice(members.start + piece.first, members.start + piece.stop)
+        else:
+            picked = members[piece.first : piece.stop]
         columns = {LABEL: table.column(LABEL).to_numpy()[picked]}
         for name, minimum in zip(self._dense, self._minima, strict=True):
             values = table.column(name).to_numpy()[picked]
@@ -442,8 +465,22 @@ class _Encoder:
 
 
 def _write_parquet(table: pa.Table, path: Path) -> None:
+    """Write a table whose bytes depend on its values alone, not on how it was cut into chunks.
+
+    Small integers and their transforms repeat, so dense columns go through a dictionary; bytes of equal weight
+    stand together in rows, so that zstd finds the zeros of their upper halves.
+    """
+    split_bytes = {name: "BYTE_STREAM_SPLIT" for name in table.column_names if name.startswith("cat_")}
     with write_atomically(path) as partial:
-        pq.write_table(table, partial, compression="zstd", compression_level=1, use_dictionary=False)
+        pq.write_table(
+            table,
+            partial,
+            compression="zstd",
+            compression_level=1,
+            use_dictionary=[name for name in table.column_names if name.startswith("int_")],
+            column_encoding=split_bytes or None,
+            write_statistics=False,
+        )
 
 
 def _count_positives(out_dir: Path) -> dict[str, int]:

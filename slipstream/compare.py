@@ -1,0 +1,175 @@
+"""Compare: one pipeline, a grid of modes and skip criteria, several seeds, paired differences.
+
+Every cell is an ordinary run of the pipeline, so what is done already is not done again and a comparison that was
+interrupted goes on. Only `train.seed` changes between seeds: all cells see the same samples, hot set and initial
+weights per seed, so differences are paired.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from slipstream.config import PipelineConfig, load_pipeline
+from slipstream.errors import ConfigError
+from slipstream.pipeline import run_pipeline
+from slipstream.progress import Progress
+
+_SCOPES = {"stale": "hot", "random": "all", "negative": "all", "importance": "all"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Variant:
+    """One row of the grid."""
+
+    name: str
+    overrides: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spread:
+    """Mean and spread of a figure over seeds."""
+
+    mean: float
+    error: float
+    """Standard error of the mean; 0 for one seed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ComparedVariant:
+    """Figures of one variant over all seeds."""
+
+    name: str
+    overrides: tuple[str, ...]
+    figures: dict[str, Spread]
+    """By name: seconds, samples_per_second, samples_seen, skipped_share, test and val metrics, auc (mean of test and
+    val), auc_change (paired against the first variant), hit_ratio, bytes."""
+    seeds: int
+
+
+def make_grid(modes: Sequence[str], criteria: Sequence[str], vary: Sequence[str]) -> list[Variant]:
+    """All combinations to run.
+
+    Args:
+        modes: Values of train.mode, without skipping.
+        criteria: Values of skip.criterion, each with mode `slipstream`.
+        vary: `key=value,value,…`; every combination of them with every mode and criterion.
+
+    Raises:
+        ConfigError: A `vary` is not of that form, or the grid is empty.
+    """
+    bases = [(mode, (f"train.mode={mode}",)) for mode in modes]
+    bases += [
+        (
+            criterion,
+            ("train.mode=slipstream", f"skip.criterion={criterion}", f"skip.scope={_SCOPES.get(criterion, 'hot')}"),
+        )
+        for criterion in criteria
+    ]
+    axes = []
+    for axis in vary:
+        key, equals, values = axis.partition("=")
+        if not equals or not values:
+            raise ConfigError(
+                f"expected `--vary key=value,value`, found `{axis}`", hint="for example --vary train.lr=0.01,0.02"
+            )
+        axes.append([f"{key}={value}" for value in values.split(",")])
+    grid = [
+        Variant(name=" ".join((name, *extra)), overrides=(*overrides, *extra))
+        for (name, overrides), extra in product(bases, product(*axes))
+    ]
+    if not grid:
+        raise ConfigError("nothing to compare", hint="name at least one of --modes and --criteria")
+    return grid
+
+
+def run_comparison(
+    path: Path,
+    runs_dir: Path,
+    *,
+    grid: Sequence[Variant],
+    overrides: Sequence[str],
+    seeds: int,
+    skip_share: float | None,
+    progress: Progress,
+    on_run: Callable[[str, int], None] = lambda name, seed: None,
+) -> list[ComparedVariant]:
+    """Run every variant with every seed.
+
+    Args:
+        path: Pipeline file.
+        runs_dir: Folder that holds run folders.
+        grid: Variants; differences are against the first.
+        overrides: Apply to all of them.
+        seeds: Number of seeds, 0, 1, ….
+        skip_share: Share of all samples to skip; sets each criterion's D so that all skip as many. None leaves D.
+        progress: Told how far each stage is.
+        on_run: Told which cell comes next.
+    """
+    trained: list[list[dict[str, Any]]] = []
+    for variant in grid:
+        cells = []
+        for seed in range(seeds):
+            on_run(variant.name, seed)
+            chosen = [*overrides, *variant.overrides, f"train.seed={seed}"]
+            config = load_pipeline(path, chosen)
+            if skip_share is not None and config.criterion != "none":
+                target = _target_drop(config, runs_dir, skip_share, progress)
+                config = load_pipeline(path, [*chosen, f"skip.target_drop={target:.4f}"])
+            cells.append(run_pipeline(config, runs_dir, progress=progress).counts("train"))
+        trained.append(cells)
+    return [_summarise(variant, cells, trained[0]) for variant, cells in zip(grid, trained, strict=True)]
+
+
+def _target_drop(config: PipelineConfig, runs_dir: Path, share: float, progress: Progress) -> float:
+    """D that makes a criterion skip a share of all samples: nothing is skipped in the first segment."""
+    from slipstream.training.schedule import default_segment_steps
+
+    before = run_pipeline(config, runs_dir, stages=["preprocess", "segregate"], progress=progress)
+    samples = before.counts("segregate")["samples"]
+    total = samples["hot"] + samples["cold"]
+    steps = config.skip.refresh_steps or default_segment_steps(total, config.train.batch_size)
+    first = min(1.0, steps * config.train.batch_size / (total * config.train.epochs))
+    covers_all = config.criterion != "stale" and config.skip.scope == "all"
+    classified = (1 - first) * (1.0 if covers_all else samples["hot"] / total)
+    if share >= classified:
+        raise ConfigError(
+            f"expected a share of samples to skip below {classified:.3f}, which `{config.criterion}` classifies; "
+            f"found {share}",
+            hint="raise `segregate.hot_budget`, or skip less",
+        )
+    return share / classified
+
+
+def _summarise(variant: Variant, cells: Sequence[dict[str, Any]], first: Sequence[dict[str, Any]]) -> ComparedVariant:
+    figures = {name: _spread([_figures(cell)[name] for cell in cells]) for name in _figures(cells[0])}
+    changes = [_figures(cell)["auc"] - _figures(base)["auc"] for cell, base in zip(cells, first, strict=True)]
+    figures["auc_change"] = _spread(changes)
+    return ComparedVariant(name=variant.name, overrides=variant.overrides, figures=figures, seeds=len(cells))
+
+
+def _figures(cell: dict[str, Any]) -> dict[str, float]:
+    tiers = cell["bytes_per_tier"]
+    figures = {
+        "seconds": cell["train_seconds"],
+        "samples_per_second": cell["samples_per_second"],
+        "samples_seen": cell["samples_seen"],
+        "skipped_share": cell["samples_dropped"] / (cell["samples_seen"] + cell["samples_dropped"]),
+        "auc": (cell["test"]["auc"] + cell["val"]["auc"]) / 2,
+        "hit_ratio": cell["hit_ratio"],
+        "device_bytes": tiers["hot"] + tiers["staging"],
+        "host_bytes": tiers["cold"],
+        "moved_bytes": cell["bytes_to_device"] + cell["bytes_to_host"],
+    }
+    for split in ("test", "val"):
+        figures |= {f"{split}_{name}": value for name, value in cell[split].items()}
+    return figures
+
+
+def _spread(values: Sequence[float]) -> Spread:
+    error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return Spread(mean=mean(values), error=error)

@@ -1,0 +1,205 @@
+"""The architecture, held: who imports whom, what starts fast, what is documented."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+import typer.main
+
+import slipstream
+from slipstream.cli import app
+from slipstream.config import PipelineConfig
+
+PACKAGE = Path(slipstream.__file__).parent
+ROOT = PACKAGE.parent
+MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+
+MAY_IMPORT = {
+    "__main__": {"cli"},
+    "cli": {"compare", "report", "pipeline", "config", "errors", "io", "progress", "schema"},
+    "report": {"compare", "pipeline", "config", "errors", "io", "progress", "schema"},
+    "compare": {"pipeline", "training", "config", "errors", "progress", "schema"},
+    "pipeline": {"stages", "datasets", "io", "ops", "config", "errors", "progress", "schema"},
+    "stages": {"training", "embedding", "models", "datasets", "io", "ops", "config", "errors", "progress", "schema"},
+    "training": {"training", "embedding", "models", "io", "ops", "errors", "progress", "schema"},
+    "embedding": {"embedding", "ops", "errors", "schema"},
+    "models": {"models", "ops", "errors", "schema"},
+    "datasets": {"datasets", "ops", "errors", "schema"},
+    "io": {"io", "ops", "errors", "schema"},
+    "ops": {"ops", "schema"},
+    "config": {"errors", "schema"},
+    "progress": set(),
+    "schema": set(),
+    "errors": set(),
+}
+"""DESIGN.md section 2, from top to bottom."""
+
+HEAVY = {"torch", "polars", "pyarrow"}
+TORCH_BELONGS_TO = {"embedding", "models", "training", "stages"}
+
+
+def component(path: Path) -> str:
+    first = path.relative_to(PACKAGE).parts[0]
+    return first.removesuffix(".py")
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Dotted names of everything a module imports, wherever it does so."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_point_one_way(path: Path):
+    if path == PACKAGE / "__init__.py":
+        assert not list(imports(path)), "the package root imports nothing"
+        return
+    own = component(path)
+    assert own in MAY_IMPORT, f"`{own}` has no place in the architecture yet: add it to MAY_IMPORT"
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] != "slipstream":
+            continue
+        if name == "slipstream.__version__":
+            continue
+        assert len(parts) > 1 and parts[1] in MAY_IMPORT, f"{name_of(path)} imports `{name}` from the package root"
+        assert parts[1] in MAY_IMPORT[own], f"{name_of(path)} must not import `{name}`: {own} stands below"
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "ops").glob("*.py")), ids=name_of)
+def test_ops_need_nothing_but_numpy_and_polars(path: Path):
+    known = {"slipstream", "numpy", "polars", *sys.stdlib_module_names}
+    assert {name.split(".")[0] for name in imports(path)} <= known
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_torch_stays_where_models_are_trained(path: Path):
+    if "torch" in {name.split(".")[0] for name in imports(path)}:
+        assert component(path) in TORCH_BELONGS_TO
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if path.name != "cli.py"], ids=name_of)
+def test_only_the_command_line_prints_or_exits(path: Path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in {"print", "exit", "quit", "sys.exit", "os._exit", "typer.echo"}, called
+            assert not called.startswith(("sys.stdout.", "sys.stderr.")), called
+        if isinstance(node, ast.Raise) and node.exc is not None:
+            assert "Exit" not in ast.unparse(node.exc), ast.unparse(node.exc)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_every_module_says_what_it_is(path: Path):
+    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or path.name == "__main__.py"
+
+
+# --- starting fast -------------------------------------------------------------------------------------------
+
+_START = """
+import sys
+from slipstream.cli import app
+try:
+    app(sys.argv[1:])
+finally:
+    print("LOADED", *sorted(set(name.split(".")[0] for name in sys.modules)), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["--version"], ["check"], ["check", "--json"]])
+def test_what_needs_no_heavy_package_loads_none(arguments: list[str]):
+    done = subprocess.run([sys.executable, "-c", _START, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stderr.partition("LOADED")[2].split())
+    assert "typer" in loaded
+    assert not HEAVY & loaded
+
+
+# --- the command line ----------------------------------------------------------------------------------------
+
+
+def test_there_is_one_command_for_every_verb():
+    assert set(COMMANDS) >= {"run", "plan", "check", "show", "clean", "preprocess", "profile", "segregate", "train"}
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_command_and_option_explains_itself(name: str):
+    command = COMMANDS[name]
+    assert command.help
+    for parameter in command.params:
+        if parameter.name != "help":
+            assert getattr(parameter, "help", None), f"{name} {parameter.name}"
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_help_ends_with_an_example_that_parses(name: str):
+    command = COMMANDS[name]
+    match = re.fullmatch(r"Example: slipstream (.+)", command.epilog or "")
+    assert match, f"`{name}` ends with {command.epilog!r}"
+    verb, *arguments = shlex.split(match[1])
+    assert verb == name
+    command.make_context(name, arguments)
+    for argument in arguments:
+        if argument.endswith(".toml"):
+            assert (ROOT / argument).exists(), f"the example of `{name}` names {argument}, which is not there"
+
+
+def test_golden_options_of_the_command_line(golden: Callable[[str, str], None]):
+    lines = []
+    for name, command in sorted(COMMANDS.items()):
+        for parameter in command.params:
+            flags = " ".join([*parameter.opts, *parameter.secondary_opts])
+            lines.append(f"{name} {flags} {parameter.metavar or ''}".rstrip())
+    golden("cli_options.txt", "\n".join(lines) + "\n")
+
+
+# --- the configuration ---------------------------------------------------------------------------------------
+
+
+def config_classes(cls: type = PipelineConfig, prefix: str = "") -> Iterator[tuple[str, type]]:
+    yield prefix, cls
+    hints = get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from config_classes(hints[field.name], f"{prefix}{field.name}.")  # type: ignore[arg-type]
+
+
+def test_the_keys_that_others_rely_on_exist():
+    keys = {f"{prefix}{field.name}" for prefix, cls in config_classes() for field in dataclasses.fields(cls)}
+    assert keys >= {
+        *("name", "seed", "dataset.source", "dataset.raw", "segregate.hot_budget", "segregate.policy", "model.name"),
+        *("train.mode", "train.device", "train.epochs", "train.batch_size", "train.optimizer", "train.lr"),
+        *("skip.criterion", "skip.target_drop", "skip.alpha", "skip.threshold", "skip.refresh_steps"),
+    }
+
+
+def _documented_classes() -> dict[str, ast.ClassDef]:
+    tree = ast.parse((PACKAGE / "config.py").read_text(encoding="utf-8"))
+    return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef) and node.decorator_list}
+
+
+@pytest.mark.parametrize("name", sorted(_documented_classes()))
+def test_every_config_key_is_documented_under_its_field(name: str):
+    body: list[Any] = _documented_classes()[name].body
+    for node, after in zip(body, [*body[1:], None], strict=True):
+        if isinstance(node, ast.AnnAssign) and name != "PipelineConfig":
+            is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            assert is_text and len(str(after.value.value)) > 5, f"{name}.{ast.unparse(node.target)}"
