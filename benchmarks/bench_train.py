@@ -1,0 +1,374 @@
+"""Training throughput of every mode, beside a plain PyTorch loop and the same step without embeddings.
+
+    python benchmarks/bench_train.py                                   # Kaggle's network on this machine
+    python benchmarks/bench_train.py --config cached-embedding         # CachedEmbedding's configuration
+    python benchmarks/bench_train.py --rows 20000 --steps 4 --batch 64 --rounds 1   # toy size
+
+Each contender runs in its own process, several times in turn with the others; medians are shown. Samples come through
+the real input path: shuffled windows, batches, look-ahead. What the figures do not show: reading shards from disk
+(in memory here) and quality, which the exact modes share to the bit (tests) and skipping changes (`slipstream compare`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from slipstream.embedding.lookahead import LookAhead, StagedBatch
+from slipstream.embedding.placement import CachedRows, Placement, StagingHalves
+from slipstream.embedding.row_cache import RowCache
+from slipstream.embedding.tiers import TieredRows
+from slipstream.io.samples import Samples
+from slipstream.models.dlrm import DLRM
+from slipstream.ops.hot_set import assign_slots, rank_rows, table_offsets, take_hot_rows
+from slipstream.training.dense_optimizer import DenseOptimizer
+from slipstream.training.loop import Position, Schedule, Trainer
+from slipstream.training.schedule import BatchMaker
+from slipstream.training.skipping import Skipper, SkipRule
+from slipstream.training.step import TrainStep
+from slipstream.training.stream import SampleStream
+
+KAGGLE_SIZES = [
+    1460, 583, 10131227, 2202608, 305, 24, 12517, 633, 3, 93145, 5683, 8351593, 3194,
+    27, 14992, 5461306, 10, 5652, 2173, 4, 7046547, 18, 15, 286181, 105, 142572,
+]  # fmt: skip
+CONFIGS = {
+    "kaggle": {"dim": 16, "bottom": [512, 256, 64, 16], "top": [512, 256, 1], "batch": 2048},
+    "cached-embedding": {"dim": 128, "bottom": [512, 256, 128], "top": [1024, 1024, 512, 256, 1], "batch": 16384},
+}
+CONTENDERS = [
+    "ceiling", "plain", "torchrec", "resident", "baseline",
+    "fae 0.001", "fae 0.01", "fae 0.1", "cached 0.01", "cached 0.1", "slipstream 0.1",
+]  # fmt: skip
+NUM_DENSE = 13
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """One contender's data and network."""
+
+    name: str
+    share: float
+    samples: Samples
+    num_rows: int
+    num_hot: int
+    counts: np.ndarray
+    table_of: list[slice]
+    args: argparse.Namespace
+
+
+def make_case(contender: str, args: argparse.Namespace) -> Case:
+    """Draw Zipf lookups over tables of Criteo Kaggle's sizes and give rows their slots."""
+    name, _, share = contender.partition(" ")
+    rng = np.random.default_rng(0)
+    shrink = args.rows / sum(KAGGLE_SIZES)
+    sizes = [max(3, round(size * shrink)) for size in KAGGLE_SIZES]
+    offsets = table_offsets(sizes)
+    num_samples = args.steps * args.batch
+    rows = np.empty((num_samples, len(sizes)), np.int64)
+    for table, size in enumerate(sizes):
+        weights = np.arange(1, size + 1, dtype=np.float64) ** -args.zipf
+        ranks = np.searchsorted(np.cumsum(weights) / weights.sum(), rng.random(num_samples))
+        rows[:, table] = np.minimum(ranks, size - 1) + offsets[table]
+    counts = np.bincount(rows.ravel(), minlength=offsets[-1])
+    num_hot = {"resident": offsets[-1], "plain": offsets[-1], "ceiling": offsets[-1], "torchrec": offsets[-1]}.get(
+        name, max(len(sizes), int(offsets[-1] * float(share or 0)))
+    )
+    chosen = take_hot_rows(rank_rows(counts, offsets[:-1]), counts, num_rows=int(num_hot), num_oov=len(sizes))
+    is_hot = chosen.is_hot if num_hot < offsets[-1] else np.ones(offsets[-1], bool)
+    slots = assign_slots(is_hot)
+    by_slot = np.empty_like(counts)
+    by_slot[slots] = counts
+    uses_rows = name in ("plain", "torchrec")
+    samples = Samples(
+        X_int=rng.random((num_samples, NUM_DENSE), np.float32),
+        X_cat=(rows - offsets[:-1]).astype(np.int32) if uses_rows else slots[rows],
+        y=(rng.random(num_samples) < 0.25).astype(np.float32),
+    )
+    return Case(
+        name=name,
+        share=float(share or 0),
+        samples=samples,
+        num_rows=int(offsets[-1]),
+        num_hot=int(is_hot.sum()),
+        counts=by_slot,
+        table_of=[slice(int(a), int(b)) for a, b in zip(offsets[:-1], offsets[1:], strict=True)],
+        args=args,
+    )
+
+
+def make_model(case: Case, device: torch.device) -> DLRM:
+    """The network of the configuration."""
+    torch.manual_seed(0)
+    config = CONFIGS[case.args.config]
+    return DLRM(
+        num_dense=NUM_DENSE,
+        num_tables=len(case.table_of),
+        embedding_dim=config["dim"],
+        bottom_mlp=config["bottom"],
+        top_mlp=config["top"],
+    ).to(device)
+
+
+def open_streams(case: Case, pool: ThreadPoolExecutor) -> dict[str, SampleStream]:
+    """Hot and cold samples of an epoch."""
+    if case.name in ("plain", "ceiling", "torchrec", "resident", "cached", "baseline"):
+        is_hot = np.zeros(len(case.samples), bool)
+    else:
+        is_hot = (case.samples.X_cat < case.num_hot).all(axis=1)
+    groups = {"hot": case.samples.take(is_hot), "cold": case.samples.take(~is_hot)}
+    return {
+        name: SampleStream(
+            [lambda group=group: group], [len(group)], seed=(0,), window_samples=1 << 21, workers=pool
+        )
+        for name, group in groups.items()
+    }
+
+
+class CeilingStep(TrainStep):
+    """The step with embeddings left out: no gather, no sparse update."""
+
+    def _compute(self, batch: StagedBatch) -> None:
+        width = self.rows.embedding_dim
+        constant = torch.zeros(len(batch), len(batch.positions) // len(batch), width, device=batch.dense.device)
+        logits = self.model(batch.dense, constant)
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, batch.labels)
+        self.dense_optimizer.zero_grad()
+        loss.backward()
+        self.dense_optimizer.step(self._lr)
+        self._loss_sum += loss.detach()
+
+
+def run_engine(case: Case, device: torch.device) -> dict[str, float]:
+    """Our modes, and the ceiling."""
+    args = case.args
+    dim = CONFIGS[args.config]["dim"]
+    model = make_model(case, device)
+    num_hot = {"baseline": 0, "cached": 0}.get(case.name, case.num_hot)
+    lookups = args.batch * len(case.table_of)
+    num_staged = 2 * min(max(lookups, min(16 * lookups, 1 << 19)), case.num_rows - num_hot)
+    if case.name == "cached":
+        num_staged = int(case.num_rows * case.share)
+    rows = TieredRows(
+        num_rows=case.num_rows,
+        num_hot=num_hot,
+        embedding_dim=dim,
+        num_staged=num_staged,
+        optimizer=args.optimizer,
+        device=device,
+    )
+    for tensor in (rows.buffer, rows.cold):
+        tensor.uniform_(-0.01, 0.01)
+    placement: Placement = StagingHalves(rows)
+    if case.name == "cached":
+        placement = CachedRows(
+            rows, RowCache(case.num_rows, num_staged, policy="rank", row_counts=case.counts)
+        )
+    kind = "sgd" if args.optimizer == "sgd" else "adagrad"
+    step_class = CeilingStep if case.name == "ceiling" else TrainStep
+    step = step_class(
+        model=model, rows=rows, dense_optimizer=DenseOptimizer(model.parameters(), kind=kind, eps=1e-8), eps=1e-8
+    )
+    lookahead = LookAhead(rows, placement, chunk_batches=1 if case.name == "baseline" else 16)
+    rule = SkipRule(criterion="stale" if case.name == "slipstream" else "none", target_drop=args.drop)
+    skipper = Skipper(rule)
+    trainer = Trainer(
+        step=step,
+        lookahead=lookahead,
+        lr_schedule=lambda progress: 0.01,
+        skipper=skipper,
+        schedule=Schedule(
+            epochs=1,
+            batch_size=args.batch,
+            order="interleaved",
+            segment_steps=max(1, args.steps // 7),
+            round_samples=1 << 21,
+        ),
+        log_every=10**9,
+    )
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(2):  # the first pass warms up
+            trainer.position, trainer.totals.seconds = Position(), 0.0
+            seen, dropped = trainer.totals.samples_seen, skipper.dropped
+            trainer.train(lambda epoch: open_streams(case, pool))
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+    seen, dropped = trainer.totals.samples_seen - seen, skipper.dropped - dropped
+    return {
+        "seconds": trainer.totals.seconds,
+        "samples": seen + dropped,
+        "dropped_share": dropped / (seen + dropped),
+        "hot_sample_share": trainer.totals.hot_steps / trainer.totals.steps,
+        "table_bytes_on_device": rows.buffer.nbytes,
+    }
+
+
+def run_plain(case: Case, device: torch.device, *, use_fbgemm: bool) -> dict[str, float]:
+    """A loop in the manner of DLRM's reference: one sparse EmbeddingBag a table, torch.optim.SGD."""
+    args = case.args
+    dim = CONFIGS[args.config]["dim"]
+    model = make_model(case, device)
+    sizes = [part.stop - part.start for part in case.table_of]
+    look_up, tables = (make_fbgemm if use_fbgemm else make_bags)(sizes, dim, device)
+    dense_optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    row_optimizer = torch.optim.SGD(tables, lr=0.01) if tables else None
+    maker = BatchMaker(batch_size=args.batch, order="interleaved")
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(2):
+            started = time.perf_counter()
+            streams = open_streams(case, pool)
+            samples = streams["cold"].take(len(case.samples))
+            batches = maker.make(None, samples, rng=np.random.default_rng(0), last=True)
+            for batch in batches:
+                rows = torch.from_numpy(batch.slots).to(device).long()
+                logits = model(torch.from_numpy(batch.dense).to(device), look_up(rows))
+                labels = torch.from_numpy(batch.labels).to(device)
+                loss = nn.functional.binary_cross_entropy_with_logits(logits, labels)
+                dense_optimizer.zero_grad()
+                if row_optimizer is not None:
+                    row_optimizer.zero_grad()
+                loss.backward()
+                dense_optimizer.step()
+                if row_optimizer is not None:
+                    row_optimizer.step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - started
+    return {"seconds": seconds, "samples": len(case.samples), "table_bytes_on_device": 4 * dim * sum(sizes)}
+
+
+def make_bags(sizes: list[int], dim: int, device: torch.device):  # noqa: ANN201
+    """One nn.EmbeddingBag a table."""
+    bags = nn.ModuleList(nn.EmbeddingBag(size, dim, mode="sum", sparse=True, device=device) for size in sizes)
+
+    def look_up(rows: torch.Tensor) -> torch.Tensor:
+        return torch.stack([bag(rows[:, index : index + 1]) for index, bag in enumerate(bags)], dim=1)
+
+    return look_up, list(bags.parameters())
+
+
+def make_fbgemm(sizes: list[int], dim: int, device: torch.device):  # noqa: ANN201
+    """TorchRec's engine: FBGEMM's table-batched bags with the exact fused SGD."""
+    from fbgemm_gpu.split_embedding_configs import EmbOptimType
+    from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
+    from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+        ComputeDevice,
+        SplitTableBatchedEmbeddingBagsCodegen,
+    )
+
+    on_gpu = device.type == "cuda"
+    location = EmbeddingLocation.DEVICE if on_gpu else EmbeddingLocation.HOST
+    compute = ComputeDevice.CUDA if on_gpu else ComputeDevice.CPU
+    engine = SplitTableBatchedEmbeddingBagsCodegen(
+        [(size, dim, location, compute) for size in sizes], optimizer=EmbOptimType.EXACT_SGD, learning_rate=0.01
+    )
+
+    def look_up(rows: torch.Tensor) -> torch.Tensor:
+        num_samples, num_tables = rows.shape
+        offsets = torch.arange(num_samples * num_tables + 1, device=rows.device)
+        return engine(rows.t().reshape(-1), offsets).view(num_samples, num_tables, dim)
+
+    return look_up, []
+
+
+def measure(contender: str, args: argparse.Namespace) -> dict[str, float]:
+    """Run one contender in this process."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    case = make_case(contender, args)
+    if case.name in ("plain", "torchrec"):
+        figures = run_plain(case, device, use_fbgemm=case.name == "torchrec")
+    else:
+        figures = run_engine(case, device)
+    figures["samples_per_second"] = figures["samples"] / figures["seconds"]
+    figures["steps_per_second"] = figures["samples_per_second"] / args.batch
+    figures["peak_host_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    figures["peak_device_bytes"] = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    return figures
+
+
+def measure_in_turn(contenders: list[str], args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+    """Run every contender `rounds` times, in turn, each in its own process."""
+    figures: dict[str, list[dict[str, float]]] = {contender: [] for contender in contenders}
+    for _ in range(args.rounds):
+        for contender in contenders:
+            command = [sys.executable, __file__, *sys.argv[1:], "--contender", contender]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                reason = done.stderr.strip().splitlines()[-1:] or ["no output"]
+                print(f"{contender}: not measured: {reason[0]}", file=sys.stderr)
+            else:
+                figures[contender].append(json.loads(done.stdout.splitlines()[-1]))
+    return {contender: runs for contender, runs in figures.items() if runs}
+
+
+def medians(runs: list[dict[str, float]]) -> dict[str, float]:
+    """Median of every figure."""
+    return {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+
+
+def show(results: dict[str, dict[str, float]], args: argparse.Namespace) -> Iterator[str]:
+    """The table."""
+    yield f"{'contender':<16}{'samples/s':>11}{'steps/s':>9}{'x ceiling':>10}{'x plain':>9}{'tables on device':>18}{'host MiB':>10}"
+    ceiling = results.get("ceiling", {}).get("samples_per_second")
+    plain = results.get("plain", {}).get("samples_per_second")
+    for name, figures in results.items():
+        speed = figures["samples_per_second"]
+        ratios = [f"{speed / base:.2f}" if base else "-" for base in (ceiling, plain)]
+        yield (
+            f"{name:<16}{speed:>11,.0f}{figures['steps_per_second']:>9.1f}{ratios[0]:>10}{ratios[1]:>9}"
+            f"{figures['table_bytes_on_device'] / 2**20:>14.1f} MiB{figures['peak_host_bytes'] / 2**20:>10,.0f}"
+        )
+    same, dropping = results.get("fae 0.1"), results.get("slipstream 0.1")
+    if same and dropping and dropping["dropped_share"]:
+        saved = 1 - dropping["seconds"] / same["seconds"]
+        yield (
+            f"slipstream dropped {dropping['dropped_share']:.1%} of all samples and saved {saved:.1%} of the wall time: "
+            f"{saved / dropping['dropped_share']:.2f} of the share dropped"
+        )
+
+
+def main() -> None:
+    """Measure, show, and print one JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", choices=CONFIGS, default="kaggle")
+    parser.add_argument("--contenders", default=",".join(CONTENDERS))
+    parser.add_argument("--contender", help="measure this one in this process and print JSON")
+    parser.add_argument("--rows", type=int, default=2_000_000, help="rows of all tables")
+    parser.add_argument("--steps", type=int, default=70)
+    parser.add_argument("--batch", type=int, default=0, help="0 takes the configuration's")
+    parser.add_argument("--zipf", type=float, default=1.1)
+    parser.add_argument("--drop", type=float, default=0.5, help="D of contender slipstream")
+    parser.add_argument("--optimizer", choices=["sgd", "rowwise_adagrad"], default="sgd")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    args.batch = args.batch or CONFIGS[args.config]["batch"]
+    if args.contender:
+        print(json.dumps(measure(args.contender, args)))
+        return
+    runs = measure_in_turn([name.strip() for name in args.contenders.split(",")], args)
+    results = {contender: medians(measured) for contender, measured in runs.items()}
+    hardware = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU"
+    print(f"{args.config}: {args.rows:,} rows, batch {args.batch}, {args.steps} steps, {args.optimizer}, {hardware}")
+    print("\n".join(show(results, args)))
+    print(json.dumps({"benchmark": "train", "hardware": hardware, "args": vars(args), "results": results}))
+
+
+if __name__ == "__main__":
+    main()
