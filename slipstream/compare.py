@@ -62,7 +62,7 @@ def make_grid(modes: Sequence[str], criteria: Sequence[str], vary: Sequence[str]
     Raises:
         ConfigError: A `vary` is not of that form, or the grid is empty.
     """
-    bases = [(mode, (f"train.mode={mode}",)) for mode in modes]
+    bases: list[tuple[str, tuple[str, ...]]] = [(mode, (f"train.mode={mode}",)) for mode in modes]
     bases += [
         (
             criterion,
@@ -130,7 +130,7 @@ def _target_drop(config: PipelineConfig, runs_dir: Path, share: float, progress:
     from slipstream.training.schedule import default_segment_steps
 
     before = run_pipeline(config, runs_dir, stages=["preprocess", "segregate"], progress=progress)
-    samples = before.counts("segregate")["samples"]
+    samples: dict[str, int] = before.counts("segregate")["samples"]
     total = samples["hot"] + samples["cold"]
     steps = config.skip.refresh_steps or default_segment_steps(total, config.train.batch_size)
     first = min(1.0, steps * config.train.batch_size / (total * config.train.epochs))

@@ -288,6 +288,10 @@ class TrainConfig:
     """`linear` lowers the learning rate to zero at the end of training."""
     eps: float = 1e-8
     """Added to the root of the Adagrad accumulator."""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """Of matrix products: `tf32` on CUDA only, `bf16` by autocast; weights and updates stay fp32."""
+    deterministic: bool = False
+    """Repeat to the bit on CUDA too, without graph capture; on CPU results always repeat."""
     weight_decay: float = 0.0
     """L2 penalty on the dense layers' weights."""
     order: Literal["interleaved", "mixed"] = "interleaved"

@@ -22,6 +22,8 @@ from slipstream.errors import ArtifactError
 from slipstream.io.artifacts import (
     Artifact,
     StageKey,
+    complete_publishing,
+    discard,
     find_artifact,
     leftovers,
     open_artifact,
@@ -126,6 +128,8 @@ def run_pipeline(
     run_dir = runs_dir / config.name
     result = RunResult(config=config, run_dir=run_dir)
     with run_lock(run_dir):
+        for key in _stage_keys(config).values():
+            complete_publishing(run_dir, key)
         plans = plan_pipeline(config, runs_dir)
         chosen = set(stage_names(config) if stages is None else stages)
         asked = set(chosen)
@@ -160,13 +164,11 @@ def run_pipeline(
 
 def clean_run(runs_dir: Path, name: str) -> list[Path]:
     """Remove what killed processes left in a run folder; returns what was removed."""
-    import shutil
-
     run_dir = runs_dir / name
     with run_lock(run_dir):
         found = leftovers(run_dir)
         for path in found:
-            shutil.rmtree(path)
+            discard(path)
     return found
 
 

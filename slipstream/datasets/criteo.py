@@ -10,7 +10,9 @@ import re
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 
+from slipstream.datasets.columns import columns_to_lines
 from slipstream.datasets.source import MISSING_ID, ParsedBlock
 from slipstream.ops.delimited import read_fields
 from slipstream.schema import LABEL, dense_name, table_name
@@ -81,13 +83,26 @@ class CriteoSource:
                 return f"{name}: expected up to 8 hex digits, found {_show(field)}"
         return "not a sample line"
 
+    def to_lines(self, columns: pl.DataFrame) -> bytes:
+        """Write rows of a Parquet file as lines: label, int_0…, cat_0…; ids as text or as integers below 2^32."""
+        return columns_to_lines(
+            columns,
+            num_dense=_NUM_DENSE,
+            num_tables=_NUM_TABLES,
+            format_raw_ids=self.format_raw_ids,
+            largest_raw_id=2**32 - 1,
+        )
+
     def format_raw_ids(self, raw_ids: np.ndarray) -> pl.Series:
         """Write raw ids as 8 hex digits; MISSING_ID as the empty string."""
         shifts = np.arange(28, -4, -4, dtype=np.int64)
         digits = _HEX_DIGITS[(raw_ids[:, None] >> shifts) & 0xF]
-        text = pl.Series(np.ascontiguousarray(digits).view("S8").ravel().astype("U8"), dtype=pl.String)
-        missing = pl.Series(raw_ids == MISSING_ID)
-        return pl.select(pl.when(missing).then(pl.lit("")).otherwise(text)).to_series()
+        known = raw_ids != MISSING_ID
+        ends = np.concatenate([[0], np.cumsum(np.where(known, 8, 0))])
+        text = pa.LargeStringArray.from_buffers(
+            len(raw_ids), pa.py_buffer(ends.astype(np.int64)), pa.py_buffer(digits[known].tobytes())
+        )
+        return pl.Series(text)
 
     def _raw_id(self, name: str) -> pl.Expr:
         raw_id = pl.col(name).cast(pl.Int64)

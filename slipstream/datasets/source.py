@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import polars as pl
@@ -47,4 +47,13 @@ class Source(Protocol):
 
     def format_raw_ids(self, raw_ids: np.ndarray) -> pl.Series:
         """Write raw ids as the source writes them; MISSING_ID as the empty string."""
+        ...
+
+
+@runtime_checkable
+class ColumnarSource(Source, Protocol):
+    """A raw format that others also store as Parquet columns."""
+
+    def to_lines(self, columns: pl.DataFrame) -> bytes:
+        """Write rows of a Parquet file as lines that `parse` accepts or rejects one by one."""
         ...

@@ -126,7 +126,7 @@ class StagingHalves:
 
     def positions_of(self, cold: np.ndarray) -> np.ndarray:
         """Buffer positions of rows that the last plan placed."""
-        return self._position[cold]
+        return np.asarray(self._position[cold])
 
     def unwritten(self) -> tuple[np.ndarray, np.ndarray]:
         """The rows of the chunk before the last planned one, where they were."""

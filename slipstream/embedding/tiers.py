@@ -3,8 +3,9 @@
 Every row has one owner. Hot rows live in the hot tier only, cold rows in the cold tier, except while batches that
 use them are at work: then they sit in the staging area of the device buffer.
 
-    buffer  [H + S, D]    0 .. H-1      hot rows, position = slot
+    buffer  [H+S+1, D]    0 .. H-1      hot rows, position = slot
                           H .. H+S-1    staging area: two halves that take turns, or a cache
+                          H+S           spare row that no slot has: fixed-shape steps send their padding there
     cold    [V - H, D]    row of slot H + i at i
 
 A batch's slots become positions in the buffer, so a lookup is one gather and an update one scatter, whatever
@@ -52,7 +53,7 @@ class TieredRows:
         self.num_staged = num_staged
         self.optimizer: RowOptimizer = optimizer
         self.device = device
-        num_positions = num_hot + num_staged
+        num_positions = num_hot + num_staged + 1
         self.buffer = torch.zeros(num_positions, embedding_dim, device=device)
         self.cold = torch.zeros(self.num_cold, embedding_dim)
         self.buffer_state: Tensor | None = None
@@ -60,6 +61,11 @@ class TieredRows:
         if optimizer == "rowwise_adagrad":
             self.buffer_state = torch.zeros(num_positions, device=device)
             self.cold_state = torch.zeros(self.num_cold)
+
+    @property
+    def spare_position(self) -> int:
+        """Position of the row that no slot has."""
+        return self.num_hot + self.num_staged
 
     @property
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
@@ -128,17 +134,20 @@ class TieredRows:
         return state
 
 
-def sum_duplicates(gradients: Tensor, inverse: Tensor, num_unique: int) -> Tensor:
+def sum_duplicates(gradients: Tensor, inverse: Tensor, num_unique: int, *, deterministic: bool = True) -> Tensor:
     """Sum the gradients of each unique row, in batch order, so the result does not depend on where rows sit.
 
     Args:
         gradients: One per lookup. Shape (L, D).
         inverse: Unique row of each lookup. Shape (L,), int64.
         num_unique: U.
+        deterministic: On CUDA, False adds in the order the threads arrive: faster, and it can be captured in a graph.
 
     Returns:
         Shape (U, D).
     """
+    if gradients.is_cuda and not deterministic:
+        return gradients.new_zeros(num_unique, gradients.shape[1]).index_add_(0, inverse, gradients)
     summed: Tensor = torch.ops.aten.embedding_dense_backward(gradients, inverse, num_unique, -1, False)
     return summed
 

@@ -127,23 +127,25 @@ def open_artifact(path: Path) -> Artifact:
 
 def scratch_dir(run_dir: Path, key: StageKey) -> Path:
     """Hidden folder a stage works in; finished parts in it survive a kill."""
-    path = run_dir / key.stage / f".{key.fingerprint}.partial"
+    path = _partial_dir(run_dir, key)
     with wrap_write_errors(path):
         path.mkdir(parents=True, exist_ok=True)
+        for half_written in path.rglob(".*.tmp"):
+            half_written.unlink()
     return path
 
 
 def publish(run_dir: Path, key: StageKey, counts: Mapping[str, Any], *, seconds: float, peak_bytes: int) -> Artifact:
     """Write the manifest of a finished scratch folder and give it its name.
 
-    Files in the scratch folder's `work/` are intermediate and removed first.
+    Files in the scratch folder's `work/` are intermediate and removed. The manifest says that the rest is whole: a
+    process killed after it was written leaves nothing to do but `complete_publishing`.
     """
     scratch = scratch_dir(run_dir, key)
-    shutil.rmtree(scratch / "work", ignore_errors=True)
     outputs = {
         file.relative_to(scratch).as_posix(): {"bytes": file.stat().st_size, "xxh3": hash_file(file)}
         for file in sorted(scratch.rglob("*"))
-        if file.is_file() and file.name != MANIFEST
+        if file.is_file() and file.relative_to(scratch).parts[0] not in {MANIFEST, "work"}
     }
     manifest = {
         "stage": key.stage,
@@ -158,22 +160,38 @@ def publish(run_dir: Path, key: StageKey, counts: Mapping[str, Any], *, seconds:
         "peak_bytes": peak_bytes,
     }
     write_json(scratch / MANIFEST, manifest)
-    final = run_dir / key.stage / key.fingerprint
-    with wrap_write_errors(final):
-        scratch.rename(final)
-    return Artifact(path=final, manifest=manifest)
+    complete_publishing(run_dir, key)
+    return Artifact(path=run_dir / key.stage / key.fingerprint, manifest=manifest)
+
+
+def complete_publishing(run_dir: Path, key: StageKey) -> None:
+    """Give a scratch folder whose manifest is written its published name; does nothing for any other."""
+    scratch, final = _partial_dir(run_dir, key), run_dir / key.stage / key.fingerprint
+    if (scratch / MANIFEST).exists():
+        with wrap_write_errors(final):
+            shutil.rmtree(scratch / "work", ignore_errors=True)
+            scratch.rename(final)
+
+
+def _partial_dir(run_dir: Path, key: StageKey) -> Path:
+    return run_dir / key.stage / f".{key.fingerprint}.partial"
 
 
 def remove_artifact(run_dir: Path, key: StageKey) -> None:
     """Forget a published artifact and any scratch folder, for `--force`."""
-    stage_dir = run_dir / key.stage
-    published = stage_dir / key.fingerprint
-    if published.exists():
-        doomed = stage_dir / f".{key.fingerprint}.removed"
-        shutil.rmtree(doomed, ignore_errors=True)
-        published.rename(doomed)
+    for folder in (run_dir / key.stage / key.fingerprint, _partial_dir(run_dir, key)):
+        if folder.exists():
+            discard(folder)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder of a stage; a kill half-way leaves what `leftovers` lists, never a folder that looks whole."""
+    doomed = folder.with_name(f".{folder.name.strip('.').partition('.')[0]}.removed")
+    with wrap_write_errors(folder):
+        if doomed != folder:
+            shutil.rmtree(doomed, ignore_errors=True)
+            folder.rename(doomed)
         shutil.rmtree(doomed)
-    shutil.rmtree(stage_dir / f".{key.fingerprint}.partial", ignore_errors=True)
 
 
 def leftovers(run_dir: Path) -> list[Path]:

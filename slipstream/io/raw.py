@@ -1,7 +1,8 @@
 """Raw files: from a path, glob or address to line-aligned blocks of bytes.
 
 Plain, .gz and .zst files, local or behind any address that fsspec knows, are read as one stream in bounded
-memory; nothing is unpacked to disk. A block ends at a line end, so a line is never seen in two halves.
+memory; nothing is unpacked to disk. A block ends at a line end, so a line is never seen in two halves. A .parquet file
+comes as blocks of columns, whatever row groups it was written in.
 """
 
 from __future__ import annotations
@@ -16,28 +17,34 @@ from pathlib import Path
 from typing import IO
 
 import fsspec
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import xxhash
 import zstandard
 
 from slipstream.errors import DataError
 
 _BOM = b"\xef\xbb\xbf"
+_LONGEST_LINE = 256 << 20
+_PARQUET_ROW_BYTES = 512
+_ESTIMATE_BYTES = 8 << 20
 _WHOLE_HASH_BYTES = 256 << 20
 _SAMPLES, _SAMPLE_BYTES = 256, 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RawBlock:
-    """Whole lines of one file."""
+    """Whole lines, or rows, of one file."""
 
     file_index: int
     """Position of the file in the list of raw files."""
     block_index: int
     """Position of the block in its file."""
-    data: bytes
-    """The lines, each ended by a newline except perhaps the file's last."""
+    data: bytes | pl.DataFrame
+    """The lines, each ended by a newline except perhaps the file's last; or rows of a Parquet file."""
     end: int
-    """Offset in the uncompressed stream just after the block."""
+    """Offset in the uncompressed stream just after the block; for Parquet, rows up to there."""
 
 
 def find_raw_files(patterns: Sequence[str]) -> list[str]:
@@ -49,10 +56,7 @@ def find_raw_files(patterns: Sequence[str]) -> list[str]:
     found: list[str] = []
     for pattern in patterns:
         if "://" in pattern:
-            filesystem, path = fsspec.core.url_to_fs(pattern)
-            has_glob = globbing.has_magic(pattern)
-            names = sorted(filesystem.glob(path)) if has_glob else [path] if filesystem.exists(path) else []
-            matches = [filesystem.unstrip_protocol(name) for name in names]
+            matches = _find_remote(pattern)
         elif Path(pattern).exists():
             matches = [pattern]
         else:
@@ -72,12 +76,49 @@ def find_raw_files(patterns: Sequence[str]) -> list[str]:
     return found
 
 
+def _find_remote(pattern: str) -> list[str]:
+    try:
+        filesystem, path = fsspec.core.url_to_fs(pattern)
+        has_glob = globbing.has_magic(pattern)
+        names = sorted(filesystem.glob(path)) if has_glob else [path] if filesystem.exists(path) else []
+        return [filesystem.unstrip_protocol(name) for name in names]
+    except (ImportError, ValueError) as exc:
+        raise DataError(
+            f"`dataset.raw` names `{pattern}`, and fsspec cannot open such addresses: {exc}",
+            hint="install what serves them: `pip install slipstream[s3]` or `slipstream[gcs]`",
+        ) from exc
+    except OSError as exc:
+        raise DataError(f"cannot reach `{pattern}`: {exc.strerror or exc}") from exc
+
+
 def raw_size(path: str) -> int:
     """Bytes of a raw file as it is stored."""
     if "://" not in path:
-        return Path(path).stat().st_size
+        return Path(path).expanduser().stat().st_size
     filesystem, inner = fsspec.core.url_to_fs(path)
     return int(filesystem.size(inner))
+
+
+def estimate_text_bytes(path: str) -> int:
+    """Bytes of text that a raw file holds, judged by its first megabytes; for Parquet, by its number of rows.
+
+    Raises:
+        DataError: The file cannot be read.
+    """
+    size = raw_size(path)
+    if is_parquet(path):
+        with _open_parquet(path) as file:
+            return int(file.metadata.num_rows) * _PARQUET_ROW_BYTES // 2
+    if not path.lower().endswith((".gz", ".zst", ".zstd")):
+        return size
+    with _open_stored(path) as stored, open_raw(path, stored) as stream:
+        text = len(_read(stream, path, _ESTIMATE_BYTES))
+        return text if text < _ESTIMATE_BYTES else size * text // max(stored.tell(), 1)
+
+
+def is_parquet(path: str) -> bool:
+    """Whether a raw file is read as columns."""
+    return path.lower().endswith((".parquet", ".pq"))
 
 
 def fingerprint_raw(path: str) -> str:
@@ -113,7 +154,10 @@ def read_blocks(
     Raises:
         DataError: The file cannot be read, is truncated, or is not the format its name says.
     """
-    with open_raw(path) as stream:
+    if is_parquet(path):
+        yield from _read_columns(path, file_index, max(1, block_bytes // _PARQUET_ROW_BYTES), skip, skip_blocks)
+        return
+    with _open_stored(path) as stored, open_raw(path, stored) as stream:
         _skip_to(stream, path, skip)
         offset, index, rest = skip, skip_blocks, b""
         if offset == 0:
@@ -128,6 +172,7 @@ def read_blocks(
             cut = data.rfind(b"\n") + 1
             if cut == 0:
                 pieces.append(data)
+                _check_line_length(pieces, path)
                 continue
             block = b"".join((*pieces, data[:cut]))
             pieces = [data[cut:]]
@@ -139,18 +184,56 @@ def read_blocks(
             yield RawBlock(file_index=file_index, block_index=index, data=block, end=offset + len(block))
 
 
+def _check_line_length(pieces: Sequence[bytes], path: str) -> None:
+    if sum(map(len, pieces)) > _LONGEST_LINE:
+        raise DataError(
+            f"`{path}` has no line end within {_LONGEST_LINE >> 20} MiB; expected a text file of lines",
+            hint="check `dataset.raw`: compressed and Parquet files are known by .gz, .zst and .parquet at their end",
+        )
+
+
+def _read_columns(path: str, file_index: int, block_rows: int, skip: int, skip_blocks: int) -> Iterator[RawBlock]:
+    with _open_parquet(path) as file:
+        done, index = 0, skip_blocks
+        for batch in _batches(file, path, block_rows):
+            first, done = done, done + batch.num_rows
+            if done <= skip:
+                continue
+            rows = batch.slice(max(skip - first, 0))
+            frame = pl.from_arrow(pa.Table.from_batches([rows]))
+            assert isinstance(frame, pl.DataFrame)
+            yield RawBlock(file_index=file_index, block_index=index, data=frame, end=done)
+            index += 1
+
+
 @contextmanager
-def open_raw(path: str) -> Iterator[IO[bytes]]:
-    """Open the uncompressed byte stream of a raw file."""
+def _open_parquet(path: str) -> Iterator[pq.ParquetFile]:
     with _open_stored(path) as stored:
-        name = path.lower()
-        if name.endswith(".gz"):
-            with gzip.GzipFile(fileobj=stored) as stream:
-                yield stream  # type: ignore[misc]
-        elif name.endswith((".zst", ".zstd")):
-            yield _ZstdStream(stored)  # type: ignore[misc]
-        else:
-            yield stored
+        try:
+            file = pq.ParquetFile(stored)
+        except (pa.ArrowInvalid, OSError) as exc:
+            raise DataError(f"`{path}` is not a sound Parquet file: {exc}", hint="copy or write it again") from exc
+        yield file
+
+
+def _batches(file: pq.ParquetFile, path: str, block_rows: int) -> Iterator[pa.RecordBatch]:
+    try:
+        yield from file.iter_batches(batch_size=block_rows)
+    except (pa.ArrowException, OSError) as exc:
+        raise DataError(f"`{path}` is not a sound Parquet file: {exc}", hint="copy or write it again") from exc
+
+
+@contextmanager
+def open_raw(path: str, stored: IO[bytes]) -> Iterator[IO[bytes]]:
+    """Open the uncompressed byte stream of a raw file that is open as it is stored."""
+    name = path.lower()
+    if name.endswith(".gz"):
+        with gzip.GzipFile(fileobj=stored) as stream:
+            yield stream  # type: ignore[misc]
+    elif name.endswith((".zst", ".zstd")):
+        yield _ZstdStream(stored)  # type: ignore[misc]
+    else:
+        yield stored
 
 
 @contextmanager

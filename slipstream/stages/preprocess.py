@@ -26,12 +26,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from slipstream.config import PreprocessConfig, parse_bytes
-from slipstream.datasets.source import Source
+from slipstream.datasets.source import ColumnarSource, Source
 from slipstream.errors import ConfigError, DataError
 from slipstream.io.artifacts import write_atomically
+from slipstream.io.capacity import require_disk, require_memory
 from slipstream.io.parallel import in_order
 from slipstream.io.parsed import ParsedChunk, ParsedStore, dictionary_of
-from slipstream.io.raw import RawBlock, raw_size, read_blocks
+from slipstream.io.raw import RawBlock, estimate_text_bytes, is_parquet, raw_size, read_blocks
 from slipstream.ops import split as splits
 from slipstream.ops.dense import transform_dense
 from slipstream.ops.vocabulary import (
@@ -47,6 +48,11 @@ from slipstream.schema import LABEL, SPLITS, dense_name, table_name
 _REJECTS_PER_PART = 65_536
 _HOPELESS_LINES = 100_000
 _KEPT_CODES = 64
+# Measured on Criteo text: bytes of parsed chunks and parts per byte of text, bytes of memory per byte of a chunk at work.
+_DISK_PER_TEXT_BYTE = 0.95
+_MEMORY_PER_WORKER = 8
+_BASE_BYTES = 128 << 20
+_LOOKUP_BYTES_PER_ROW = 12
 
 
 def run(
@@ -64,10 +70,13 @@ def run(
         Counts for the manifest: samples and positives per split, lines, rejected, rows per table.
 
     Raises:
+        CapacityError: Memory or disk would not do.
         DataError: A file cannot be read, too many lines are rejected, or a split would be empty.
     """
     _check_table_names(config, source)
+    _check_columns(files, source)
     workers = config.num_threads or os.cpu_count() or 1
+    _check_capacity(config, files, scratch, workers)
     store = ParsedStore(scratch / "work" / "parsed")
     chunks = _parse(config, source=source, files=files, store=store, workers=workers, progress=progress)
     rejected = _check_rejects(chunks, files, store, config.max_reject_ratio)
@@ -75,6 +84,7 @@ def run(
     vocabularies, minima = _count(
         config, source=source, layout=layout, scratch=scratch, workers=workers, progress=progress
     )
+    _check_lookup_memory(vocabularies)
     _encode(
         config,
         source=source,
@@ -95,6 +105,44 @@ def run(
         "rows_per_table": {table_name(index): vocab.num_rows for index, vocab in enumerate(vocabularies)},
         "files": [Path(file).name for file in files],
     }
+
+
+# --- before the work ----------------------------------------------------------------------------------------
+
+
+def _check_columns(files: Sequence[str], source: Source) -> None:
+    for file in files:
+        if is_parquet(file) and not isinstance(source, ColumnarSource):
+            raise DataError(
+                f"`dataset.raw` names the Parquet file `{file}`, and this source reads text only",
+                hint="give the text files, or set `dataset.source` to one that reads Parquet: criteo",
+            )
+
+
+def _check_capacity(config: PreprocessConfig, files: Sequence[str], scratch: Path, workers: int) -> None:
+    text_bytes = sum(estimate_text_bytes(file) for file in files)
+    chunk_bytes = min(parse_bytes(config.chunk_bytes), text_bytes)
+    require_memory(
+        _BASE_BYTES + (_MEMORY_PER_WORKER * workers + 2) * chunk_bytes,
+        purpose="preprocess",
+        hint=f"lower `preprocess.chunk_bytes` ({config.chunk_bytes}) or `preprocess.num_threads` ({workers})",
+    )
+    written = sum(file.stat().st_size for file in scratch.rglob("*") if file.is_file())
+    require_disk(
+        scratch,
+        int(text_bytes * _DISK_PER_TEXT_BYTE) - written,
+        purpose=f"preprocess of about {text_bytes / 1e9:,.1f} GB of text",
+        hint="free some disk, or choose a folder on a larger one with --runs",
+    )
+
+
+def _check_lookup_memory(vocabularies: Sequence[Vocabulary]) -> None:
+    require_memory(
+        sum(vocabulary.num_rows for vocabulary in vocabularies) * _LOOKUP_BYTES_PER_ROW,
+        purpose="looking up rows",
+        hint="make the vocabulary smaller: raise `preprocess.freq_threshold`, or set `preprocess.max_rows` or "
+        "`preprocess.num_buckets`, for all tables or for the largest; what is parsed is kept",
+    )
 
 
 # --- pass 1: parse -------------------------------------------------------------------------------------------
@@ -137,10 +185,14 @@ def _parse(
 
 
 def _parse_block(block: RawBlock, source: Source, store: ParsedStore, dense: list[str]) -> ParsedChunk:
-    parsed = source.parse(block.data)
+    data = block.data
+    if not isinstance(data, bytes):
+        assert isinstance(source, ColumnarSource)
+        data = source.to_lines(data)
+    parsed = source.parse(data)
     rejects = []
     if parsed.rejected_lines.size:
-        lines = block.data.split(b"\n")
+        lines = data.split(b"\n")
         for position in parsed.rejected_lines.tolist():
             line = lines[position].removesuffix(b"\r")
             rejects.append((position, source.explain(line), line))

@@ -81,7 +81,7 @@ def run(
             for samples in loaded:
                 if split == "train":
                     found = samples.X_cat < hot_set.num_hot
-                    is_hot: np.ndarray = found.all(axis=1)
+                    is_hot = np.asarray(found.all(axis=1))
                     lookups, hits = lookups + found.size, hits + int(np.count_nonzero(found))
                     writers["hot"].add(samples.take(is_hot))
                     writers["cold"].add(samples.take(~is_hot))

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ from slipstream.training.loop import LoopTotals, Schedule, StepReport, Trainer
 from slipstream.training.predict import predict
 from slipstream.training.schedule import default_segment_steps
 from slipstream.training.skipping import Criterion, Skipper, SkipRule
-from slipstream.training.step import TrainStep
+from slipstream.training.step import FixedShapeStep, TrainStep
 from slipstream.training.stream import SampleStream
 
 _WINDOW_SAMPLES = 2_000_000
@@ -100,17 +100,7 @@ def run(
         SummaryWriter(str(scratch / "events")) as events,
         ThreadPoolExecutor(max_workers=2, thread_name_prefix="shards") as workers,
     ):
-        step = TrainStep(
-            model=model,
-            rows=rows,
-            dense_optimizer=DenseOptimizer(
-                model.parameters(),
-                kind="sgd" if config.optimizer == "sgd" else "adagrad",
-                eps=config.eps,
-                weight_decay=config.weight_decay,
-            ),
-            eps=config.eps,
-        )
+        step = _make_step(config, model, rows, num_dense=num_dense, num_tables=len(slot_maps))
 
         def open_streams(epoch: int) -> dict[str, SampleStream]:
             return {
@@ -212,6 +202,32 @@ def _warm_cache(config: TrainConfig, slot_counts: np.ndarray, capacity: int) -> 
         capacity,
         policy=config.cache_policy,
         row_counts=slot_counts if by_rank else None,
+    )
+
+
+def _make_step(
+    config: TrainConfig, model: torch.nn.Module, rows: TieredRows, *, num_dense: int, num_tables: int
+) -> TrainStep:
+    kind: Literal["sgd", "adagrad"] = "sgd" if config.optimizer == "sgd" else "adagrad"
+    optimizer = DenseOptimizer(model.parameters(), kind=kind, eps=config.eps, weight_decay=config.weight_decay)
+    if rows.device.type == "cuda" and not config.deterministic and not config.faithful:
+        return FixedShapeStep(
+            batch_size=config.batch_size,
+            num_dense=num_dense,
+            num_tables=num_tables,
+            model=model,
+            rows=rows,
+            dense_optimizer=optimizer,
+            eps=config.eps,
+            precision=config.precision,
+        )
+    return TrainStep(
+        model=model,
+        rows=rows,
+        dense_optimizer=optimizer,
+        eps=config.eps,
+        precision=config.precision,
+        deterministic=config.deterministic,
     )
 
 

@@ -1,6 +1,14 @@
-"""One training step: forward, backward, dense update, sparse update."""
+"""One training step: forward, backward, dense update, sparse update.
+
+`TrainStep` does it plainly. `FixedShapeStep` first copies a batch into buffers of fixed shape, so that on CUDA hot and
+cold batches alike replay one captured graph without the host; on CPU it computes the same from the same buffers, which
+is how the tests prove it.
+"""
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +17,10 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from slipstream.embedding.lookahead import StagedBatch
 from slipstream.embedding.tiers import TieredRows, sum_duplicates, update_rows
 from slipstream.training.dense_optimizer import DenseOptimizer
+
+Precision = Literal["fp32", "tf32", "bf16"]
+_EAGER_STEPS = 3
+"""Batches trained before the capture, so that every library has set itself up."""
 
 
 class TrainStep:
@@ -19,13 +31,26 @@ class TrainStep:
         rows: The tiers.
         dense_optimizer: Updates the model's parameters.
         eps: Of row-wise Adagrad.
+        precision: Of the matrix products: `tf32` on CUDA only, `bf16` by autocast; weights and updates stay fp32.
+        deterministic: Whether results on CUDA must repeat to the bit.
     """
 
-    def __init__(self, *, model: nn.Module, rows: TieredRows, dense_optimizer: DenseOptimizer, eps: float) -> None:
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        rows: TieredRows,
+        dense_optimizer: DenseOptimizer,
+        eps: float,
+        precision: Precision = "fp32",
+        deterministic: bool = False,
+    ) -> None:
         self.model, self.rows, self.dense_optimizer = model, rows, dense_optimizer
-        self._eps = eps
+        self._eps, self._precision, self._deterministic = eps, precision, deterministic
         self._lr = torch.zeros((), device=rows.device)
         self._loss_sum = torch.zeros((), device=rows.device)
+        if rows.device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
 
     def __call__(self, batch: StagedBatch, lr: float) -> None:
         """Train on a batch. Nothing waits for the device."""
@@ -34,7 +59,14 @@ class TrainStep:
 
     def over(self, rows: TieredRows) -> TrainStep:
         """The same model and dense optimizer over other rows."""
-        return TrainStep(model=self.model, rows=rows, dense_optimizer=self.dense_optimizer, eps=self._eps)
+        return TrainStep(
+            model=self.model,
+            rows=rows,
+            dense_optimizer=self.dense_optimizer,
+            eps=self._eps,
+            precision=self._precision,
+            deterministic=self._deterministic,
+        )
 
     def take_loss_sum(self) -> float:
         """Sum of the losses since the last call; waits for the device."""
@@ -45,8 +77,9 @@ class TrainStep:
     def _compute(self, batch: StagedBatch) -> None:
         rows = self.rows
         looked_up = rows.buffer.index_select(0, batch.positions).requires_grad_()
-        logits = self.model(batch.dense, looked_up.view(len(batch), -1, rows.embedding_dim))
-        loss = binary_cross_entropy_with_logits(logits, batch.labels, weight=batch.weights)
+        with self._autocast():
+            logits = self.model(batch.dense, looked_up.view(len(batch), -1, rows.embedding_dim))
+        loss = binary_cross_entropy_with_logits(logits.float(), batch.labels, weight=batch.weights)
         self.dense_optimizer.zero_grad()
         loss.backward()
         self.dense_optimizer.step(self._lr)
@@ -56,7 +89,7 @@ class TrainStep:
     def _update(self, gradients: Tensor | None, batch: StagedBatch) -> None:
         assert gradients is not None
         rows = self.rows
-        summed = sum_duplicates(gradients, batch.inverse, len(batch.unique))
+        summed = sum_duplicates(gradients, batch.inverse, len(batch.unique), deterministic=self._deterministic)
         update_rows(
             rows.optimizer,
             rows.buffer,
@@ -66,3 +99,70 @@ class TrainStep:
             lr=self._lr,
             eps=self._eps,
         )
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self._precision != "bf16":
+            return nullcontext()
+        return torch.autocast(self.rows.device.type, dtype=torch.bfloat16)
+
+
+class FixedShapeStep(TrainStep):
+    """A step whose full batches all have one shape, captured as a CUDA graph after a few of them.
+
+    Batches of another size, the last of an epoch, take the plain path.
+
+    Args:
+        batch_size: B of full batches.
+        num_dense: Dense columns.
+        num_tables: T.
+        **options: Of `TrainStep`; determinism cannot be captured.
+    """
+
+    def __init__(self, *, batch_size: int, num_dense: int, num_tables: int, **options: object) -> None:
+        super().__init__(**options)  # type: ignore[arg-type]
+        if self._deterministic:
+            raise ValueError("expected deterministic = False: the sorted sums cannot be captured; use TrainStep")
+        device, num_lookups = self.rows.device, batch_size * num_tables
+        self._static = StagedBatch(
+            dense=torch.zeros(batch_size, num_dense, device=device),
+            labels=torch.zeros(batch_size, device=device),
+            positions=torch.zeros(num_lookups, dtype=torch.int64, device=device),
+            unique=torch.zeros(num_lookups, dtype=torch.int64, device=device),
+            inverse=torch.zeros(num_lookups, dtype=torch.int64, device=device),
+            is_hot=False,
+            weights=torch.ones(batch_size, device=device),
+        )
+        self._num_eager = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, batch: StagedBatch, lr: float) -> None:
+        """Train on a batch. Nothing waits for the device."""
+        if len(batch) != len(self._static):
+            super().__call__(batch, lr)
+            return
+        self._lr.fill_(lr)
+        self._load(batch)
+        if self.rows.device.type != "cuda" or self._num_eager < _EAGER_STEPS:
+            self._num_eager += 1
+            self._compute(self._static)
+            return
+        if self._graph is None:
+            self._graph = torch.cuda.CUDAGraph()
+            self.dense_optimizer.zero_grad()
+            with torch.cuda.graph(self._graph):
+                self._compute(self._static)
+        self._graph.replay()
+
+    def _load(self, batch: StagedBatch) -> None:
+        static, num_unique = self._static, len(batch.unique)
+        static.dense.copy_(batch.dense)
+        static.labels.copy_(batch.labels)
+        static.positions.copy_(batch.positions)
+        static.inverse.copy_(batch.inverse)
+        static.unique[:num_unique].copy_(batch.unique)
+        static.unique[num_unique:].fill_(self.rows.spare_position)
+        assert static.weights is not None
+        if batch.weights is None:
+            static.weights.fill_(1.0)
+        else:
+            static.weights.copy_(batch.weights)

@@ -1,0 +1,61 @@
+"""Is there room? Asked before the work, so that a run that cannot end does not begin."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import psutil
+
+from slipstream.errors import CapacityError
+
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+_CGROUP_USED = Path("/sys/fs/cgroup/memory.current")
+
+
+def require_disk(folder: Path, needed_bytes: int, *, purpose: str, hint: str) -> None:
+    """Refuse unless a folder's disk has this much free.
+
+    Raises:
+        CapacityError: It has not; the message says what was asked and what there is.
+    """
+    free = shutil.disk_usage(folder).free
+    if needed_bytes > free:
+        raise CapacityError(
+            f"{purpose} needs about {show_bytes(needed_bytes)} of disk at `{folder}`, and {show_bytes(free)} are free",
+            hint=hint,
+        )
+
+
+def require_memory(needed_bytes: int, *, purpose: str, hint: str) -> None:
+    """Refuse unless this much memory is available.
+
+    Raises:
+        CapacityError: It is not; the message says what was asked and what there is.
+    """
+    available = available_memory()
+    if needed_bytes > available:
+        raise CapacityError(
+            f"{purpose} needs about {show_bytes(needed_bytes)} of memory, and {show_bytes(available)} are available",
+            hint=hint,
+        )
+
+
+def available_memory() -> int:
+    """Bytes this process may still take: what the machine has, or less where a container sets a limit."""
+    available = int(psutil.virtual_memory().available)
+    try:
+        limit, used = int(_CGROUP_LIMIT.read_text()), int(_CGROUP_USED.read_text())
+    except (OSError, ValueError):
+        return available
+    return min(available, max(limit - used, 0))
+
+
+def show_bytes(size: int) -> str:
+    """Write a size for people: `1.5 GiB`."""
+    amount = float(size)
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if amount < 1024:
+            return f"{amount:,.0f} {unit}" if unit == "bytes" else f"{amount:,.1f} {unit}"
+        amount /= 1024
+    return f"{amount:,.1f} TiB"

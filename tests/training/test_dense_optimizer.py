@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from slipstream.training.dense_optimizer import DenseOptimizer
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("kind", ["sgd", "adagrad"])
+def test_it_equals_the_optimizer_of_torch(kind: str, weight_decay: float):
+    torch.manual_seed(0)
+    own, theirs = torch.nn.Linear(5, 3), torch.nn.Linear(5, 3)
+    theirs.load_state_dict(own.state_dict())
+    ours = DenseOptimizer(own.parameters(), kind=kind, eps=1e-8, weight_decay=weight_decay)  # type: ignore[arg-type]
+    reference: torch.optim.Optimizer
+    if kind == "sgd":
+        reference = torch.optim.SGD(theirs.parameters(), lr=0.1, weight_decay=weight_decay)
+    else:
+        reference = torch.optim.Adagrad(theirs.parameters(), lr=0.1, eps=1e-8, weight_decay=weight_decay)
+    for _ in range(20):
+        inputs = torch.randn(8, 5)
+        for model in (own, theirs):
+            model.zero_grad()
+            model(inputs).pow(2).sum().backward()
+        ours.step(torch.tensor(0.1))
+        reference.step()
+    for mine, yours in zip(own.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, yours, rtol=1e-5, atol=1e-6)
+
+
+def test_the_learning_rate_may_change_from_step_to_step():
+    parameter = torch.nn.Parameter(torch.tensor([1.0]))
+    optimizer = DenseOptimizer([parameter], kind="sgd", eps=0)
+    for lr, expected in ((0.0, 1.0), (0.5, 0.5), (0.25, 0.25)):
+        parameter.grad = torch.ones(1)
+        optimizer.step(torch.tensor(lr))
+        assert parameter.item() == expected
+    optimizer.zero_grad()
+    assert parameter.grad is None
+
+
+def test_a_missing_gradient_is_an_error():
+    with pytest.raises(ValueError, match="call backward first"):
+        DenseOptimizer([torch.nn.Parameter(torch.ones(1))], kind="sgd", eps=0).step(torch.tensor(0.1))

@@ -1,0 +1,126 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from slipstream.embedding.lookahead import StagedBatch
+from slipstream.embedding.tiers import TieredRows
+from slipstream.models.dlrm import DLRM
+from slipstream.training.dense_optimizer import DenseOptimizer
+from slipstream.training.step import FixedShapeStep, TrainStep
+
+BATCH, TABLES, DENSE, DIM, ROWS = 8, 3, 2, 4, 20
+
+
+def make_rows(optimizer: str) -> TieredRows:
+    rows = TieredRows(
+        num_rows=ROWS, num_hot=ROWS, embedding_dim=DIM, num_staged=0, optimizer=optimizer, device=torch.device("cpu")
+    )
+    generator = torch.Generator().manual_seed(1)
+    rows.load(torch.arange(ROWS), torch.randn(ROWS, DIM, generator=generator))
+    return rows
+
+
+def make_batch(size: int, seed: int, *, weighted: bool) -> StagedBatch:
+    rng = np.random.default_rng(seed)
+    positions = rng.integers(0, ROWS, size * TABLES)
+    unique, inverse = np.unique(positions, return_inverse=True)
+    return StagedBatch(
+        dense=torch.from_numpy(rng.random((size, DENSE), np.float32)),
+        labels=torch.from_numpy((rng.random(size) < 0.5).astype(np.float32)),
+        positions=torch.from_numpy(positions),
+        unique=torch.from_numpy(unique),
+        inverse=torch.from_numpy(inverse),
+        is_hot=True,
+        weights=torch.from_numpy(rng.random(size, np.float32)) if weighted else None,
+    )
+
+
+def make_model() -> DLRM:
+    torch.manual_seed(0)
+    return DLRM(num_dense=DENSE, num_tables=TABLES, embedding_dim=DIM, bottom_mlp=[5, DIM], top_mlp=[6, 1])
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "rowwise_adagrad"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_fixed_shape_step_equals_the_plain_one_to_the_bit(optimizer: str, weighted: bool) -> None:
+    kind = "sgd" if optimizer == "sgd" else "adagrad"
+    plain_rows, fixed_rows = make_rows(optimizer), make_rows(optimizer)
+    plain_model = make_model()
+    fixed_model = copy.deepcopy(plain_model)
+    plain = TrainStep(
+        model=plain_model,
+        rows=plain_rows,
+        dense_optimizer=DenseOptimizer(plain_model.parameters(), kind=kind, eps=1e-8),
+        eps=1e-8,
+    )
+    fixed = FixedShapeStep(
+        batch_size=BATCH,
+        num_dense=DENSE,
+        num_tables=TABLES,
+        model=fixed_model,
+        rows=fixed_rows,
+        dense_optimizer=DenseOptimizer(fixed_model.parameters(), kind=kind, eps=1e-8),
+        eps=1e-8,
+    )
+    for seed, size in enumerate([BATCH, BATCH, 5, BATCH, BATCH]):
+        batch = make_batch(size, seed, weighted=weighted)
+        plain(batch, 0.1 / (seed + 1))
+        fixed(batch, 0.1 / (seed + 1))
+
+    assert torch.equal(plain_rows.buffer[:ROWS], fixed_rows.buffer[:ROWS])
+    assert all(torch.equal(a, b) for a, b in zip(plain_model.parameters(), fixed_model.parameters(), strict=True))
+    assert plain.take_loss_sum() == fixed.take_loss_sum() != 0.0
+    assert plain.take_loss_sum() == 0.0
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adagrad"])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_the_dense_optimizer_equals_torchs(kind: str, weight_decay: float) -> None:
+    ours, theirs = make_model(), make_model()
+    optimizer = DenseOptimizer(ours.parameters(), kind=kind, eps=1e-8, weight_decay=weight_decay)
+    options = {"lr": 0.05, "weight_decay": weight_decay}
+    reference = (
+        torch.optim.SGD(theirs.parameters(), **options)
+        if kind == "sgd"
+        else torch.optim.Adagrad(theirs.parameters(), eps=1e-8, **options)
+    )
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            mine.grad = torch.randn(mine.shape, generator=generator)
+            other.grad = mine.grad.clone()
+        optimizer.step(torch.tensor(0.05))
+        reference.step()
+
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_equals_the_plain_step_on_cuda() -> None:
+    device = torch.device("cuda")
+    results = []
+    for make in (TrainStep, FixedShapeStep):
+        rows = TieredRows(
+            num_rows=ROWS, num_hot=ROWS, embedding_dim=DIM, num_staged=0, optimizer="rowwise_adagrad", device=device
+        )
+        rows.load(torch.arange(ROWS), torch.randn(ROWS, DIM, generator=torch.Generator().manual_seed(1)))
+        model = make_model().to(device)
+        options = {
+            "model": model,
+            "rows": rows,
+            "dense_optimizer": DenseOptimizer(model.parameters(), kind="adagrad", eps=1e-8),
+            "eps": 1e-8,
+        }
+        if make is FixedShapeStep:
+            options |= {"batch_size": BATCH, "num_dense": DENSE, "num_tables": TABLES}
+        step = make(**options)
+        for seed in range(8):
+            batch = make_batch(BATCH, seed, weighted=False)
+            moved = {name: getattr(batch, name).to(device) for name in ("dense", "labels", "positions", "unique", "inverse")}
+            step(StagedBatch(is_hot=True, **moved), 0.1)
+        results.append(rows.buffer[:ROWS].cpu())
+
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
