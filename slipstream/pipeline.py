@@ -36,6 +36,10 @@ from slipstream.ops.hot_set import hot_row_bytes
 from slipstream.progress import Progress, Silent
 
 
+_VERBS = {"generate": "preprocess", "profile": "segregate"}
+"""Commands that run a stage and go on to the next, where that is what a person wants."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StagePlan:
     """Whether a stage has to run, and why."""
@@ -144,7 +148,7 @@ def run_pipeline(
                     break
                 raise ArtifactError(
                     f"stage `{plan.stage}` has no output for this pipeline yet ({plan.reason})",
-                    hint=f"run `slipstream {plan.stage}` first, or `slipstream run` for everything",
+                    hint=f"run `slipstream {_VERBS.get(plan.stage, plan.stage)}` first, or `slipstream run` for everything",
                 )
             if plan.will_run or forced:
                 if forced:

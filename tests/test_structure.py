@@ -162,13 +162,16 @@ def test_every_help_ends_with_an_example_that_parses(name: str):
             assert (ROOT / argument).exists(), f"the example of `{name}` names {argument}, which is not there"
 
 
-def test_golden_options_of_the_command_line(golden: Callable[[str, str], None]):
+def test_golden_options_of_the_command_line(golden_path: Callable[[str], Path], renews_golden: bool):
     lines = []
     for name, command in sorted(COMMANDS.items()):
         for parameter in command.params:
             flags = " ".join([*parameter.opts, *parameter.secondary_opts])
             lines.append(f"{name} {flags} {parameter.metavar or ''}".rstrip())
-    golden("cli_options.txt", "\n".join(lines) + "\n")
+    path, text = golden_path("cli_options.txt"), "\n".join(lines) + "\n"
+    if renews_golden:
+        path.write_text(text, encoding="utf-8")
+    assert path.read_text(encoding="utf-8") == text, "new knobs go to TOML; if an option is meant: make golden"
 
 
 # --- the configuration ---------------------------------------------------------------------------------------

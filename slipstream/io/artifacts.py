@@ -203,6 +203,7 @@ def write_json(path: Path, value: object) -> None:
     """Write JSON so that the file is whole or absent."""
     partial = path.with_name(f".{path.name}.tmp")
     with wrap_write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
         partial.replace(path)
 

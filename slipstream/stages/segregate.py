@@ -5,11 +5,16 @@ Writes  segregate/    hot_set.parquet (table, row, slot, count), slots.npz (one 
                       {hot,cold,val,test}/part-*.npz (X_int, X_cat as slots, y)
 Keeps   the multiset of samples; no cold lookup in a hot shard; hot bytes <= budget
 Costs   one pass over the parts, and one a round for `sample-aware`; memory for a few parts and 12 bytes per row
+
+The choice, each finished shard and what each part gave are kept, so a killed run goes on at the first part that a
+missing shard needs.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,9 +24,9 @@ import polars as pl
 
 from slipstream.config import SegregateConfig, parse_budget
 from slipstream.errors import CapacityError
-from slipstream.io.artifacts import Artifact, write_atomically
+from slipstream.io.artifacts import Artifact, write_atomically, write_json
 from slipstream.io.parallel import in_order
-from slipstream.io.samples import Samples, concat_samples, read_part, read_rows, write_shard
+from slipstream.io.samples import Samples, concat_samples, count_samples, read_part, read_rows, write_shard
 from slipstream.ops.hot_set import (
     HotSet,
     assign_slots,
@@ -32,7 +37,7 @@ from slipstream.ops.hot_set import (
     take_hot_rows,
 )
 from slipstream.progress import Progress
-from slipstream.schema import dense_name
+from slipstream.schema import SHARD_GROUPS, dense_name
 
 _WORKERS = 2
 
@@ -65,36 +70,22 @@ def run(
     rows_per_table: dict[str, int] = processed.counts["rows_per_table"]
     tables = list(rows_per_table)
     offsets = table_offsets(list(rows_per_table.values()))
-    hot_set = _choose(config, processed, counts, tables, offsets, row_bytes=row_bytes, scratch=scratch)
+    kept = scratch / "work" / "hot_set.npz"
+    hot_set = _load_choice(kept, len(counts))
+    if hot_set is None:
+        hot_set = _choose(config, processed, counts, tables, offsets, row_bytes=row_bytes, scratch=scratch)
+        _keep_choice(kept, hot_set)
     slots = assign_slots(hot_set.is_hot)
     _write_hot_set(scratch, hot_set, slots, counts, tables, offsets)
-    slot_maps = [slots[start:stop] for start, stop in pairwise(offsets)]
     dense = [dense_name(index) for index in range(processed.counts["num_dense"])]
-    written = dict.fromkeys(("hot", "cold", "val", "test"), 0)
-    lookups = hits = 0
-    with progress.task("write shards", sum(processed.counts["samples"].values()), "samples") as advance:
-        for split in ("train", "val", "test"):
-            parts = processed.files(f"{split}/", ".parquet")
-            groups = ("hot", "cold") if split == "train" else (split,)
-            writers = {group: _ShardWriter(scratch / group, config.samples_per_shard) for group in groups}
-            loaded = in_order(lambda part: read_part(part, dense, tables, slot_maps), parts, _WORKERS)
-            for samples in loaded:
-                if split == "train":
-                    found = samples.X_cat < hot_set.num_hot
-                    is_hot = np.asarray(found.all(axis=1))
-                    lookups, hits = lookups + found.size, hits + int(np.count_nonzero(found))
-                    writers["hot"].add(samples.take(is_hot))
-                    writers["cold"].add(samples.take(~is_hot))
-                else:
-                    writers[split].add(samples)
-                advance(len(samples), "")
-            written |= {group: writer.close() for group, writer in writers.items()}
+    columns = _Columns(dense, tables, [slots[start:stop] for start, stop in pairwise(offsets)])
+    written, hits = _write_shards(config, processed, columns, hot_set.num_hot, scratch=scratch, progress=progress)
     return {
         "samples": written,
         "hot_rows": hot_set.num_hot,
         "rows": len(counts),
         "lambda": hot_set.access_threshold,
-        "hit_ratio": hits / lookups,
+        "hit_ratio": hits / ((written["hot"] + written["cold"]) * len(tables)),
         "hot_sample_share": written["hot"] / (written["hot"] + written["cold"]),
         "num_dense": len(dense),
         "tables": rows_per_table,
@@ -127,6 +118,19 @@ def _choose(
         power=config.sample_aware_power,
         rounds=config.sample_aware_rounds,
     )
+
+
+def _keep_choice(path: Path, hot_set: HotSet) -> None:
+    with write_atomically(path) as partial, partial.open("wb") as stream:
+        np.savez(stream, is_hot=np.packbits(hot_set.is_hot), access_threshold=hot_set.access_threshold)
+
+
+def _load_choice(path: Path, num_rows: int) -> HotSet | None:
+    if not path.exists():
+        return None
+    with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
+        is_hot = np.unpackbits(arrays["is_hot"], count=num_rows).astype(bool)
+        return HotSet(is_hot=is_hot, access_threshold=int(arrays["access_threshold"]))
 
 
 def _affordable_rows(budget: str | int, num_rows: int, num_oov: int, row_bytes: int) -> int:
@@ -185,35 +189,112 @@ def _write_hot_set(
         np.savez(stream, **maps)  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True, slots=True)
+class _Columns:
+    """Which columns of a part become which arrays of a shard."""
+
+    dense: list[str]
+    tables: list[str]
+    slot_maps: list[np.ndarray]
+
+    def read(self, part: Path) -> Samples:
+        """Samples of a part, `X_cat` as slots."""
+        return read_part(part, self.dense, self.tables, self.slot_maps)
+
+
+def _write_shards(
+    config: SegregateConfig,
+    processed: Artifact,
+    columns: _Columns,
+    num_hot: int,
+    *,
+    scratch: Path,
+    progress: Progress,
+) -> tuple[dict[str, int], int]:
+    """Write all shards; returns samples per group, and training lookups that find a hot row."""
+    written: dict[str, int] = {}
+    hits = 0
+    with progress.task("write shards", sum(processed.counts["samples"].values()), "samples") as advance:
+        for split in ("train", "val", "test"):
+            groups = ("hot", "cold") if split == "train" else (split,)
+            writers = [_ShardWriter(scratch / group, config.samples_per_shard) for group in groups]
+            parts = processed.files(f"{split}/", ".parquet")
+            tallies = [_tally_path(scratch, part) for part in parts]
+            num_done = 0
+            while num_done < len(parts) and (tally := _finished_tally(tallies[num_done], writers)) is not None:
+                hits += tally["hits"]
+                num_done += 1
+                advance(sum(tally["samples"]), "")
+            loaded = in_order(columns.read, parts[num_done:], _WORKERS)
+            for samples, path in zip(loaded, tallies[num_done:], strict=True):
+                found = samples.X_cat < num_hot
+                is_hot = np.asarray(found.all(axis=1))
+                pieces = [samples.take(is_hot), samples.take(~is_hot)] if split == "train" else [samples]
+                for writer, piece in zip(writers, pieces, strict=True):
+                    writer.add(piece)
+                found_here = int(np.count_nonzero(found)) if split == "train" else 0
+                write_json(path, {"samples": [len(piece) for piece in pieces], "hits": found_here})
+                hits += found_here
+                advance(len(samples), "")
+            written |= {group: writer.close() for group, writer in zip(groups, writers, strict=True)}
+    return {group: written[group] for group in SHARD_GROUPS}, hits
+
+
+def _tally_path(scratch: Path, part: Path) -> Path:
+    return scratch / "work" / "tallies" / f"{part.parent.name}-{part.stem}.json"
+
+
+def _finished_tally(path: Path, writers: Sequence[_ShardWriter]) -> dict[str, Any] | None:
+    """What a part gave, when every shard with its samples is there; the writers then stand behind it."""
+    if not path.exists():
+        return None
+    tally: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    pairs = list(zip(writers, tally["samples"], strict=True))
+    if not all(writer.has_next(count) for writer, count in pairs):
+        return None
+    for writer, count in pairs:
+        writer.skip(count)
+    return tally
+
+
 class _ShardWriter:
     """Cuts a stream of samples into shards of one size; a shard that is there already is not written again."""
 
     def __init__(self, folder: Path, samples_per_shard: int) -> None:
         self._folder, self._size = folder, samples_per_shard
         self._pieces: list[Samples] = []
-        self._held = self._written = self._number = 0
+        self._position = 0
 
     def add(self, samples: Samples) -> None:
         """Append samples."""
-        self._pieces.append(samples)
-        self._held += len(samples)
-        if self._held < self._size:
-            return
-        stacked = concat_samples(self._pieces)
-        cut = self._held - self._held % self._size
-        for start in range(0, cut, self._size):
-            self._write(stacked.take(slice(start, start + self._size)))
-        self._pieces, self._held = [stacked.take(slice(cut, None))], self._held - cut
+        start = 0
+        while start < len(samples):
+            stop = min(start + self._size - self._position % self._size, len(samples))
+            if not self._shard(self._position).exists():
+                self._pieces.append(samples.take(slice(start, stop)))
+            self._position += stop - start
+            start = stop
+            if self._position % self._size == 0:
+                self._flush(self._position - 1)
+
+    def has_next(self, count: int) -> bool:
+        """Whether every shard that the next `count` samples fall into is there."""
+        ends = (*range(self._position, self._position + count, self._size), self._position + count - 1)
+        return count == 0 or all(self._shard(position).exists() for position in ends)
+
+    def skip(self, count: int) -> None:
+        """Pass over samples whose shards are all there."""
+        self._position += count
 
     def close(self) -> int:
         """Write what is left; returns the number of samples in all shards."""
-        if self._held:
-            self._write(concat_samples(self._pieces))
-        return self._written
+        self._flush(self._position)
+        return self._position
 
-    def _write(self, samples: Samples) -> None:
-        path = self._folder / f"part-{self._number:05d}.npz"
-        if not path.exists():
-            write_shard(path, samples)
-        self._number += 1
-        self._written += len(samples)
+    def _flush(self, position: int) -> None:
+        if self._pieces:
+            write_shard(self._shard(position), concat_samples(self._pieces))
+        self._pieces = []
+
+    def _shard(self, position: int) -> Path:
+        return self._folder / f"part-{position // self._size:05d}.npz"

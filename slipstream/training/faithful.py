@@ -20,7 +20,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from slipstream.embedding.lookahead import Batch, LookAhead, StagedBatch
 from slipstream.embedding.placement import StagingHalves
@@ -116,9 +115,10 @@ class FaithfulTrainer:
             self._run_hot(batches)
             return
         self._run_hot(batches[: rule.first_snapshot])
-        before = self._hot_rows.buffer.clone()
+        hot_rows = self._hot_rows.buffer[: self._hot_rows.num_hot]
+        before = hot_rows.clone()
         self._run_hot(batches[rule.first_snapshot : end + 1])
-        moved = (self._hot_rows.buffer - before).abs_().amax(dim=1).cpu().numpy()
+        moved = (hot_rows - before).abs_().amax(dim=1).cpu().numpy()
         rest = batches[end + 1 :]
         if rest:
             self._run_hot(self._drop(rest, moved, epoch))
@@ -151,8 +151,9 @@ class FaithfulTrainer:
     def _sync(self, *, to_device: bool) -> None:
         """Copy every hot row, and its optimizer state, between its two homes."""
         started = time.perf_counter()
-        for (device_rows, _), (_, host_rows) in zip(self._hot_rows.pairs, self.step.rows.pairs, strict=True):
-            master: Tensor = host_rows[: self._hot_rows.num_rows]
+        num_hot = self._hot_rows.num_hot
+        for (buffer, _), (_, host_rows) in zip(self._hot_rows.pairs, self.step.rows.pairs, strict=True):
+            device_rows, master = buffer[:num_hot], host_rows[:num_hot]
             if to_device:
                 device_rows.copy_(master)
             else:

@@ -194,7 +194,8 @@ class Skipper:
         probabilities = keep_probabilities(worth, num_keep=len(worth) - num_drop, floor=floor)
         keep = draw_systematically(probabilities, rng)
         weights = 1.0 / np.maximum(probabilities, 1e-12)
-        return keep, (weights / weights[keep].mean()).astype(np.float32)
+        mean = weights[keep].mean() if keep.any() else 1.0
+        return keep, (weights / mean).astype(np.float32)
 
     def _record(self) -> None:
         assert self._movement is not None and self._threshold is not None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import xxhash
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from slipstream.errors import ArtifactError, CapacityError
@@ -124,7 +124,6 @@ def test_removing_an_artifact_forgets_its_scratch_folder_too(tmp_path: Path):
     assert not scratch.exists()
 
 
-@settings(max_examples=25)
 @given(st.recursive(st.none() | st.integers() | st.text(max_size=5), lambda inner: st.lists(inner, max_size=3)))
 def test_json_is_written_whole(tmp_path_factory: pytest.TempPathFactory, value: object):
     path = tmp_path_factory.getbasetemp() / "value.json"

@@ -1,0 +1,350 @@
+"""Training as a whole: every exact mode gives the same model, and it is the one of a plain loop."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from sklearn.metrics import accuracy_score, log_loss, roc_auc_score
+from strategies import tiny_config
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits, linear
+
+from slipstream.embedding.lookahead import Batch, LookAhead
+from slipstream.errors import CapacityError, ConfigError, TrainingError
+from slipstream.io.artifacts import Artifact
+from slipstream.io.samples import Samples, concat_samples, read_shard
+from slipstream.models.dlrm import DLRM
+from slipstream.pipeline import RunResult, run_pipeline
+from slipstream.schema import table_name
+
+TABLES = [table_name(index) for index in range(26)]
+
+
+def train(runs: Path, **overrides: Any) -> RunResult:
+    return run_pipeline(tiny_config(**overrides), runs)
+
+
+def artifact_of(result: RunResult) -> Artifact:
+    return result.stages["train"].artifact
+
+
+def losses_of(result: RunResult) -> list[float]:
+    losses: list[float] = json.loads((artifact_of(result).path / "losses.json").read_text())
+    return losses
+
+
+def model_of(result: RunResult) -> dict[str, Tensor]:
+    return load_file(artifact_of(result).path / "model.safetensors")
+
+
+def predictions_of(result: RunResult, split: str) -> np.ndarray:
+    return np.load(artifact_of(result).path / f"predictions_{split}.npy", allow_pickle=False)
+
+
+def samples_of(result: RunResult, group: str) -> Samples:
+    return concat_samples([read_shard(path) for path in result.stages["segregate"].artifact.files(f"{group}/", ".npz")])
+
+
+def slot_maps_of(result: RunResult) -> list[np.ndarray]:
+    with np.load(result.stages["segregate"].artifact.path / "slots.npz", allow_pickle=False) as arrays:
+        return [arrays[name] for name in TABLES]
+
+
+def assert_same_model(first: RunResult, second: RunResult) -> None:
+    for split in ("val", "test"):
+        assert np.array_equal(predictions_of(first, split), predictions_of(second, split))
+    ours, theirs = model_of(first), model_of(second)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+    assert losses_of(first) == losses_of(second)
+
+
+@pytest.fixture(scope="module")
+def fae(tiny_runs: Path) -> RunResult:
+    return train(tiny_runs, train__mode="fae", train__log_every=10)
+
+
+# --- the same model, wherever rows live ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"train__mode": "resident"},
+        {"train__mode": "baseline"},
+        {"train__mode": "fae", "train__chunk_batches": 1},
+        {"train__mode": "fae", "train__chunk_batches": 50, "train__staging_rows": 900},
+        {"train__mode": "slipstream", "skip__target_drop": 0.0},
+        {"train__mode": "slipstream", "skip__threshold": 0.0},
+        {"train__mode": "slipstream", "skip__criterion": "none"},
+        {"train__mode": "slipstream", "skip__criterion": "random", "skip__target_drop": 0.0},
+    ],
+    ids=lambda overrides: " ".join(f"{key.split('__')[1]}={value}" for key, value in overrides.items()),
+)
+def test_every_exact_mode_gives_the_same_model_to_the_bit(tiny_runs: Path, fae: RunResult, overrides: dict[str, Any]):
+    other = train(tiny_runs, train__log_every=10, **overrides)
+    assert artifact_of(other).path != artifact_of(fae).path
+    assert other.stages["segregate"].artifact.path == fae.stages["segregate"].artifact.path
+    assert_same_model(fae, other)
+
+
+@pytest.mark.parametrize("policy", ["rank", "lfu"])
+def test_a_cache_gives_the_same_model_to_the_bit(tiny_runs: Path, fae: RunResult, policy: str):
+    cached = train(
+        tiny_runs, train__mode="cached", train__cache_policy=policy, train__cache_ratio=0.5, train__log_every=10
+    )
+    assert_same_model(fae, cached)
+    assert 0 < cached.counts("train")["hit_ratio"] < 1
+
+
+def test_the_same_run_twice_gives_the_same_model(tmp_path: Path, tiny_runs: Path):
+    overrides = {"train__mode": "slipstream", "skip__target_drop": 0.3, "train__log_every": 10}
+    assert_same_model(train(tiny_runs, **overrides), train(tmp_path, **overrides))
+
+
+def test_the_seed_of_training_changes_the_model(tiny_runs: Path, fae: RunResult):
+    other = train(tiny_runs, train__mode="fae", train__log_every=10, train__seed=1)
+    assert other.stages["segregate"].artifact.path == fae.stages["segregate"].artifact.path
+    assert not np.array_equal(predictions_of(fae, "test"), predictions_of(other, "test"))
+
+
+# --- against a plain loop ------------------------------------------------------------------------------------
+
+
+def plain_forward(tensors: dict[str, Tensor], dense: Tensor, looked_up: Tensor) -> Tensor:
+    """DLRM from the tensors of a model file, without its code."""
+
+    def mlp(name: str, values: Tensor, *, relu_last: bool) -> Tensor:
+        layers = sorted({key.split(".")[2] for key in tensors if key.startswith(f"dense.{name}.")}, key=int)
+        for layer in layers:
+            values = linear(values, tensors[f"dense.{name}.{layer}.weight"], tensors[f"dense.{name}.{layer}.bias"])
+            values = values.relu() if relu_last or layer != layers[-1] else values
+        return values
+
+    bottom = mlp("bottom", dense, relu_last=True)
+    vectors = torch.cat([bottom.unsqueeze(1), looked_up], dim=1)
+    products = vectors @ vectors.transpose(1, 2)
+    pairs = [products[:, i, j] for i in range(vectors.shape[1]) for j in range(i)]
+    return mlp("top", torch.cat([bottom, torch.stack(pairs, dim=1)], dim=1), relu_last=False).squeeze(1)
+
+
+def initial_tensors(result: RunResult) -> dict[str, Tensor]:
+    """What training starts from: rows uniform in ±1/sqrt(N), drawn table by table; dense weights as DLRM draws them."""
+    config = result.config
+    generator = torch.Generator().manual_seed(config.train_seed)
+    tensors = {}
+    for name, slots in zip(TABLES, slot_maps_of(result), strict=True):
+        bound = len(slots) ** -0.5
+        tensors[f"tables.{name}"] = torch.empty(len(slots), config.model.embedding_dim).uniform_(
+            -bound, bound, generator=generator
+        )
+    torch.manual_seed(config.train_seed)
+    model = DLRM(
+        num_dense=13,
+        num_tables=26,
+        embedding_dim=config.model.embedding_dim,
+        bottom_mlp=config.model.bottom_mlp,
+        top_mlp=config.model.top_mlp,
+    )
+    return tensors | {f"dense.{name}": value for name, value in model.state_dict().items()}
+
+
+def plain_training(result: RunResult, batches: list[Batch]) -> dict[str, Tensor]:
+    """One nn.Embedding per table with dense gradients, and the two update rules written out."""
+    config = result.config.train
+    tensors = {name: value.clone().requires_grad_() for name, value in initial_tensors(result).items()}
+    rows_of_slot = torch.empty(sum(map(len, slot_maps_of(result))), dtype=torch.int64)
+    for slots in slot_maps_of(result):
+        rows_of_slot[torch.from_numpy(slots).long()] = torch.arange(len(slots))
+    state = {name: torch.zeros(len(t)) if name[0] == "t" else torch.zeros_like(t) for name, t in tensors.items()}
+    for batch in batches:
+        rows = rows_of_slot[torch.from_numpy(batch.slots).long()]
+        looked_up = torch.stack([tensors[f"tables.{name}"][rows[:, at]] for at, name in enumerate(TABLES)], dim=1)
+        logits = plain_forward(tensors, torch.from_numpy(batch.dense), looked_up)
+        loss = binary_cross_entropy_with_logits(logits, torch.from_numpy(batch.labels))
+        gradients = torch.autograd.grad(loss, list(tensors.values()))
+        with torch.no_grad():
+            for (name, tensor), gradient in zip(tensors.items(), gradients, strict=True):
+                if config.optimizer == "sgd":
+                    tensor -= config.lr * gradient
+                elif name.startswith("tables."):
+                    state[name] += (gradient**2).mean(dim=1)
+                    tensor -= config.lr * gradient / (state[name].sqrt() + config.eps).unsqueeze(1)
+                else:
+                    state[name] += gradient**2
+                    tensor -= config.lr * gradient / (state[name].sqrt() + config.eps)
+    return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+@pytest.fixture
+def seen_batches(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
+    """Every batch that goes into the look-ahead, in order."""
+    seen: list[Batch] = []
+    run = LookAhead.run
+
+    def spy(self: LookAhead, batches: Iterator[Batch], step: Callable[..., None], **options: Any) -> None:
+        batches = list(batches)  # type: ignore[assignment]
+        seen.extend(batches)
+        run(self, iter(batches), step, **options)
+
+    monkeypatch.setattr(LookAhead, "run", spy)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "lr", "order"),
+    [("sgd", 0.05, "interleaved"), ("rowwise_adagrad", 0.02, "interleaved"), ("rowwise_adagrad", 0.02, "mixed")],
+)
+def test_training_equals_a_plain_loop_over_the_same_batches(
+    tiny_runs: Path, seen_batches: list[Batch], optimizer: str, lr: float, order: str
+):
+    result = train(
+        tiny_runs, train__mode="fae", train__optimizer=optimizer, train__lr=lr, train__order=order, train__log_every=7
+    )
+    expected = plain_training(result, seen_batches)
+    for name, tensor in model_of(result).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_an_epoch_trains_on_every_sample_once(tmp_path: Path, seen_batches: list[Batch]):
+    result = train(tmp_path, train__mode="fae", train__epochs=2)
+    trained = Counter(sample.tobytes() for batch in seen_batches for sample in np.hstack([batch.dense, batch.slots]))
+    given: Counter[bytes] = Counter()
+    for group in ("hot", "cold"):
+        samples = samples_of(result, group)
+        given.update(sample.tobytes() for sample in np.hstack([samples.X_int, samples.X_cat]))
+    assert trained == given + given
+    counts = result.counts("train")
+    assert counts["samples_seen"] == trained.total() == 2 * result.counts("preprocess")["samples"]["train"]
+    assert counts["steps"] == len(seen_batches)
+    assert counts["hot_steps"] == sum(batch.is_hot for batch in seen_batches)
+    first, second = seen_batches[: len(seen_batches) // 2], seen_batches[len(seen_batches) // 2 :]
+    assert first[0].dense.tolist() != second[0].dense.tolist()
+
+
+# --- what it leaves behind -----------------------------------------------------------------------------------
+
+
+def test_predictions_come_back_from_the_model_file_alone(fae: RunResult):
+    tensors = model_of(fae)
+    for split in ("val", "test"):
+        parts = fae.stages["preprocess"].artifact.files(f"{split}/", ".parquet")
+        import polars as pl
+
+        frame = pl.concat(map(pl.read_parquet, parts))
+        dense = torch.from_numpy(frame.select([f"int_{index}" for index in range(13)]).to_numpy().astype(np.float32))
+        looked_up = torch.stack(
+            [tensors[f"tables.{name}"][torch.from_numpy(frame[name].to_numpy().copy()).long()] for name in TABLES], dim=1
+        )
+        probabilities = plain_forward(tensors, dense, looked_up).sigmoid().numpy()
+        np.testing.assert_allclose(predictions_of(fae, split), probabilities, rtol=1e-5, atol=1e-6)
+
+
+def test_the_model_file_describes_its_tables(fae: RunResult):
+    description = json.loads((artifact_of(fae).path / "model.json").read_text())
+    assert description["tables"] == fae.counts("preprocess")["rows_per_table"]
+    assert description["embedding_dim"] == 4
+    tensors = model_of(fae)
+    for name, num_rows in description["tables"].items():
+        assert tuple(tensors[f"tables.{name}"].shape) == (num_rows, 4)
+
+
+def test_metrics_equal_scikit_learn_on_the_saved_predictions(fae: RunResult):
+    for split in ("val", "test"):
+        labels, predicted = samples_of(fae, split).y, predictions_of(fae, split).astype(np.float64)
+        quality = fae.counts("train")[split]
+        assert quality["auc"] == pytest.approx(roc_auc_score(labels, predicted), abs=1e-12)
+        assert quality["logloss"] == pytest.approx(log_loss(labels, predicted), rel=1e-9)
+        assert quality["accuracy"] == accuracy_score(labels, predicted >= 0.5)
+        assert quality["calibration"] == pytest.approx(predicted.mean() / labels.mean())
+        base = log_loss(labels, np.full(len(labels), labels.mean(dtype=np.float64)))
+        assert quality["ne"] == pytest.approx(quality["logloss"] / base)
+
+
+def test_the_model_learns(fae: RunResult):
+    losses = losses_of(fae)
+    assert np.mean(losses[-2:]) < losses[0]
+    assert fae.counts("train")["test"]["auc"] > 0.6
+
+
+def test_bytes_per_tier_are_those_of_the_placement(tiny_runs: Path, fae: RunResult):
+    rows, hot = fae.counts("segregate")["rows"], fae.counts("segregate")["hot_rows"]
+    per_row = 4 * 4 + 4
+    tiers = fae.counts("train")["bytes_per_tier"]
+    assert (tiers["hot"], tiers["cold"]) == (hot * per_row, (rows - hot) * per_row)
+    resident = train(tiny_runs, train__mode="resident", train__log_every=10).counts("train")
+    assert (resident["bytes_per_tier"]["hot"], resident["bytes_per_tier"]["cold"]) == (rows * per_row, 0)
+    assert resident["bytes_to_device"] == resident["bytes_to_host"] == 0
+    baseline = train(tiny_runs, train__mode="baseline", train__log_every=10).counts("train")
+    assert baseline["bytes_per_tier"]["hot"] == 0
+    assert baseline["bytes_to_device"] > fae.counts("train")["bytes_to_device"] > 0
+    assert fae.counts("train")["hit_ratio"] == pytest.approx(fae.counts("segregate")["hit_ratio"])
+
+
+@pytest.mark.parametrize("criterion", ["stale", "random", "negative", "importance"])
+def test_samples_seen_and_dropped_add_up(tiny_runs: Path, criterion: str):
+    result = train(
+        tiny_runs,
+        train__mode="slipstream",
+        skip__criterion=criterion,
+        skip__target_drop=0.4,
+        segregate__hot_budget="50%",
+        train__batch_size=32,
+    )
+    counts = result.counts("train")
+    assert counts["samples_seen"] + counts["samples_dropped"] == result.counts("preprocess")["samples"]["train"]
+    assert counts["drop_asked"] == 0.4
+    if criterion == "stale":  # a few dozen hot samples a segment: many have a row that was not looked up in it
+        assert 0.1 < counts["drop_achieved"] < 0.45
+    else:
+        assert counts["drop_achieved"] == pytest.approx(0.4, abs=0.001)
+    assert (counts["threshold"] is not None) == (criterion == "stale")
+    assert 0 < counts["samples_classified"] <= result.counts("segregate")["samples"]["hot"]
+    checks = json.loads((artifact_of(result).path / "staleness.json").read_text())
+    assert len(checks) >= 5 if criterion == "stale" else checks == []
+
+
+# --- what can go wrong ---------------------------------------------------------------------------------------
+
+
+def test_cuda_that_is_not_there_is_a_configuration_error(tiny_runs: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="finds no CUDA device"):
+        train(tiny_runs, train__device="cuda")
+
+
+def test_staging_that_is_too_small_says_how_much_it_takes(tiny_runs: Path):
+    with pytest.raises(CapacityError, match="cold rows") as caught:
+        train(tiny_runs, train__mode="fae", train__staging_rows=10)
+    assert "train.staging_rows" in str(caught.value.hint)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_loss_that_is_no_number_ends_training(tiny_runs: Path):
+    with pytest.raises(TrainingError, match="the loss became") as caught:
+        train(tiny_runs, train__mode="fae", train__optimizer="sgd", train__lr=1e30)
+    assert "lower `train.lr`" in str(caught.value.hint)
+
+
+# --- golden --------------------------------------------------------------------------------------------------
+
+
+def test_golden_losses_of_a_tiny_run(tmp_path: Path, golden_path: Callable[[str], Path], renews_golden: bool):
+    result = train(tmp_path, train__log_every=5, segregate__hot_budget="50%", segregate__policy="sample-aware")
+    path = golden_path("tiny_losses.txt")
+    if renews_golden:
+        path.write_text("".join(f"{loss:.7f}\n" for loss in losses_of(result)))
+    expected = [float(line) for line in path.read_text().split()]
+    np.testing.assert_allclose(losses_of(result), expected, rtol=1e-4, err_msg="if that is meant: make golden")
+    assert len(expected) == -(-result.counts("train")["steps"] // 5)
+    assert all(a != b for a, b in pairwise(expected))

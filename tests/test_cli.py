@@ -1,0 +1,243 @@
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from strategies import tiny_tree, write_toml
+from typer.testing import CliRunner
+
+from slipstream import __version__
+from slipstream.cli import app
+
+STAGES = ["generate", "preprocess", "profile", "segregate", "train"]
+
+
+def call(*arguments: object, expect: int = 0):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == expect, result.stderr
+    assert "Traceback" not in result.stderr
+    return result
+
+
+def call_json(*arguments: object) -> Any:
+    return json.loads(call(*arguments, "--json").stdout, parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a pipeline file, run once."""
+    path = tmp_path_factory.mktemp("cli")
+    write_toml(path / "tiny.toml", tiny_tree())
+    call("run", path / "tiny.toml", "--runs", path / "runs", "--quiet")
+    return path
+
+
+@pytest.fixture
+def run_arguments(folder: Path) -> list[object]:
+    return [folder / "tiny.toml", "--runs", folder / "runs"]
+
+
+# --- run -----------------------------------------------------------------------------------------------------
+
+
+def test_the_json_of_a_run_has_what_others_read(tmp_path: Path):
+    pipeline = write_toml(tmp_path / "tiny.toml", tiny_tree())
+    document = call_json("run", pipeline, "--runs", tmp_path / "runs")
+    stages = document["stages"]
+    assert list(stages) == STAGES
+    for stage in stages.values():
+        assert stage["status"] == "ran"
+        assert stage["reason"] == "no output yet"
+        assert stage["seconds"] > 0
+        assert (Path(stage["output"]) / "manifest.json").exists()
+    assert set(stages["preprocess"]) >= {"samples", "rejected"}
+    assert sum(stages["preprocess"]["samples"].values()) + stages["preprocess"]["rejected"] == 4000
+    segregate = stages["segregate"]
+    assert set(segregate) >= {"hot_samples", "cold_samples", "hot_rows", "bytes", "lambda"}
+    assert segregate["hot_samples"] + segregate["cold_samples"] == stages["preprocess"]["samples"]["train"]
+    assert segregate["bytes"] == segregate["hot_rows"] * (4 * 4 + 4 + 4 * 4 + 1)
+    train = stages["train"]
+    for split in ("test", "val"):
+        assert set(train[split]) >= {"auc", "logloss", "ne", "calibration", "accuracy"}
+        assert all(math.isfinite(value) for value in train[split].values())
+    assert set(train) >= {
+        *("samples_seen", "samples_dropped", "drop_asked", "drop_achieved", "threshold"),
+        *("samples_per_second", "bytes_per_tier"),
+    }
+    assert train["samples_seen"] + train["samples_dropped"] == stages["preprocess"]["samples"]["train"]
+    assert train["drop_asked"] == 0.3
+
+
+def test_a_second_run_skips_everything_and_says_why(run_arguments: list[object]):
+    stages = call_json("run", *run_arguments)["stages"]
+    assert {stage["status"] for stage in stages.values()} == {"skipped"}
+    assert {stage["reason"] for stage in stages.values()} == {"up to date: same config, inputs and seed"}
+    assert {stage["seconds"] for stage in stages.values()} == {0}
+
+
+def test_stdout_is_the_answer_and_the_rest_goes_to_stderr(run_arguments: list[object]):
+    result = call("run", *run_arguments)
+    assert "AUC" in result.stdout and "hot rows" in result.stdout
+    assert "skipped" not in result.stdout
+    for stage in STAGES:
+        assert f"· {stage}" in result.stderr
+    assert "\x1b[" not in result.stdout + result.stderr
+    quiet = call("run", *run_arguments, "--quiet")
+    assert (quiet.stdout, quiet.stderr) == ("", "")
+
+
+def test_one_override_runs_what_depends_on_it(run_arguments: list[object]):
+    stages = call_json("run", *run_arguments, "--set", "train.lr=0.03")["stages"]
+    assert [name for name, stage in stages.items() if stage["status"] == "ran"] == ["train"]
+    assert "train.lr" in stages["train"]["reason"]
+
+
+def test_the_stages_can_be_called_one_by_one(tmp_path: Path):
+    arguments = [write_toml(tmp_path / "tiny.toml", tiny_tree()), "--runs", tmp_path / "runs"]
+    assert "no output for this pipeline yet" in call("train", *arguments, expect=1).stderr
+    assert list(call_json("preprocess", *arguments)["stages"]) == ["generate", "preprocess"]
+    error = call("train", *arguments, expect=1).stderr
+    assert "hint: run `slipstream segregate` first" in error
+    assert [s["status"] for s in call_json("segregate", *arguments)["stages"].values()][-2:] == ["ran", "ran"]
+    assert call_json("train", *arguments)["stages"]["train"]["status"] == "ran"
+    table = call("profile", *arguments).stdout
+    assert "hot-set curve" in table and "sample-aware" in table
+
+
+def test_force_runs_one_stage_again(run_arguments: list[object]):
+    stages = call_json("profile", *run_arguments, "--force")["stages"]
+    assert stages["profile"]["status"] == "ran"
+    assert stages["profile"]["reason"] == "forced"
+    assert stages["preprocess"]["status"] == "skipped"
+
+
+# --- plan, check, show, clean --------------------------------------------------------------------------------
+
+
+def test_plan_says_what_would_run_and_changes_nothing(folder: Path, run_arguments: list[object]):
+    before = sorted(folder.rglob("*"))
+    plans = call_json("plan", *run_arguments, "--set", "segregate.hot_budget=40%")
+    assert [(plan["stage"], plan["run"]) for plan in plans] == [(name, name in STAGES[3:]) for name in STAGES]
+    assert plans[3]["reason"] == "config changed: hot_budget 20% -> 40%"
+    table = call("plan", *run_arguments).stdout
+    assert table.count("skip") == 5
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_check_prints_the_pipeline_with_every_default(folder: Path):
+    assert call("check", folder / "tiny.toml").stdout.endswith("ok, run `tiny_test`\n")
+    document = call_json("check", folder / "tiny.toml", "--set", "train.epochs=3")
+    assert document["train"]["epochs"] == 3
+    assert document["train"]["eps"] == 1e-8
+    assert document["dataset"]["source"] == "synthetic"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_show_prints_an_artifact(run_arguments: list[object], stage: str):
+    output = call_json("run", *run_arguments)["stages"][stage]["output"]
+    manifest = call_json("show", output)
+    assert manifest["stage"] == stage
+    assert manifest["slipstream"] == __version__
+    text = call("show", output).stdout
+    assert stage in text and "outputs" in text
+
+
+def test_clean_removes_what_a_killed_process_left(folder: Path, run_arguments: list[object]):
+    left = folder / "runs" / "tiny_test" / "train" / ".0123456789abcdef.partial"
+    left.mkdir()
+    result = call("clean", *run_arguments)
+    assert result.stdout == "1 leftover folders removed\n"
+    assert str(left) in result.stderr
+    assert not left.exists()
+
+
+def test_the_version_is_one_line():
+    assert call("--version").stdout == f"slipstream {__version__}\n"
+
+
+def test_no_command_shows_help():
+    result = CliRunner().invoke(app, [])
+    assert "Usage:" in result.stdout + result.stderr
+    assert "preprocess" in result.stdout + result.stderr
+
+
+# --- exit codes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["run", "no/such.toml"], 2, "expected a pipeline file"),
+        (["run", "nosuch"], 2, "hint: shipped pipelines: "),
+        (["run", "{pipeline}", "--set", "train.epoch=2"], 2, "did you mean `train.epochs`?"),
+        (["run", "{pipeline}", "--set", "train.epochs"], 2, "expected `--set key=value`"),
+        (["run", "{pipeline}", "--set", "train.epochs=true"], 2, "`train.epochs` must be int"),
+        (["check", "{pipeline}", "--set", "segregate.hot_budget=0"], 2, "expected a budget above 0 bytes"),
+        (["run", "{pipeline}", "--no-such-option"], 2, "No such option"),
+        (["nosuch"], 2, "No such command"),
+        (["run", "{pipeline}", "--runs", "{runs}", "--set", "segregate.hot_budget=100"], 1, "OOV rows"),
+        (["run", "{pipeline}", "--runs", "{runs}", "--set", "segregate.hot_budget=1TB"], 1, "hint: lower it"),
+        (["run", "{pipeline}", "--set", "dataset.source=criteo", "--set", "dataset.raw=/no/file"], 1, "/no/file"),
+        (["train", "{pipeline}", "--runs", "{empty}"], 1, "hint: run `slipstream preprocess` first"),
+        (["show", "{empty}"], 1, "expected a published artifact"),
+    ],
+)
+def test_expected_failures_are_two_lines_and_a_code(
+    folder: Path, tmp_path: Path, arguments: list[str], code: int, message: str
+):
+    places = {"pipeline": folder / "tiny.toml", "runs": folder / "runs", "empty": tmp_path}
+    result = call(*(argument.format(**places) for argument in arguments), expect=code)
+    assert message in result.stderr
+    assert result.stdout == ""
+
+
+def test_an_interruption_is_130(run_arguments: list[object], monkeypatch: pytest.MonkeyPatch):
+    import slipstream.pipeline
+
+    def interrupt(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(slipstream.pipeline, "run_pipeline", interrupt)
+    assert "the same command goes on from them" in call("run", *run_arguments, expect=130).stderr
+
+
+def test_the_unexpected_keeps_its_traceback(run_arguments: list[object], monkeypatch: pytest.MonkeyPatch):
+    import slipstream.pipeline
+
+    def fail(*args: object, **options: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(slipstream.pipeline, "run_pipeline", fail)
+    with pytest.raises(ZeroDivisionError):
+        call("run", *run_arguments)
+
+
+def test_an_altered_artifact_is_named_with_the_stage_to_run(tmp_path: Path):
+    arguments = [write_toml(tmp_path / "tiny.toml", tiny_tree()), "--runs", tmp_path / "runs"]
+    output = Path(call_json("segregate", *arguments[:1], "--runs", _preprocessed(arguments))["stages"]["segregate"]["output"])
+    shard = next((output / "cold").iterdir())
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    error = call("train", *arguments, expect=1).stderr
+    assert str(shard) in error.replace("\n", "")
+    assert "slipstream segregate --force" in error
+
+
+def _preprocessed(arguments: list[object]) -> object:
+    call("preprocess", *arguments, "--quiet")
+    return arguments[-1]
+
+
+def test_the_module_runs_like_the_console_script():
+    done = subprocess.run(
+        [sys.executable, "-m", "slipstream", "check", "--set", "nosuch=1"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: unknown key `nosuch`\n\nhint: ")

@@ -1,0 +1,82 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from slipstream.config import build_pipeline
+from slipstream.embedding.staleness import bisect_threshold, find_threshold
+from slipstream.errors import ConfigError
+from slipstream.pipeline import RunResult, run_pipeline
+
+TREE = {
+    "name": "faithful",
+    "dataset": {"source": "synthetic", "num_samples": 6000},
+    "segregate": {"hot_budget": "50%"},
+    "model": {"embedding_dim": 4, "bottom_mlp": [8, 4], "top_mlp": [8, 1]},
+    "train": {"batch_size": 64, "faithful": True, "num_threads": 1},
+}
+
+
+def run(folder: Path, **changes: dict[str, object]) -> RunResult:
+    tree = {name: {**value, **changes.get(name, {})} if isinstance(value, dict) else value for name, value in TREE.items()}
+    tree |= {name: value for name, value in changes.items() if name not in TREE}
+    return run_pipeline(build_pipeline(tree), folder)
+
+
+def test_fae_in_the_published_order_sees_every_sample_once_and_syncs_whole_tables(tmp_path: Path) -> None:
+    result = run(tmp_path, train={"mode": "fae"})
+    trained, segregated = result.counts("train"), result.counts("segregate")
+
+    assert trained["samples_seen"] == segregated["samples"]["hot"] + segregated["samples"]["cold"]
+    assert trained["samples_dropped"] == 0
+    assert trained["sync_bytes"] == 2 * segregated["hot_rows"] * (4 * 4 + 4)
+
+
+def test_the_published_order_equals_training_on_one_table_cold_first_then_hot(tmp_path: Path) -> None:
+    """With everything hot or everything in one phase, two copies and one owner must agree."""
+    settings = {"segregate": {"hot_budget": "100%"}, "profile": {"curve": [0.5]}}
+    published = run(tmp_path / "a", train={"mode": "fae", "optimizer": "sgd"}, **settings)
+    trained = published.counts("train")
+
+    assert published.counts("segregate")["samples"]["cold"] == 0
+    assert trained["hot_steps"] == trained["steps"]
+    tables = load_file(published.stages["train"].artifact.path / "model.safetensors")
+    initial = run(tmp_path / "b", train={"mode": "fae", "optimizer": "sgd", "lr": 1e-30}, **settings)
+    untrained = load_file(initial.stages["train"].artifact.path / "model.safetensors")
+    assert not np.array_equal(tables["tables.cat_0"], untrained["tables.cat_0"])
+
+
+def test_slipstream_in_the_published_order_drops_near_the_target_once(tmp_path: Path) -> None:
+    result = run(tmp_path, train={"mode": "slipstream"}, skip={"target_drop": 0.3, "warmup_steps": 4, "alpha": 0.5})
+    trained = result.counts("train")
+
+    total = sum(result.counts("segregate")["samples"][group] for group in ("hot", "cold"))
+    assert trained["samples_seen"] + trained["samples_dropped"] == total
+    if trained["threshold"]:
+        assert trained["drop_achieved"] == pytest.approx(0.3, abs=0.09)
+    else:
+        assert trained["samples_dropped"] == 0
+
+
+def test_faithful_goes_with_the_published_modes_only() -> None:
+    with pytest.raises(ConfigError, match=r"train\.faithful"):
+        build_pipeline(TREE | {"train": {"faithful": True, "mode": "resident"}})
+
+
+@pytest.mark.parametrize("target", [0.1, 0.3, 0.6])
+def test_bisection_agrees_with_the_quantile(target: float) -> None:
+    statistic = np.random.default_rng(0).gamma(2.0, 0.01, 50_000).astype(np.float32)
+
+    searched = bisect_threshold(statistic, target_drop=target, tolerance=0.001)
+    exact = find_threshold(statistic, target_drop=target)
+
+    assert np.mean(statistic < searched) == pytest.approx(target, abs=0.001)
+    assert np.mean(statistic < exact) == pytest.approx(target, abs=1e-4)
+    assert searched == pytest.approx(exact, rel=0.02)
+
+
+def test_bisection_that_misses_the_band_drops_nothing() -> None:
+    ties = np.full(100, 0.05, np.float32)
+
+    assert bisect_threshold(ties, target_drop=0.5, tolerance=0.08) == 0.0
