@@ -35,7 +35,6 @@ from slipstream.io.artifacts import (
 from slipstream.ops.hot_set import hot_row_bytes
 from slipstream.progress import Progress, Silent
 
-
 _VERBS = {"generate": "preprocess", "profile": "segregate"}
 """Commands that run a stage and go on to the next, where that is what a person wants."""
 
@@ -146,9 +145,10 @@ def run_pipeline(
             if plan.stage not in chosen and plan.will_run:
                 if all(later.stage not in chosen for later in plans[plans.index(plan) :]):
                     break
+                verb = _VERBS.get(plan.stage, plan.stage)
                 raise ArtifactError(
                     f"stage `{plan.stage}` has no output for this pipeline yet ({plan.reason})",
-                    hint=f"run `slipstream {_VERBS.get(plan.stage, plan.stage)}` first, or `slipstream run` for everything",
+                    hint=f"run `slipstream {verb}` first, or `slipstream run` for everything",
                 )
             if plan.will_run or forced:
                 if forced:

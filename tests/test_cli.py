@@ -221,7 +221,9 @@ def test_the_unexpected_keeps_its_traceback(run_arguments: list[object], monkeyp
 
 def test_an_altered_artifact_is_named_with_the_stage_to_run(tmp_path: Path):
     arguments = [write_toml(tmp_path / "tiny.toml", tiny_tree()), "--runs", tmp_path / "runs"]
-    output = Path(call_json("segregate", *arguments[:1], "--runs", _preprocessed(arguments))["stages"]["segregate"]["output"])
+    output = Path(
+        call_json("segregate", *arguments[:1], "--runs", _preprocessed(arguments))["stages"]["segregate"]["output"]
+    )
     shard = next((output / "cold").iterdir())
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
     error = call("train", *arguments, expect=1).stderr

@@ -191,9 +191,11 @@ def test_a_width_below_one_is_refused():
         tiny_config(model__top_mlp=[0, 1])
 
 
-@pytest.mark.parametrize("tree", [{}, {"name": "x"}, {"dataset": {"source": "synthetic"}}, {"name": "x", "dataset": {}}])
+@pytest.mark.parametrize(
+    "tree", [{}, {"name": "x"}, {"dataset": {"source": "synthetic"}}, {"name": "x", "dataset": {}}]
+)
 def test_missing_keys_are_named(tree: dict[str, Any]):
-    with pytest.raises(ConfigError, match="missing key `(name|dataset|dataset.source)`"):
+    with pytest.raises(ConfigError, match=r"missing key `(name|dataset|dataset\.source)`"):
         build_pipeline(tree)
 
 

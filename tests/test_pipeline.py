@@ -126,9 +126,7 @@ def test_a_stage_without_its_inputs_names_the_one_to_run(tmp_path: Path, done: l
     assert f"run `slipstream {named}` first" in str(caught.value.hint)
 
 
-def test_a_stage_that_fails_publishes_nothing_and_frees_the_run_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_stage_that_fails_publishes_nothing_and_frees_the_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from slipstream.stages import segregate
 
     with monkeypatch.context() as patched:
@@ -172,5 +170,5 @@ def test_raw_files_are_known_by_content_not_by_name_or_time(tmp_path: Path, runs
 
 def test_a_missing_raw_file_is_named_before_anything_runs(tmp_path: Path):
     config = tiny_config(dataset__source="criteo", dataset__raw="/no/such/file.tsv")
-    with pytest.raises(DataError, match="/no/such/file.tsv"):
+    with pytest.raises(DataError, match=r"/no/such/file\.tsv"):
         run_pipeline(config, tmp_path)

@@ -48,7 +48,7 @@ from slipstream.schema import LABEL, SPLITS, dense_name, table_name
 _REJECTS_PER_PART = 65_536
 _HOPELESS_LINES = 100_000
 _KEPT_CODES = 64
-# Measured on Criteo text: bytes of parsed chunks and parts per byte of text, bytes of memory per byte of a chunk at work.
+# Measured on Criteo text: bytes on disk per byte of text, and of memory per worker and byte of a chunk.
 _DISK_PER_TEXT_BYTE = 0.95
 _MEMORY_PER_WORKER = 8
 _BASE_BYTES = 128 << 20

@@ -25,8 +25,9 @@ import polars as pl
 from slipstream.config import SegregateConfig, parse_budget
 from slipstream.errors import CapacityError
 from slipstream.io.artifacts import Artifact, write_atomically, write_json
+from slipstream.io.capacity import require_disk
 from slipstream.io.parallel import in_order
-from slipstream.io.samples import Samples, concat_samples, count_samples, read_part, read_rows, write_shard
+from slipstream.io.samples import Samples, concat_samples, read_part, read_rows, write_shard
 from slipstream.ops.hot_set import (
     HotSet,
     assign_slots,
@@ -65,10 +66,11 @@ def run(
         Counts for the manifest.
 
     Raises:
-        CapacityError: The budget is below the OOV rows or above all rows.
+        CapacityError: The budget is below the OOV rows or above all rows, or the disk has no room for the shards.
     """
     rows_per_table: dict[str, int] = processed.counts["rows_per_table"]
     tables = list(rows_per_table)
+    _check_disk(processed, num_tables=len(tables), num_rows=len(counts), scratch=scratch)
     offsets = table_offsets(list(rows_per_table.values()))
     kept = scratch / "work" / "hot_set.npz"
     hot_set = _load_choice(kept, len(counts))
@@ -90,6 +92,18 @@ def run(
         "num_dense": len(dense),
         "tables": rows_per_table,
     }
+
+
+def _check_disk(processed: Artifact, *, num_tables: int, num_rows: int, scratch: Path) -> None:
+    slot_bytes = 4 if num_rows < 2**31 else 8
+    sample_bytes = slot_bytes * num_tables + 4 * (processed.counts["num_dense"] + 1)
+    written = sum(file.stat().st_size for file in scratch.rglob("*") if file.is_file())
+    require_disk(
+        scratch,
+        sum(processed.counts["samples"].values()) * sample_bytes + num_rows * slot_bytes - written,
+        purpose="segregate",
+        hint="free some disk, or choose a folder on a larger one with --runs",
+    )
 
 
 def _choose(

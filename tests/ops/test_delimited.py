@@ -10,7 +10,19 @@ from slipstream.ops.delimited import read_fields
 
 # pieces that click logs hold, and pieces that break readers
 _PIECES = [b"", b"a", b"12", b"\t", b"\t\t", b"\n", b"\r\n", b"\r", b"\x00", b"\xff", b"\xc3", b"\xc3\xa9", b"\x01"]
-_PIECES += [b'"', b",", b" ", b"#", b"\\", b"\xe2\x80\xa8", b"\x0b", b"\x1a", b"\t\x01\t\n", b"\x01\x01", b"\xef\xbb\xbf"]
+_PIECES += [
+    b'"',
+    b",",
+    b" ",
+    b"#",
+    b"\\",
+    b"\xe2\x80\xa8",
+    b"\x0b",
+    b"\x1a",
+    b"\t\x01\t\n",
+    b"\x01\x01",
+    b"\xef\xbb\xbf",
+]
 _TEXT = st.lists(st.sampled_from(_PIECES), max_size=25).map(b"".join)
 
 
@@ -19,7 +31,9 @@ def plain_fields(data: bytes, separator: bytes, num_fields: int) -> list[list[st
     data = data.replace(b"\r\n", b"\n").removesuffix(b"\r").removesuffix(b"\n")
     lines = [line.split(separator) for line in data.split(b"\n")]
     return [
-        [field.decode(errors="replace").replace("\r", "\ufffd") or None for field in line] if len(line) == num_fields else None
+        [field.decode(errors="replace").replace("\r", "\ufffd") or None for field in line]
+        if len(line) == num_fields
+        else None
         for line in lines
     ]
 

@@ -155,9 +155,7 @@ def test_sample_aware_never_has_fewer_hot_samples_than_frequency(drawn, data):
     counts = count_accesses([rows], num_rows=int(offsets[-1]))
     num_rows = data.draw(st.integers(len(rows_per_table), int(offsets[-1])))
     power = data.draw(st.sampled_from([0.5, 2.0, 4.0]))
-    by_count = take_hot_rows(
-        rank_rows(counts, offsets[:-1]), counts, num_rows=num_rows, num_oov=len(rows_per_table)
-    )
+    by_count = take_hot_rows(rank_rows(counts, offsets[:-1]), counts, num_rows=num_rows, num_oov=len(rows_per_table))
     aware = select_sample_aware(counts, offsets[:-1], lambda: [rows], num_rows=num_rows, power=power, rounds=4)
     assert aware.num_hot <= num_rows
     assert aware.is_hot[rows].all(axis=1).sum() >= by_count.is_hot[rows].all(axis=1).sum()

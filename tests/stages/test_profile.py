@@ -73,8 +73,10 @@ def test_a_point_of_the_curve_equals_a_plain_count(profiled: RunResult):
     starts = np.cumsum([0, *sizes[:-1]]).tolist()
     ranked = sorted(set(range(len(counts))) - set(starts), key=lambda row: (-counts[row], row))
     hot = set(starts) | set(ranked[: int(len(counts) * 0.2) - 26])
-    samples = [[row + start for row, start in zip(rows, starts, strict=True)] for rows in
-               train_frame(profiled).select([table_name(index) for index in range(26)]).rows()]
+    samples = [
+        [row + start for row, start in zip(rows, starts, strict=True)]
+        for rows in train_frame(profiled).select([table_name(index) for index in range(26)]).rows()
+    ]
     hits = sum(row in hot for sample in samples for row in sample)
     hot_samples = sum(all(row in hot for row in sample) for sample in samples)
     point = next(

@@ -53,8 +53,10 @@ def shards_as_rows(artifact: Artifact, group: str) -> Counter[bytes]:
     total: Counter[bytes] = Counter()
     for path in artifact.files(f"{group}/", ".npz"):
         shard = read_shard(path)
-        rows = [[of_table[slot] for of_table, slot in zip(rows_of_slot, sample, strict=True)] for sample in
-                shard.X_cat.tolist()]
+        rows = [
+            [of_table[slot] for of_table, slot in zip(rows_of_slot, sample, strict=True)]
+            for sample in shard.X_cat.tolist()
+        ]
         total += as_multiset(shard.X_int, np.array(rows), shard.y)
     return total
 
@@ -184,7 +186,7 @@ def test_a_budget_below_the_oov_rows_says_what_it_takes(tiny_runs: Path, budget:
 
 
 def test_a_budget_above_all_rows_is_refused(tiny_runs: Path):
-    with pytest.raises(CapacityError, match="all .* rows at 37 bytes a row take") as caught:
+    with pytest.raises(CapacityError, match=r"all .* rows at 37 bytes a row take") as caught:
         segregated(tiny_runs, segregate__hot_budget="1GiB")
     assert "100%" in str(caught.value.hint)
 

@@ -213,7 +213,9 @@ def test_training_equals_a_plain_loop_over_the_same_batches(
     )
     expected = plain_training(result, seen_batches)
     for name, tensor in model_of(result).items():
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(
+            tensor, expected[name], rtol=1e-5, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
 def test_an_epoch_trains_on_every_sample_once(tmp_path: Path, seen_batches: list[Batch]):
@@ -244,7 +246,8 @@ def test_predictions_come_back_from_the_model_file_alone(fae: RunResult):
         frame = pl.concat(map(pl.read_parquet, parts))
         dense = torch.from_numpy(frame.select([f"int_{index}" for index in range(13)]).to_numpy().astype(np.float32))
         looked_up = torch.stack(
-            [tensors[f"tables.{name}"][torch.from_numpy(frame[name].to_numpy().copy()).long()] for name in TABLES], dim=1
+            [tensors[f"tables.{name}"][torch.from_numpy(frame[name].to_numpy().copy()).long()] for name in TABLES],
+            dim=1,
         )
         probabilities = plain_forward(tensors, dense, looked_up).sigmoid().numpy()
         np.testing.assert_allclose(predictions_of(fae, split), probabilities, rtol=1e-5, atol=1e-6)

@@ -19,7 +19,9 @@ TREE = {
 
 
 def run(folder: Path, **changes: dict[str, object]) -> RunResult:
-    tree = {name: {**value, **changes.get(name, {})} if isinstance(value, dict) else value for name, value in TREE.items()}
+    tree = {
+        name: {**value, **changes.get(name, {})} if isinstance(value, dict) else value for name, value in TREE.items()
+    }
     tree |= {name: value for name, value in changes.items() if name not in TREE}
     return run_pipeline(build_pipeline(tree), folder)
 

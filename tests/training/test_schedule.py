@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -40,9 +42,7 @@ def test_rounds_take_every_sample_in_the_same_proportion(
 ):
     total = num_hot + num_cold
     rounds = list(
-        plan_rounds(
-            num_hot, num_cold, batch_size=batch_size, segment_steps=segment_steps, round_samples=round_samples
-        )
+        plan_rounds(num_hot, num_cold, batch_size=batch_size, segment_steps=segment_steps, round_samples=round_samples)
     )
     assert sum(part.num_hot for part in rounds) == num_hot
     assert sum(part.num_cold for part in rounds) == num_cold
@@ -97,7 +97,7 @@ def test_the_order_depends_on_the_seed_alone(order: str):
 def test_hot_and_cold_batches_take_turns():
     batches = run_epoch(200, 200, "interleaved", 0, batch_size=4, segment_steps=100, round_samples=1000)
     kinds = [batch.is_hot for batch in batches]
-    assert 30 < sum(a != b for a, b in zip(kinds, kinds[1:], strict=False)) < 70
+    assert 30 < sum(a != b for a, b in pairwise(kinds)) < 70
 
 
 @pytest.mark.parametrize("order", ["interleaved", "mixed"])

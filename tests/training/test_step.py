@@ -119,7 +119,9 @@ def test_a_captured_graph_equals_the_plain_step_on_cuda() -> None:
         step = make(**options)
         for seed in range(8):
             batch = make_batch(BATCH, seed, weighted=False)
-            moved = {name: getattr(batch, name).to(device) for name in ("dense", "labels", "positions", "unique", "inverse")}
+            moved = {
+                name: getattr(batch, name).to(device) for name in ("dense", "labels", "positions", "unique", "inverse")
+            }
             step(StagedBatch(is_hot=True, **moved), 0.1)
         results.append(rows.buffer[:ROWS].cpu())
 
