@@ -131,9 +131,7 @@ def open_streams(case: Case, pool: ThreadPoolExecutor) -> dict[str, SampleStream
         is_hot = (case.samples.X_cat < case.num_hot).all(axis=1)
     groups = {"hot": case.samples.take(is_hot), "cold": case.samples.take(~is_hot)}
     return {
-        name: SampleStream(
-            [lambda group=group: group], [len(group)], seed=(0,), window_samples=1 << 21, workers=pool
-        )
+        name: SampleStream([lambda group=group: group], [len(group)], seed=(0,), window_samples=1 << 21, workers=pool)
         for name, group in groups.items()
     }
 
@@ -174,9 +172,7 @@ def run_engine(case: Case, device: torch.device) -> dict[str, float]:
         tensor.uniform_(-0.01, 0.01)
     placement: Placement = StagingHalves(rows)
     if case.name == "cached":
-        placement = CachedRows(
-            rows, RowCache(case.num_rows, num_staged, policy="rank", row_counts=case.counts)
-        )
+        placement = CachedRows(rows, RowCache(case.num_rows, num_staged, policy="rank", row_counts=case.counts))
     kind = "sgd" if args.optimizer == "sgd" else "adagrad"
     step_class = CeilingStep if case.name == "ceiling" else TrainStep
     step = step_class(

@@ -159,9 +159,7 @@ def in_own_process(label: str, distribution: str, args: argparse.Namespace) -> d
 
 def main() -> None:
     """Run every contender and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=11_000_000)
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--ranks", type=int, default=32)

@@ -20,6 +20,8 @@ from slipstream import __version__
 from slipstream.errors import ConfigError, SlipstreamError
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from slipstream.config import PipelineConfig
     from slipstream.pipeline import RunResult
 
@@ -104,11 +106,9 @@ def plan(
         body = [{"stage": p.stage, "run": p.will_run, "reason": p.reason} for p in plans]
         typer.echo(json.dumps(body, indent=1))
         return
-    from rich.console import Console
-
     from slipstream.report import plan_table
 
-    Console().print(plan_table(plans))
+    _answer(plan_table(plans))
 
 
 @app.command(epilog="Example: slipstream check pipelines/avazu.toml")
@@ -129,21 +129,20 @@ def check(
 
 @app.command(epilog="Example: slipstream show runs/tiny/profile/*")
 def show(
-    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder of a published artifact.")],
+    artifacts: Annotated[list[Path], typer.Argument(metavar="ARTIFACT...", help="Folders of published artifacts.")],
     as_json: _Json = False,
 ) -> None:
-    """Show what an artifact holds: its figures, sizes and inputs."""
+    """Show what artifacts hold: their figures, sizes and inputs."""
     from slipstream.io.artifacts import open_artifact
 
-    manifest = open_artifact(artifact).manifest
+    manifests = [open_artifact(artifact).manifest for artifact in artifacts]
     if as_json:
-        typer.echo(json.dumps(manifest, indent=1))
+        typer.echo(json.dumps(manifests[0] if len(manifests) == 1 else manifests, indent=1))
         return
-    from rich.console import Console
-
     from slipstream.report import manifest_table
 
-    Console().print(manifest_table(manifest))
+    for manifest in manifests:
+        _answer(manifest_table(manifest))
 
 
 @app.command(epilog="Example: slipstream clean pipelines/tiny.toml")
@@ -196,7 +195,7 @@ def compare(
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(variant) for variant in compared], indent=1))
     elif not quiet:
-        Console().print(comparison_table(compared))
+        _answer(comparison_table(compared))
 
 
 def _split(names: str) -> list[str]:
@@ -258,10 +257,9 @@ def _run(
     if as_json:
         typer.echo(json.dumps(_to_json(result), indent=1, allow_nan=False))
     elif not quiet:
-        answer = Console()
         if stages == ["profile"]:
-            answer.print(curve_table(result.counts("profile")["curve"]))
-        answer.print(run_table(result))
+            _answer(curve_table(result.counts("profile")["curve"]))
+        _answer(run_table(result))
 
 
 def _to_json(result: RunResult) -> dict[str, Any]:
@@ -316,6 +314,16 @@ def _find_pipeline(name: str) -> Path:
 def _shipped() -> list[Path]:
     package = Path(__file__).parent
     return [*(package / "pipelines").glob("*.toml"), *(package.parent / "pipelines").glob("*.toml")]
+
+
+def _answer(renderable: RenderableType) -> None:
+    """Print to stdout; what is not a terminal gets lines long enough that no table is cut."""
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)
+    console.print(renderable)
 
 
 def _say(text: str) -> None:

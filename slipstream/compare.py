@@ -111,16 +111,26 @@ def run_comparison(
         on_run: Told which cell comes next.
     """
     trained: list[list[dict[str, Any]]] = []
+    hot_rows: set[int] = set()
     for variant in grid:
         cells = []
         for seed in range(seeds):
             on_run(variant.name, seed)
-            chosen = [*overrides, *variant.overrides, f"train.seed={seed}"]
+            # what the user sets comes last, so that --set skip.scope=hot holds for every criterion
+            chosen = [*variant.overrides, *overrides, f"train.seed={seed}"]
             config = load_pipeline(path, chosen)
             if skip_share is not None and config.criterion != "none":
                 target = _target_drop(config, runs_dir, skip_share, progress)
                 config = load_pipeline(path, [*chosen, f"skip.target_drop={target:.4f}"])
-            cells.append(run_pipeline(config, runs_dir, progress=progress).counts("train"))
+            result = run_pipeline(config, runs_dir, progress=progress)
+            hot_rows.add(result.counts("segregate")["hot_rows"])
+            if len(hot_rows) > 1 and not any("segregate." in override for override in variant.overrides):
+                raise ConfigError(
+                    f"`segregate.hot_budget` = {config.segregate.hot_budget} buys variants different hot sets: "
+                    f"{sorted(hot_rows)} rows, because a snapshot or other optimizer state makes rows heavier",
+                    hint='give the budget as a share, such as "10%", so that differences are paired',
+                )
+            cells.append(result.counts("train"))
         trained.append(cells)
     return [_summarise(variant, cells, trained[0]) for variant, cells in zip(grid, trained, strict=True)]
 

@@ -79,8 +79,9 @@ def _require(holds: bool, key: str, expected: str, found: object) -> None:
 class DatasetConfig:
     """Where samples come from."""
 
-    source: Literal["synthetic", "criteo"]
-    """Line format of the raw files; `synthetic` first writes raw Criteo lines, then reads them."""
+    source: Literal["synthetic", "criteo", "avazu", "taobao", "dlrm_npz"]
+    """Format of the raw files: `synthetic` first writes raw Criteo lines, then reads them; `criteo` Kaggle and
+    Terabyte; `avazu` train.csv; `taobao` UserBehavior.csv; `dlrm_npz` what DLRM's own preprocessing wrote."""
     raw: tuple[str, ...] = ()
     """Raw files: a path, a glob or a list of them, read in this order (globs in name order)."""
     num_samples: int = 100_000
@@ -89,12 +90,23 @@ class DatasetConfig:
     """Days that `synthetic` spreads its lines over; popularity drifts from day to day."""
     max_ind_range: int = 0
     """Raw ids are taken modulo this number before they are counted, as DLRM does; 0 keeps them whole."""
+    negative_keep_ratio: float = 1.0
+    """Share of the training split's negatives that are kept, drawn by seed; test and validation stay whole."""
+    history_length: int = 20
+    """Past events in each sample of `taobao`; shorter histories are padded."""
+    points_per_user: int = 10
+    """Positive samples that `taobao` takes of one user at most; each has a negative beside it."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
         _require(self.num_samples >= 100, "dataset.num_samples", "at least 100", self.num_samples)
         _require(self.num_days >= 1, "dataset.num_days", "at least 1", self.num_days)
         _require(self.max_ind_range >= 0, "dataset.max_ind_range", "at least 0", self.max_ind_range)
+        _require(
+            0 < self.negative_keep_ratio <= 1, "dataset.negative_keep_ratio", "in (0, 1]", self.negative_keep_ratio
+        )
+        _require(self.history_length >= 1, "dataset.history_length", "at least 1", self.history_length)
+        _require(self.points_per_user >= 1, "dataset.points_per_user", "at least 1", self.points_per_user)
         if self.source != "synthetic" and not self.raw:
             raise ConfigError(
                 f"`dataset.raw` must name the raw files of source `{self.source}`, found nothing",
@@ -124,9 +136,10 @@ class TableLimits:
 class PreprocessConfig:
     """Raw lines to encoded columns."""
 
-    split: Literal["chronological", "random", "by_day"] = "chronological"
+    split: Literal["chronological", "random", "by_day", "by_time"] = "chronological"
     """`chronological`: first 6/7 train, then test and validation in halves, like DLRM on Criteo Kaggle; `random`:
-    the same shares drawn by seed; `by_day`: the last day is halved into test and validation."""
+    the same shares drawn by seed; `by_day`: the last day is halved into test and validation; `by_time`: so are the
+    latest days, or hours where the source counts hours, that make up a seventh of all samples."""
     freq_threshold: int = 1
     """Values seen fewer times in the training split share row 0 (OOV)."""
     max_rows: int = 0
@@ -200,7 +213,7 @@ class SegregateConfig:
     """`frequency` takes the most counted rows (FAE); `sample-aware` prefers rows whose companions are hot too."""
     sample_aware_power: float = 4.0
     """p of the sample-aware score (1 + cold lookups)^-p; 2 generalises better at large budgets."""
-    sample_aware_rounds: int = 8
+    sample_aware_rounds: int = 4
     """Rounds of re-scoring; each is one pass over the training samples."""
     samples_per_shard: int = 131_072
     """Samples in each npz shard; the last shard of a group may be shorter."""
@@ -226,20 +239,26 @@ class SegregateConfig:
 class ModelConfig:
     """The network around the tables."""
 
-    name: Literal["dlrm"] = "dlrm"
-    """Architecture."""
+    name: Literal["dlrm", "tbsm"] = "dlrm"
+    """Architecture: `dlrm`; `tbsm` for sequences, that is for source `taobao`."""
     embedding_dim: int = 16
     """Width of every row."""
     bottom_mlp: tuple[int, ...] = (512, 256, 64, 16)
     """Layer widths after the dense input; the last must equal `embedding_dim`."""
     top_mlp: tuple[int, ...] = (512, 256, 1)
-    """Layer widths after the interaction; the last must be 1."""
+    """Layer widths after the interaction, in `tbsm` after attention; the last must be 1."""
+    step_mlp: tuple[int, ...] = (15, 15)
+    """Layer widths after the interaction of one time step, for `tbsm`."""
+    attention_mlp: tuple[int, ...] = (15, 15)
+    """Hidden widths between the time steps' weights before and after, for `tbsm`."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
         _require(self.embedding_dim >= 1, "model.embedding_dim", "at least 1", self.embedding_dim)
         widths_ok = all(width >= 1 for width in self.bottom_mlp + self.top_mlp)
         _require(widths_ok, "model.bottom_mlp and model.top_mlp", "positive widths", "a width below 1")
+        steps_ok = bool(self.step_mlp) and all(width >= 1 for width in self.step_mlp + self.attention_mlp)
+        _require(steps_ok, "model.step_mlp and model.attention_mlp", "positive widths", self.step_mlp)
         _require(
             bool(self.bottom_mlp) and self.bottom_mlp[-1] == self.embedding_dim,
             "model.bottom_mlp",
@@ -252,6 +271,96 @@ class ModelConfig:
             "a list that ends in 1",
             self.top_mlp,
         )
+
+
+Representation = Literal["dense", "int8", "int4", "tt"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TableChoice:
+    """How one table is held; a field left out falls back to the rule for its size, then to all tables."""
+
+    representation: Representation | None = None
+    """As `tables.representation`, for this table."""
+    period: int | None = None
+    """As `tables.period`, for this table."""
+    tt_ranks: tuple[int, ...] | None = None
+    """As `tables.tt_ranks`, for this table."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _check_table_options(self.period, self.tt_ranks)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TableRule:
+    """How tables of a size are held; of several rules that fit a table the one with the largest `min_rows` holds."""
+
+    min_rows: int
+    """Rows a table must have, row 0 included, for the rule to fit."""
+    representation: Representation | None = None
+    """As `tables.representation`, for these tables."""
+    period: int | None = None
+    """As `tables.period`, for these tables."""
+    tt_ranks: tuple[int, ...] | None = None
+    """As `tables.tt_ranks`, for these tables."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _require(self.min_rows >= 0, "tables.rules.min_rows", "at least 0", self.min_rows)
+        _check_table_options(self.period, self.tt_ranks)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TablesConfig:
+    """How tables are held: in full, on few bits, or as products of small tensors."""
+
+    representation: Representation = "dense"
+    """`dense` fp32; `int8`, `int4` trained on the grid they are stored on, from an fp32 master; `tt` tensor-train
+    cores instead of rows."""
+    period: int = 200
+    """Steps between refreshes of the scale of an `int8` or `int4` table."""
+    tt_ranks: tuple[int, ...] = (16, 16)
+    """Inner ranks of `tt` tables; one more core than ranks."""
+    quantize_linears: int = 0
+    """Bits of the dense layers' weights, 8 or 4, one scale per output; 0 leaves them fp32."""
+    rules: tuple[TableRule, ...] = ()
+    """Choices by size: `[[tables.rules]]`, each with `min_rows`."""
+    overrides: Mapping[str, TableChoice] = field(default_factory=dict)
+    """Choices for single tables, for instance `[tables.overrides.cat_2]`; they win over rules."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _check_table_options(self.period, self.tt_ranks)
+        _require(self.quantize_linears in (0, 4, 8), "tables.quantize_linears", "0, 4 or 8", self.quantize_linears)
+
+    @property
+    def used(self) -> set[str]:
+        """Every representation that some table may have."""
+        chosen = [rule.representation for rule in self.rules]
+        chosen += [choice.representation for choice in self.overrides.values()]
+        return {self.representation, *(name for name in chosen if name is not None)}
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether this section says nothing: fp32 throughout."""
+        return self.used == {"dense"} and not self.quantize_linears
+
+    def choice_for(self, table: str, num_rows: int) -> TableChoice:
+        """How a table of this many rows is held, every field filled in."""
+        fitting = [rule for rule in self.rules if num_rows >= rule.min_rows]
+        sources: list[Any] = [self.overrides.get(table), max(fitting, key=lambda rule: rule.min_rows, default=None)]
+        picked = {}
+        for spec in dataclasses.fields(TableChoice):
+            values = [getattr(source, spec.name) for source in (*sources, self) if source is not None]
+            picked[spec.name] = next(value for value in values if value is not None)
+        return TableChoice(**picked)
+
+
+def _check_table_options(period: int | None, tt_ranks: tuple[int, ...] | None) -> None:
+    _require(period is None or period >= 1, "tables.period", "at least 1", period)
+    ranks_ok = tt_ranks is None or (1 <= len(tt_ranks) <= 3 and all(rank >= 1 for rank in tt_ranks))
+    _require(ranks_ok, "tables.tt_ranks", "one to three ranks of at least 1", tt_ranks)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -327,15 +436,18 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SkipConfig:
-    """Which hot samples are left out, and by what rule."""
+    """Which samples are left out, and by what rule."""
 
     criterion: Literal["none", "stale", "random", "negative", "importance"] = "stale"
     """`stale` drops hot samples whose rows stopped moving; `random` the same share blindly: its control; `negative`
-    blindly among negatives; `importance` where the model errs least, from a forward pass over the coming samples."""
+    blindly among negatives; `importance` where the error is least."""
     target_drop: float = 0.3
     """D: share of the classified samples to drop."""
     scope: Literal["hot", "all"] = "hot"
     """Samples that are classified; `stale` always means hot ones, whatever stands here."""
+    scorer: Literal["linear", "model"] = "linear"
+    """Who guesses the error for `importance`: `linear` a logistic regression on rows that learns beside the model and
+    costs next to nothing, `model` a forward pass over the coming samples."""
     floor: float = 0.05
     """Least probability with which `importance` keeps a sample."""
     reweight: bool = True
@@ -377,6 +489,7 @@ class PipelineConfig:
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     segregate: SegregateConfig = field(default_factory=SegregateConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    tables: TablesConfig = field(default_factory=TablesConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     skip: SkipConfig = field(default_factory=SkipConfig)
 
@@ -389,6 +502,17 @@ class PipelineConfig:
             self.name,
         )
         _require(0 <= self.seed < 2**32, "seed", "in [0, 2^32)", self.seed)
+        if "int4" in self.tables.used and self.model.embedding_dim % 2:
+            raise ConfigError(
+                f"`model.embedding_dim` must be even for int4 tables, two values to a byte; "
+                f"found {self.model.embedding_dim}",
+                hint="set another model.embedding_dim, or use int8",
+            )
+        if "tt" in self.tables.used and self.train.faithful:
+            raise ConfigError(
+                "`train.faithful` does not go with tt tables: the published order copies whole tables of rows",
+                hint="leave train.faithful out, or use another representation",
+            )
 
     @property
     def train_seed(self) -> int:
@@ -455,7 +579,7 @@ def _plain(value: Any, *, execution: bool) -> Any:
         return to_dict(value, execution=execution)
     if isinstance(value, Mapping):
         return {key: _plain(item, execution=execution) for key, item in sorted(value.items())}
-    return list(value) if isinstance(value, tuple) else value
+    return [_plain(item, execution=execution) for item in value] if isinstance(value, tuple) else value
 
 
 def _sized(key: str, value: str | int, *, least: int) -> None:
@@ -515,16 +639,19 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     if origin is tuple:
         items = value if isinstance(value, list) else [value]
         return tuple(_convert(args[0], item, f"{key}[{index}]") for index, item in enumerate(items))
+    if origin in (types.UnionType, typing.Union):
+        present = [option for option in args if option is not types.NoneType]
+        if len(present) == 1:
+            return _convert(present[0], value, key)
+        for option in present:
+            if _fits(option, value):
+                return option(value)
+        names = " or ".join(option.__name__ for option in present)
+        raise ConfigError(f"`{key}` must be {names}, found {type(value).__name__}: {value!r}")
     if origin is not None and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
             raise ConfigError(f"`{key}` must be a section, found {value!r}")
         return {name: _convert(args[1], item, f"{key}.{name}") for name, item in value.items()}
-    if origin in (types.UnionType, typing.Union):
-        for option in args:
-            if option is not types.NoneType and _fits(option, value):
-                return option(value)
-        names = " or ".join(option.__name__ for option in args if option is not types.NoneType)
-        raise ConfigError(f"`{key}` must be {names}, found {type(value).__name__}: {value!r}")
     if not _fits(hint, value):
         raise ConfigError(f"`{key}` must be {hint.__name__}, found {type(value).__name__}: {value!r}")
     return hint(value)

@@ -39,6 +39,9 @@ _VERBS = {"generate": "preprocess", "profile": "segregate"}
 """Commands that run a stage and go on to the next, where that is what a person wants."""
 
 
+_CHANGES_SHOWN = 4
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StagePlan:
     """Whether a stage has to run, and why."""
@@ -202,7 +205,11 @@ def _stage_keys(config: PipelineConfig) -> dict[str, StageKey]:
         inputs["raw"] = xxhash.xxh3_64_hexdigest(" ".join(digests).encode())
     body = to_dict(config.preprocess, execution=False)
     body |= {"source": dataset.source, "max_ind_range": dataset.max_ind_range}
-    draws = config.preprocess.split == "random"
+    if dataset.source == "taobao":
+        body |= {"history_length": dataset.history_length, "points_per_user": dataset.points_per_user}
+    if dataset.negative_keep_ratio < 1:
+        body |= {"negative_keep_ratio": dataset.negative_keep_ratio}
+    draws = config.preprocess.split == "random" or dataset.source == "taobao" or dataset.negative_keep_ratio < 1
     keys["preprocess"] = StageKey(stage="preprocess", config=body, inputs=inputs, seed=config.seed if draws else 0)
     processed = {"preprocess": keys["preprocess"].fingerprint}
     segregate = config.segregate
@@ -222,11 +229,16 @@ def _stage_keys(config: PipelineConfig) -> dict[str, StageKey]:
     skip = to_dict(config.skip, execution=False)
     if config.criterion == "none":
         skip = {"refresh_steps": config.skip.refresh_steps}
+    train = to_dict(config.train, execution=False) | {"seed": config.train_seed}
+    if config.train.mode != "cached":
+        train = {name: value for name, value in train.items() if not name.startswith("cache_")}
     body = {
-        "train": {**to_dict(config.train, execution=False), "seed": config.train_seed},
+        "train": train,
         "model": to_dict(config.model, execution=False),
         "skip": skip | {"criterion": config.criterion},
     }
+    if not config.tables.is_plain:
+        body["tables"] = to_dict(config.tables, execution=False)
     keys["train"] = StageKey(
         stage="train",
         config=body,
@@ -253,7 +265,8 @@ def _why_run(run_dir: Path, key: StageKey, rerun: list[str]) -> str:
         return "no output yet"
     changes = _changes(previous.manifest["config"], dict(key.config))
     if changes:
-        return "config changed: " + "; ".join(changes)
+        more = f"; and {len(changes) - _CHANGES_SHOWN} more" if len(changes) > _CHANGES_SHOWN else ""
+        return "config changed: " + "; ".join(changes[:_CHANGES_SHOWN]) + more
     if previous.manifest["inputs"] != dict(key.inputs):
         names = [name for name in key.inputs if previous.manifest["inputs"].get(name) != key.inputs[name]]
         return "inputs changed: " + ", ".join(names)
@@ -307,7 +320,8 @@ def _generate(
 def _preprocess(
     config: PipelineConfig, inputs: Mapping[str, Artifact], scratch: Path, progress: Progress
 ) -> dict[str, Any]:
-    from slipstream.datasets.criteo import CriteoSource
+    from slipstream.datasets.registry import build_source
+    from slipstream.datasets.source import SourceOptions
     from slipstream.io.raw import find_raw_files
     from slipstream.stages import preprocess
 
@@ -315,9 +329,22 @@ def _preprocess(
         files = [str(path) for path in inputs["generate"].files(suffix=".tsv")]
     else:
         files = find_raw_files(config.dataset.raw)
-    source = CriteoSource(max_ind_range=config.dataset.max_ind_range)
+    dataset = config.dataset
+    options = SourceOptions(
+        files=files,
+        seed=config.seed,
+        max_ind_range=dataset.max_ind_range,
+        history_length=dataset.history_length,
+        points_per_user=dataset.points_per_user,
+    )
     return preprocess.run(
-        config.preprocess, source=source, files=files, seed=config.seed, scratch=scratch, progress=progress
+        config.preprocess,
+        source=build_source(dataset.source, options),
+        files=files,
+        seed=config.seed,
+        scratch=scratch,
+        progress=progress,
+        negative_keep_ratio=dataset.negative_keep_ratio,
     )
 
 

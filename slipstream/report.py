@@ -143,9 +143,9 @@ def curve_table(curve: Sequence[Mapping[str, Any]]) -> Table:
         "policy",
         "Λ",
         "hot rows",
-        "hits train",
+        "hits",
         "hits val",
-        "hot samples train",
+        "hot samples",
         "hot samples val",
     ):
         table.add_column(name, justify="left" if name == "policy" else "right")
@@ -167,35 +167,42 @@ def curve_table(curve: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def comparison_table(compared: Sequence[ComparedVariant]) -> Table:
-    """Figures of every variant, means over seeds; ± is the standard error, of paired differences for ΔAUC."""
-    table = Table(
-        title=f"{compared[0].seeds} seeds; ± standard error; ΔAUC paired against {compared[0].name}",
-        title_justify="left",
-        box=None,
-        pad_edge=False,
-    )
-    names = ("variant", "wall s", "samples/s", "skipped", "AUC", "ΔAUC", "logloss", "NE", "calibration")
-    for name in (*names, "device", "host", "moved", "hits"):
-        table.add_column(name, justify="left" if name == "variant" else "right", no_wrap=name != "variant")
+def comparison_table(compared: Sequence[ComparedVariant]) -> RenderableType:
+    """Figures of every variant, means over seeds; ± is the standard error, of paired differences for ΔAUC.
+
+    Two tables, quality and cost, each of which fits 80 columns.
+    """
+    title = f"{compared[0].seeds} seeds, ± standard error, ΔAUC paired against {compared[0].name}"
+    quality = _make_table(title, "AUC", "ΔAUC", "logloss", "NE", "calibration")
+    cost = _make_table("cost", "skipped", "wall s", "samples/s", "device", "host", "moved", "hits")
     for variant in compared:
         figures = variant.figures
-        change = figures["auc_change"]
-        table.add_row(
+        auc, change = figures["auc"], figures["auc_change"]
+        quality.add_row(
             variant.name,
-            f"{figures['seconds'].mean:.1f}",
-            f"{figures['samples_per_second'].mean:,.0f}",
-            f"{figures['skipped_share'].mean:.1%}",
-            f"{figures['auc'].mean:.4f} ± {figures['auc'].error:.4f}",
+            f"{auc.mean:.4f} ± {auc.error:.4f}",
             "" if variant is compared[0] else f"{change.mean:+.4f} ± {change.error:.4f}",
             f"{figures['test_logloss'].mean:.4f}",
             f"{figures['test_ne'].mean:.4f}",
             f"{figures['test_calibration'].mean:.2f}",
+        )
+        cost.add_row(
+            variant.name,
+            f"{figures['skipped_share'].mean:.1%}",
+            f"{figures['seconds'].mean:.1f}",
+            f"{figures['samples_per_second'].mean:,.0f}",
             show_bytes(figures["device_bytes"].mean),
             show_bytes(figures["host_bytes"].mean),
             show_bytes(figures["moved_bytes"].mean),
             f"{figures['hit_ratio'].mean:.1%}",
         )
+    return Group(quality, Text(), cost)
+
+
+def _make_table(title: str, *columns: str) -> Table:
+    table = Table("", title=title, title_justify="left", box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
     return table
 
 

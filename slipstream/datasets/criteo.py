@@ -13,7 +13,7 @@ import polars as pl
 import pyarrow as pa
 
 from slipstream.datasets.columns import columns_to_lines
-from slipstream.datasets.source import MISSING_ID, ParsedBlock
+from slipstream.datasets.source import MISSING_ID, ParsedBlock, Source, SourceOptions
 from slipstream.ops.delimited import read_fields
 from slipstream.schema import LABEL, dense_name, table_name
 
@@ -26,7 +26,7 @@ _HEX = re.compile(rb"[0-9a-fA-F]{1,8}")
 _HEX_DIGITS = np.frombuffer(b"0123456789abcdef", np.uint8)
 
 
-class CriteoSource:
+class CriteoSource(Source):
     """The Criteo line format.
 
     Args:
@@ -109,6 +109,11 @@ class CriteoSource:
         if self._max_ind_range:
             raw_id = raw_id % self._max_ind_range
         return raw_id.fill_null(MISSING_ID)
+
+
+def build(options: SourceOptions) -> CriteoSource:
+    """The source for a pipeline's options."""
+    return CriteoSource(max_ind_range=options.max_ind_range)
 
 
 def _show(field: bytes) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -17,15 +18,35 @@ class ParsedBlock:
     """The samples of a block, and the lines that are none."""
 
     samples: pl.DataFrame
-    """`label` UInt8; `int_*` Int64, missing null; `cat_*` Int64 raw ids, missing MISSING_ID."""
+    """`label` UInt8; `int_*` Int64, missing null; `cat_*` Int64 raw ids, missing MISSING_ID. Also `day`, Int64, where
+    the format tells one, for splits by time; and the source's extra columns."""
     rejected_lines: np.ndarray
     """Positions of rejected lines in the block, ascending. Shape (R,), int64."""
     num_lines: int
     """Lines read: samples and rejects."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceOptions:
+    """What a source may ask of the pipeline when it is made; each takes what concerns it."""
+
+    files: Sequence[str] = ()
+    """Raw files, in order."""
+    seed: int = 0
+    """Of whatever the source draws."""
+    max_ind_range: int = 0
+    """Raw ids are taken modulo this number; 0 keeps them."""
+    history_length: int = 20
+    """Past events in a sample, for sources of sequences."""
+    points_per_user: int = 10
+    """Positive samples of one user at most, for sources of sequences."""
+
+
 class Source(Protocol):
-    """One raw format. Adding one is adding a module with a class like this to `slipstream.datasets`."""
+    """One raw format. Adding one is adding a module with a class like this to `slipstream.datasets`.
+
+    Inherit from it: what a plain format needs is four members and three methods; the rest has defaults.
+    """
 
     @property
     def num_dense(self) -> int:
@@ -36,6 +57,39 @@ class Source(Protocol):
     def num_tables(self) -> int:
         """Number of sparse columns."""
         ...
+
+    @property
+    def table_of_column(self) -> tuple[int, ...]:
+        """The table that each sparse column looks up; a table bears the name of its first column.
+
+        By default every column has a table of its own. The first `num_tables` columns must look up the tables
+        0, 1, 2, … in this order; later ones may share them.
+        """
+        return tuple(range(self.num_tables))
+
+    @property
+    def padded_tables(self) -> tuple[int, ...]:
+        """Tables where MISSING_ID stands for "nothing here": its row stays zero and is never updated."""
+        return ()
+
+    @property
+    def extra_columns(self) -> tuple[str, ...]:
+        """Columns of `ParsedBlock.samples` that go to the Parquet parts as they are."""
+        return ()
+
+    @property
+    def column_names(self) -> Mapping[str, str]:
+        """What columns such as `cat_3` are called where the data come from; empty when they have no names."""
+        return {}
+
+    @property
+    def cut(self) -> Callable[[bytes], int] | None:
+        """Where a stretch of text can be cut in two, for formats whose samples span lines; None: after any line.
+
+        The function gets text that starts at a cut and returns the last place to cut, or 0. Places must depend on the
+        lines around them alone, so that results do not depend on the size of blocks.
+        """
+        return None
 
     def parse(self, data: bytes) -> ParsedBlock:
         """Turn whole lines into samples and rejects."""

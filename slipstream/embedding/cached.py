@@ -24,13 +24,13 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from slipstream.embedding.host_tables import HostTables, Tables, index_on
 from slipstream.embedding.row_cache import CachePlan, RowCache, most_frequent_rows
 from slipstream.errors import CapacityError
 
 Mode = Literal["sum", "mean", "max"]
 EvictStrategy = Literal["lfu", "dataset"]
 RowOptimizer = Literal["sgd", "rowwise_adagrad", "adam"]
-Tables = dict[str, Tensor]
 
 _DEFAULT_EPS = {"sgd": 0.0, "rowwise_adagrad": 1e-10, "adam": 1e-8}
 
@@ -182,7 +182,7 @@ class CachedEmbeddingBag(nn.Module):
             tables[name] = torch.zeros(state_shape, dtype=_update_dtype(weight.dtype))
         if pin_weight and torch.cuda.is_available():
             tables = {name: table.pin_memory() for name, table in tables.items()}
-        self._host = _HostTables(tables, self.buffer_size)
+        self._host = HostTables(tables, self.buffer_size)
         # One position more when there is a padding row: its lookups all go there, in no row's way.
         num_positions = self.row_cache.capacity + (self.padding_idx is not None)
         for name, table in tables.items():
@@ -233,7 +233,7 @@ class CachedEmbeddingBag(nn.Module):
             everywhere[is_real] = positions
             positions = everywhere
         pooled: Tensor = functional.embedding_bag(
-            _index_on(weight.device, positions.reshape(ids.shape)),
+            index_on(weight.device, positions.reshape(ids.shape)),
             weight,
             None if offsets is None else offsets.to(weight.device, torch.int64, non_blocking=True),
             mode=self.mode,
@@ -294,7 +294,7 @@ class CachedEmbeddingBag(nn.Module):
         with torch.no_grad():
             positions, gradient = self._sum_duplicates(pending)
             self.num_steps += 1
-            self._update(self._near(), _index_on(gradient.device, positions), gradient)
+            self._update(self._near(), index_on(gradient.device, positions), gradient)
         self.row_cache.mark_dirty(positions)
 
     def flush(self, *, empty: bool = False) -> None:
@@ -403,10 +403,10 @@ class CachedEmbeddingBag(nn.Module):
         distinct, inverse = np.unique(rows, return_inverse=True)
         positions, is_missing = self.row_cache.lookup(distinct)
         mixed = near.new_zeros((distinct.size + (self.padding_idx is not None), self.embedding_dim))
-        is_near = _index_on(near.device, np.flatnonzero(~is_missing))
-        mixed[is_near] = near.index_select(0, _index_on(near.device, positions[~is_missing]))
+        is_near = index_on(near.device, np.flatnonzero(~is_missing))
+        mixed[is_near] = near.index_select(0, index_on(near.device, positions[~is_missing]))
         absent = self._host.read(distinct[is_missing])
-        mixed[_index_on(near.device, np.flatnonzero(is_missing))] = absent.to(near.device)
+        mixed[index_on(near.device, np.flatnonzero(is_missing))] = absent.to(near.device)
         return inverse.astype(np.int32), mixed
 
     def _admit(self, rows: NDArray[np.integer[Any]], *, is_announced: bool = False) -> CachePlan:
@@ -454,7 +454,7 @@ class CachedEmbeddingBag(nn.Module):
         if len(pending) > 1:
             positions, _ = self.row_cache.distinct(np.concatenate([p.positions for p in pending]))
         weight = self._near()["weight"]
-        index = _index_on(weight.device, positions)
+        index = index_on(weight.device, positions)
         place = torch.empty(weight.shape[0], dtype=torch.int64, device=weight.device)
         place[index] = torch.arange(positions.size, device=weight.device)
         dtype = _update_dtype(weight.dtype)
@@ -543,121 +543,6 @@ class _Pending:
     positions: NDArray[np.int32]
     leaf: Tensor | None
     """The alias of the cache tensor that its gradient arrives at; None when that is the parameter itself."""
-
-
-class _HostTables:
-    """The rows at home, weights and optimizer state alike, and their way to the cache and back.
-
-    A write-back is begun at once and lands in the tables at `settle`, which comes before the next read of
-    those rows: so on a device the copy out runs beside the step.
-    """
-
-    def __init__(self, tables: Tables, buffer_size: int) -> None:
-        self.tables = tables
-        self.bytes_to_device = 0
-        self.bytes_to_host = 0
-        self._buffer_size = buffer_size
-        self._outward: dict[str, _Staging] = {}
-        self._homeward: dict[str, _Staging] = {}
-        self._landing: tuple[Tensor, Tables] | None = None
-
-    @property
-    def staging_bytes(self) -> int:
-        """Bytes of the staging buffers."""
-        return sum(s.buffer.nbytes for s in (*self._outward.values(), *self._homeward.values()))
-
-    def read(self, rows: NDArray[np.int64]) -> Tensor:
-        """Copy weights out, for rows that are not in the cache."""
-        self.settle()
-        return self.tables["weight"].index_select(0, torch.from_numpy(rows.astype(np.int64)))
-
-    def fetch(self, rows: NDArray[np.int64], positions: NDArray[np.integer[Any]], near: Tables) -> None:
-        """Copy rows and their state into the cache; none of them may be under way home."""
-        for part in self._parts(rows.size):
-            index = torch.from_numpy(rows[part])
-            target = _index_on(near["weight"].device, positions[part])
-            for name, table in self.tables.items():
-                staging = self._outward.setdefault(name, _Staging(table, near[name].device))
-                staged = staging.take(index.shape[0])
-                torch.index_select(table, 0, index, out=staged)
-                near[name].index_copy_(0, target, staged.to(near[name].device, non_blocking=True))
-                staging.mark_in_use()
-                self.bytes_to_device += staged.nbytes
-
-    def write_back(self, rows: NDArray[np.int64], positions: NDArray[np.int32], near: Tables) -> None:
-        """Begin copying rows and their state home."""
-        for part in self._parts(rows.size):
-            self.settle()  # the buffers are free again
-            source = _index_on(near["weight"].device, positions[part])
-            staged_tables = {}
-            for name, table in self.tables.items():
-                staging = self._homeward.setdefault(name, _Staging(table, near[name].device))
-                staged = staging.take(source.shape[0])
-                if staged.device == near[name].device:
-                    torch.index_select(near[name], 0, source, out=staged)
-                else:
-                    staged.copy_(near[name].index_select(0, source), non_blocking=True)
-                staging.mark_in_use()
-                staged_tables[name] = staged
-                self.bytes_to_host += staged.nbytes
-            self._landing = torch.from_numpy(rows[part]), staged_tables
-
-    def settle(self) -> None:
-        """Let the write-back that is under way land in the tables."""
-        if self._landing is None:
-            return
-        rows, staged_tables = self._landing
-        self._landing = None
-        for name, staged in staged_tables.items():
-            self._homeward[name].wait()
-            self.tables[name].index_copy_(0, rows, staged)
-
-    def cast(self, dtypes: dict[str, torch.dtype]) -> None:
-        """Change dtypes and forget the staging buffers, after the cache was moved or cast."""
-        self.settle()
-        self.tables = {name: table.to(dtypes[name]) for name, table in self.tables.items()}
-        self._outward.clear()
-        self._homeward.clear()
-
-    def _parts(self, num_rows: int) -> list[slice]:
-        size = self._buffer_size or max(1, num_rows)
-        return [slice(start, start + size) for start in range(0, num_rows, size)]
-
-
-class _Staging:
-    """A host buffer kept across steps, page-locked for CUDA, that waits for its last copy before reuse."""
-
-    def __init__(self, table: Tensor, device: torch.device) -> None:
-        self.buffer = table.new_empty((0, *table.shape[1:]))
-        self._device = device
-        self._copied: torch.cuda.Event | None = None
-
-    def take(self, num_rows: int) -> Tensor:
-        """Hand out the first rows of the buffer, grown if it must be."""
-        self.wait()
-        if self.buffer.shape[0] < num_rows:
-            shape = (num_rows + num_rows // 4, *self.buffer.shape[1:])
-            self.buffer = torch.empty(shape, dtype=self.buffer.dtype, pin_memory=self._device.type == "cuda")
-        return self.buffer[:num_rows]
-
-    def mark_in_use(self) -> None:
-        """Note that a copy from or to the buffer was queued on the current stream."""
-        if self._device.type == "cuda":
-            self._copied = torch.cuda.Event()
-            self._copied.record(torch.cuda.current_stream(self._device))
-
-    def wait(self) -> None:
-        """Wait until that copy is done."""
-        if self._copied is not None:
-            self._copied.synchronize()
-            self._copied = None
-
-
-def _index_on(device: torch.device, positions: NDArray[np.integer[Any]]) -> Tensor:
-    index = torch.from_numpy(positions.astype(np.int64))
-    if device.type == "cuda":
-        return index.pin_memory().to(device, non_blocking=True)
-    return index.to(device)
 
 
 def _round_up(ratio: float) -> float:

@@ -60,6 +60,8 @@ class StagedBatch:
     """Index into `unique` of each lookup. Shape (L,), int64."""
     is_hot: bool
     weights: Tensor | None = None
+    outside: Tensor | None = None
+    """Slots of the columns whose rows have no tier. Shape (B, J), int64."""
 
     def __len__(self) -> int:
         """B."""
@@ -67,7 +69,7 @@ class StagedBatch:
 
     def tensors(self) -> list[Tensor]:
         """Everything on the device."""
-        given = (self.dense, self.labels, self.positions, self.unique, self.inverse, self.weights)
+        given = (self.dense, self.labels, self.positions, self.unique, self.inverse, self.weights, self.outside)
         return [tensor for tensor in given if tensor is not None]
 
 
@@ -86,12 +88,16 @@ class LookAhead:
         rows: The tiers.
         placement: Decides where cold rows sit.
         chunk_batches: Batches per chunk, at most; a chunk that does not fit is split.
+        columns: Columns of a batch's slots whose rows have tiers; None for all. The others only travel along.
     """
 
-    def __init__(self, rows: TieredRows, placement: Placement, *, chunk_batches: int) -> None:
+    def __init__(
+        self, rows: TieredRows, placement: Placement, *, chunk_batches: int, columns: np.ndarray | None = None
+    ) -> None:
         if chunk_batches < 1:
             raise ValueError(f"expected chunks of at least 1 batch, found {chunk_batches}")
         self._rows, self._placement, self._chunk_batches = rows, placement, chunk_batches
+        self._columns = columns
         self._mover = RowMover(rows)
         self._distinct = Deduplicator(len(rows.buffer))
         self.lookups = 0
@@ -180,7 +186,7 @@ class LookAhead:
         if not offered:
             return None
         num_hot = self._rows.num_hot
-        flat = [batch.slots.ravel() for batch in offered]
+        flat = [self._inside(batch.slots).ravel() for batch in offered]
         cold = [slots[slots >= num_hot] - num_hot for slots in flat]
         plan = self._placement.plan(cold)
         pending.put_back(offered[plan.num_batches :])
@@ -205,7 +211,14 @@ class LookAhead:
             inverse=move(inverse.astype(np.int64)),
             is_hot=batch.is_hot,
             weights=None if batch.weights is None else move(batch.weights),
+            outside=None if self._columns is None else move(self._outside(batch.slots)),
         )
+
+    def _inside(self, slots: np.ndarray) -> np.ndarray:
+        return slots if self._columns is None else slots[:, self._columns]
+
+    def _outside(self, slots: np.ndarray) -> np.ndarray:
+        return np.delete(slots, self._columns, axis=1).astype(np.int64)
 
     # --- main thread ---
 

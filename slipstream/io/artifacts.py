@@ -117,11 +117,13 @@ def open_artifact(path: Path) -> Artifact:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if not isinstance(manifest, dict) or not {"stage", "config", "inputs", "outputs", "counts"} <= manifest.keys():
             raise ValueError("it lacks what every manifest has")
-    except (OSError, ValueError) as exc:
+    except OSError as exc:
         raise ArtifactError(
-            f"expected a published artifact with a {MANIFEST} at `{path}`: {exc}",
-            hint="remove the folder and run its stage again",
+            f"expected a published artifact at `{path}`, found no readable {MANIFEST} there",
+            hint="an artifact is a folder like runs/tiny/train/<fingerprint>; a run prints where its artifacts are",
         ) from exc
+    except ValueError as exc:
+        raise ArtifactError(f"`{path / MANIFEST}` is damaged: {exc}", hint="run its stage again with --force") from exc
     return Artifact(path=path, manifest=manifest)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -62,13 +63,32 @@ def _concat_weights(pieces: Sequence[Samples]) -> np.ndarray | None:
     )
 
 
+def table_of_column(counts: Mapping[str, Any]) -> list[int]:
+    """The table that each sparse column looks up, from the figures of a preprocess or segregate artifact."""
+    per_table = counts["rows_per_table"] if "rows_per_table" in counts else counts["tables"]
+    return list(counts.get("table_of_column", range(len(per_table))))
+
+
+def column_offsets(offsets: np.ndarray, tables: Sequence[int]) -> np.ndarray:
+    """What to add to the rows of each column to get global rows, and V at the end.
+
+    Args:
+        offsets: Global row of each table's row 0, and V at the end. Shape (T + 1,), int64.
+        tables: The table of each column. Length F.
+
+    Returns:
+        Shape (F + 1,), int64.
+    """
+    return np.append(offsets[list(tables)], offsets[-1])
+
+
 def count_samples(part: Path) -> int:
     """Samples in a Parquet part, from its footer."""
     return int(pq.read_metadata(part).num_rows)
 
 
 def read_rows(part: Path, tables: Sequence[str], offsets: np.ndarray) -> np.ndarray:
-    """Global rows of a Parquet part. Shape (n, T), int32 while they fit, int64 beyond."""
+    """Global rows of a Parquet part, one column per name of `tables` and entry of `offsets`. Shape (n, T), int32 while they fit, int64 beyond."""
     table = pq.read_table(part, columns=list(tables))
     dtype = np.int32 if offsets[-1] < 2**31 else np.int64
     rows = np.empty((len(tables), table.num_rows), dtype)

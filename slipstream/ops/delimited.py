@@ -12,14 +12,17 @@ from typing import Literal
 import numpy as np
 import polars as pl
 
-_SENTINEL = "\x01"
-_BOM = b"\xef\xbb\xbf"
+_SENTINEL = b"\x01"
+# Polars takes text that begins like these for a byte order mark, gzip, zlib or zstd
+_MISREAD = (b"\xef\xbb\xbf", b"\x1f\x8b", b"x", b"\x28\xb5\x2f\xfd")
+_REPLACEMENT = "\ufffd".encode()
 
 
 def read_fields(data: bytes, *, separator: str, names: list[str]) -> tuple[pl.DataFrame, pl.Series]:
     r"""Split lines into fields.
 
-    A line ends at `\n` or `\r\n`. Invalid UTF-8 becomes U+FFFD, which no numeric field accepts.
+    A line ends at `\n` or `\r\n`. Invalid UTF-8, and a carriage return anywhere else, become U+FFFD, which no
+    numeric field accepts.
 
     Args:
         data: Whole lines; the last may lack its newline.
@@ -32,10 +35,13 @@ def read_fields(data: bytes, *, separator: str, names: list[str]) -> tuple[pl.Da
     """
     if b"\r" in data:
         data = data.replace(b"\r\n", b"\n").removesuffix(b"\r")
+        data = data.replace(b"\r", _REPLACEMENT)  # Polars drops some of them, depending on where they stand
     if not data.endswith(b"\n"):
         data += b"\n"
-    if data.startswith(_BOM):
-        data = _BOM + data  # Polars takes one away, and a mark inside a file belongs to its line
+    if data.startswith(_MISREAD):
+        empty_line = separator.encode() * (len(names) - 1) + b"\n"
+        text, sound = read_fields(empty_line + data, separator=separator, names=names)
+        return text.slice(1), sound.slice(1)
     if _separators_add_up(data, separator, len(names)):
         try:
             frame = _read(data, separator, names, "raise")
@@ -43,13 +49,16 @@ def read_fields(data: bytes, *, separator: str, names: list[str]) -> tuple[pl.Da
             pass  # too many fields in one line, or invalid UTF-8: the long way tells
         else:
             return frame, pl.repeat(True, frame.height, dtype=pl.Boolean, eager=True)
-    marked = data.replace(b"\n", f"{separator}{_SENTINEL}\n".encode())
+    mark = separator.encode() + _SENTINEL
+    while mark in data:  # a field of the data must not pass for the sentinel
+        mark += _SENTINEL
+    marked = data.replace(b"\n", mark + b"\n")
     columns = [*names, "_end", "_beyond"]
     try:
         frame = _read(marked, separator, columns, "ignore")
     except pl.exceptions.ComputeError:
         frame = _read(marked, separator, columns, "ignore", "utf8-lossy")
-    ends = (pl.col("_end") == _SENTINEL).fill_null(value=False) & pl.col("_beyond").is_null()
+    ends = (pl.col("_end") == mark[1:].decode()).fill_null(value=False) & pl.col("_beyond").is_null()
     return frame.select(names), frame.select(ends).to_series()
 
 

@@ -6,14 +6,18 @@ any order, with the same answer.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final
 
 import numpy as np
 
 TRAIN, VAL, TEST = 0, 1, 2
 """Codes of the splits, in the order of `schema.SPLITS`."""
+LEFT_OUT = 3
+"""Code of a sample that no split takes."""
 
 _SEVENTHS: Final = 7
+_NEGATIVE_STREAM: Final = 0x6E6567 << 32  # apart from the seeds of split `random`
 
 
 def chronological_bounds(num_samples: int) -> tuple[int, int]:
@@ -67,6 +71,41 @@ def assign_by_day(days: np.ndarray, rank_in_day: np.ndarray, *, last_day: int, l
     codes[held_out & (rank_in_day < (last_count + 1) // 2)] = TEST
     codes[held_out & (rank_in_day >= (last_count + 1) // 2)] = VAL
     return codes
+
+
+def latest_seventh(per_day: Mapping[int, int]) -> int:
+    """The first of the days to hold out: as many whole days from the end as make up at most a seventh of all samples.
+
+    Args:
+        per_day: Samples of each day; at least two days. Days may be any periods that are numbered in order of time.
+
+    Returns:
+        The first day held out; the last day alone, where that has more than a seventh.
+    """
+    days = sorted(per_day, reverse=True)
+    first, held_out, total = days[0], per_day[days[0]], sum(per_day.values())
+    for day in days[1:-1]:
+        held_out += per_day[day]
+        if held_out * _SEVENTHS > total:
+            break
+        first = day
+    return first
+
+
+def sample_negatives(start: int, labels: np.ndarray, *, keep_ratio: float, seed: int) -> np.ndarray:
+    """Which samples stay when only a share of the negatives does.
+
+    Args:
+        start: Position of the first sample.
+        labels: 0 or 1. Shape (n,).
+        keep_ratio: Share of the negatives that stay, in (0, 1].
+        seed: Draws them, position by position.
+
+    Returns:
+        Shape (n,), bool; true for every positive.
+    """
+    draws = hash_positions(start, start + len(labels), seed=seed + _NEGATIVE_STREAM)
+    return (labels != 0) | (draws >> np.uint64(11) < np.uint64(round(keep_ratio * 2.0**53)))
 
 
 def hash_positions(start: int, stop: int, *, seed: int) -> np.ndarray:

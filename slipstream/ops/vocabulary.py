@@ -82,23 +82,32 @@ class RowLookup:
         return np.where(self.sorted_raw_ids[places] == raw_ids, self.rows[places], np.int32(OOV_ROW))
 
 
-def build_vocabulary(raw_ids: np.ndarray, counts: np.ndarray, *, freq_threshold: int, max_rows: int) -> Vocabulary:
+def build_vocabulary(
+    raw_ids: np.ndarray, counts: np.ndarray, *, freq_threshold: int, max_rows: int, reserved: int | None = None
+) -> Vocabulary:
     """Rank raw ids by count and cut the tail.
 
     Args:
         raw_ids: Distinct raw ids in ascending order. Shape (n,), int64.
         counts: Their training lookups. Shape (n,), int64.
         freq_threshold: Raw ids counted less often share row 0.
-        max_rows: Most rows, row 0 included; 0 sets no limit.
+        max_rows: Most rows, row 0 included; 0 sets no limit. At least 2 where a raw id is reserved.
+        reserved: A raw id that gets a row however rare it is, even when it was never seen.
 
     Returns:
         Rows by count descending, ties by raw id ascending.
     """
-    kept = counts >= freq_threshold
+    if reserved is not None and reserved not in raw_ids:
+        place = int(np.searchsorted(raw_ids, reserved))
+        raw_ids, counts = np.insert(raw_ids, place, reserved), np.insert(counts, place, 0)
+    is_reserved = raw_ids == reserved if reserved is not None else np.zeros(len(raw_ids), bool)
+    kept = (counts >= freq_threshold) | is_reserved
     ids, uses = raw_ids[kept], counts[kept]
     order = np.argsort(-uses, kind="stable")
-    if max_rows:
-        order = order[: max_rows - 1]
+    if max_rows and len(order) >= max_rows:
+        first = is_reserved[kept][order]
+        chosen = np.sort(np.argsort(~first, kind="stable")[: max_rows - 1])
+        order = order[chosen]
     ids, uses = ids[order], uses[order]
     rare = counts.sum() - uses.sum()
     return Vocabulary(raw_ids=ids, counts=np.concatenate([[rare], uses]).astype(np.int64))

@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from slipstream.config import PreprocessConfig, parse_bytes
-from slipstream.datasets.source import ColumnarSource, Source
+from slipstream.datasets.source import MISSING_ID, ColumnarSource, Source
 from slipstream.errors import ConfigError, DataError
 from slipstream.io.artifacts import write_atomically
 from slipstream.io.capacity import require_disk, require_memory
@@ -63,8 +63,18 @@ def run(
     seed: int,
     scratch: Path,
     progress: Progress,
+    negative_keep_ratio: float = 1.0,
 ) -> dict[str, Any]:
     """Turn raw files into encoded splits below `scratch`.
+
+    Args:
+        config: Section `preprocess`.
+        source: The raw format.
+        files: Raw files, in order.
+        seed: Of split `random` and of negatives left out.
+        scratch: Folder to write to.
+        progress: Told how far it is.
+        negative_keep_ratio: Share of the training split's negatives to keep, in (0, 1].
 
     Returns:
         Counts for the manifest: samples and positives per split, lines, rejected, rows per table.
@@ -80,7 +90,7 @@ def run(
     store = ParsedStore(scratch / "work" / "parsed")
     chunks = _parse(config, source=source, files=files, store=store, workers=workers, progress=progress)
     rejected = _check_rejects(chunks, files, store, config.max_reject_ratio)
-    layout = _SplitLayout(config.split, chunks, store=store, seed=seed)
+    layout = _SplitLayout(config.split, chunks, store=store, seed=seed, negative_keep_ratio=negative_keep_ratio)
     vocabularies, minima = _count(
         config, source=source, layout=layout, scratch=scratch, workers=workers, progress=progress
     )
@@ -104,6 +114,9 @@ def run(
         "num_dense": source.num_dense,
         "rows_per_table": {table_name(index): vocab.num_rows for index, vocab in enumerate(vocabularies)},
         "files": [Path(file).name for file in files],
+        **_describe_columns(source, vocabularies),
+        **({"dense_minima": minima} if config.dense_transform == "torchrec" else {}),
+        **({"negatives_left_out": layout.num_left_out} if negative_keep_ratio < 1 else {}),
     }
 
 
@@ -171,6 +184,7 @@ def _parse(
                     block_bytes=parse_bytes(config.chunk_bytes),
                     skip=finished[-1].end if finished else 0,
                     skip_blocks=len(finished),
+                    cut=source.cut,
                 )
                 for chunk in in_order(lambda block: _parse_block(block, source, store, dense), blocks, workers):
                     finished.append(chunk)
@@ -283,17 +297,26 @@ class _Piece:
 class _SplitLayout:
     """Assigns every sample to a split by its position, chunk by chunk."""
 
-    def __init__(self, rule: str, chunks: Sequence[ParsedChunk], *, store: ParsedStore, seed: int) -> None:
+    def __init__(
+        self,
+        rule: str,
+        chunks: Sequence[ParsedChunk],
+        *,
+        store: ParsedStore,
+        seed: int,
+        negative_keep_ratio: float,
+    ) -> None:
         self.chunks, self.store = chunks, store
-        self._rule, self._seed = rule, seed
+        self._rule, self._seed, self._keep_ratio = rule, seed, negative_keep_ratio
         sizes = [chunk.num_samples for chunk in chunks]
         self._starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         self._bounds = splits.chronological_bounds(int(self._starts[-1]))
-        self._days = self._held_out_day() if rule == "by_day" else None
+        self._held_out = self._find_held_out_days() if rule in ("by_day", "by_time") else None
         self._recent_codes: dict[int, np.ndarray] = {}
         counts = [[self._count(index, code) for code in range(len(SPLITS))] for index in range(len(chunks))]
         self._ends = np.cumsum(np.array(counts, np.int64), axis=0)
         self.totals = {name: int(self._ends[-1][code]) for code, name in enumerate(SPLITS)}
+        self.num_left_out = int(self._starts[-1]) - sum(self.totals.values())
         if min(self.totals.values()) == 0:
             raise DataError(
                 f"split `{rule}` leaves a split without samples: {self.totals}",
@@ -303,7 +326,7 @@ class _SplitLayout:
     def members(self, chunk_index: int, code: int) -> slice | np.ndarray:
         """Which samples of a chunk belong to a split, in order: a slice where they are neighbours."""
         start, stop = int(self._starts[chunk_index]), int(self._starts[chunk_index + 1])
-        if self._rule == "chronological":
+        if self._rule == "chronological" and self._keep_ratio == 1:
             train_end, test_end = self._bounds
             ranges = {splits.TRAIN: (0, train_end), splits.TEST: (train_end, test_end), splits.VAL: (test_end, stop)}
             first, last = (min(max(bound, start), stop) - start for bound in ranges[code])
@@ -323,14 +346,25 @@ class _SplitLayout:
         return codes
 
     def _assign(self, chunk_index: int) -> np.ndarray:
-        if self._rule == "random":
-            start, stop = int(self._starts[chunk_index]), int(self._starts[chunk_index + 1])
-            return splits.assign_randomly(start, stop, seed=self._seed)
-        assert self._days is not None
-        last_day, last_count, seen_before = self._days
-        days = self._days_of(chunk_index)
-        ranks = np.cumsum(days == last_day) - 1 + seen_before[chunk_index]
-        return splits.assign_by_day(days, ranks, last_day=last_day, last_count=last_count)
+        start, stop = int(self._starts[chunk_index]), int(self._starts[chunk_index + 1])
+        if self._rule == "chronological":
+            codes = splits.assign_by_bounds(start, stop, *self._bounds)
+        elif self._rule == "random":
+            codes = splits.assign_randomly(start, stop, seed=self._seed)
+        else:
+            codes = self._assign_by_day(chunk_index)
+        if self._keep_ratio < 1:
+            labels = self.store.open(self.chunks[chunk_index], [LABEL]).column(LABEL).to_numpy()
+            kept = splits.sample_negatives(start, labels, keep_ratio=self._keep_ratio, seed=self._seed)
+            codes[(codes == splits.TRAIN) & ~kept] = splits.LEFT_OUT
+        return codes
+
+    def _assign_by_day(self, chunk_index: int) -> np.ndarray:
+        assert self._held_out is not None
+        first_day, num_held_out, seen_before = self._held_out
+        is_late = (self._days_of(chunk_index) >= first_day).astype(np.int64)
+        ranks = np.cumsum(is_late) - 1 + seen_before[chunk_index]
+        return splits.assign_by_day(is_late, ranks, last_day=1, last_count=num_held_out)
 
     def pieces(self, code: int, first: int, stop: int) -> Iterator[_Piece]:
         """Where the samples first..stop-1 of a split lie."""
@@ -341,19 +375,22 @@ class _SplitLayout:
                 return
             yield _Piece(index, max(first - before, 0), min(stop, int(ends[index])) - before)
 
-    def _held_out_day(self) -> tuple[int, int, list[int]]:
+    def _find_held_out_days(self) -> tuple[int, int, list[int]]:
+        """(first day held out, samples held out, those of them before each chunk)."""
         per_day: collections.Counter[int] = collections.Counter()
         for chunk in self.chunks:
             per_day.update({int(day): count for day, count in chunk.day_counts.items()})
-        last_day = max(per_day)
         if len(per_day) < 2:
             raise DataError(
-                "split `by_day` needs samples of at least two days, found one",
+                f"split `{self._rule}` needs samples of at least two days, found {len(per_day)}",
                 hint="list one raw file per day, or set preprocess.split = 'chronological'",
             )
-        in_chunk = [chunk.day_counts.get(str(last_day), 0) for chunk in self.chunks]
+        first_day = max(per_day) if self._rule == "by_day" else splits.latest_seventh(per_day)
+        in_chunk = [
+            sum(count for day, count in chunk.day_counts.items() if int(day) >= first_day) for chunk in self.chunks
+        ]
         seen_before = [int(value) for value in np.cumsum(in_chunk) - in_chunk]
-        return last_day, per_day[last_day], seen_before
+        return first_day, sum(in_chunk), seen_before
 
     def _days_of(self, chunk_index: int) -> np.ndarray:
         chunk = self.chunks[chunk_index]
@@ -399,14 +436,19 @@ def _count_table(
         with np.load(kept, allow_pickle=False) as arrays:
             return Vocabulary(raw_ids=arrays["raw_ids"], counts=arrays["counts"])
     counter = RawIdCounter()
+    columns = [table_name(column) for column, table in enumerate(source.table_of_column) if table == index]
     for chunk_index, chunk in enumerate(layout.chunks):
-        raw_ids, sample_codes = dictionary_of(layout.store.open(chunk, [name]), name)
-        used = sample_codes[layout.members(chunk_index, splits.TRAIN)]
-        if limits.num_buckets:
-            raw_ids = hash_to_buckets(raw_ids, limits.num_buckets)
-        counter.add(raw_ids, np.bincount(used, minlength=len(raw_ids)))
+        members = layout.members(chunk_index, splits.TRAIN)
+        for column in columns:
+            raw_ids, sample_codes = dictionary_of(layout.store.open(chunk, [column]), column)
+            if limits.num_buckets:
+                raw_ids = hash_to_buckets(raw_ids, limits.num_buckets)
+            counter.add(raw_ids, np.bincount(sample_codes[members], minlength=len(raw_ids)))
     vocabulary = build_vocabulary(
-        *counter.result(), freq_threshold=limits.freq_threshold, max_rows=limits.max_rows or 0
+        *counter.result(),
+        freq_threshold=limits.freq_threshold,
+        max_rows=limits.max_rows or 0,
+        reserved=MISSING_ID if index in source.padded_tables else None,
     )
     text = (
         pl.Series(vocabulary.raw_ids).cast(pl.String)
@@ -486,8 +528,10 @@ class _Encoder:
             minima,
         )
         self._dense = [dense_name(index) for index in range(source.num_dense)]
-        self._tables = [table_name(index) for index in range(source.num_tables)]
-        self._buckets = [config.limits_of(name).num_buckets or 0 for name in self._tables]
+        self._columns = [table_name(index) for index in range(len(source.table_of_column))]
+        self._table_of_column = source.table_of_column
+        self._extra = list(source.extra_columns)
+        self._buckets = [config.limits_of(table_name(index)).num_buckets or 0 for index in range(source.num_tables)]
 
     def encode(self, code: int, first: int, stop: int) -> pa.Table:
         """The samples first..stop-1 of a split, encoded."""
@@ -496,7 +540,7 @@ class _Encoder:
 
     def _encode_piece(self, code: int, piece: _Piece) -> pa.Table:
         chunk = self._layout.chunks[piece.chunk_index]
-        table = self._layout.store.open(chunk, [LABEL, *self._dense, *self._tables])
+        table = self._layout.store.open(chunk, [LABEL, *self._dense, *self._columns, *self._extra])
         members = self._layout.members(piece.chunk_index, code)
         if isinstance(members, slice):
             picked: Any = slice(members.start + piece.first, members.start + piece.stop)
@@ -506,10 +550,13 @@ class _Encoder:
         for name, minimum in zip(self._dense, self._minima, strict=True):
             values = table.column(name).to_numpy()[picked]
             columns[name] = transform_dense(values, name=self._transform, minimum=minimum)
-        for name, lookup, buckets in zip(self._tables, self._lookups, self._buckets, strict=True):
+        for name, table_index in zip(self._columns, self._table_of_column, strict=True):
             raw_ids, codes = dictionary_of(table, name)
-            rows = lookup(hash_to_buckets(raw_ids, buckets) if buckets else raw_ids)
+            buckets = self._buckets[table_index]
+            rows = self._lookups[table_index](hash_to_buckets(raw_ids, buckets) if buckets else raw_ids)
             columns[name] = rows[codes[picked]]
+        for name in self._extra:
+            columns[name] = table.column(name).to_numpy()[picked]
         return pa.table({name: pa.array(values) for name, values in columns.items()})
 
 
@@ -543,6 +590,23 @@ def _count_positives(out_dir: Path) -> dict[str, int]:
     return positives
 
 
+def _describe_columns(source: Source, vocabularies: Sequence[Vocabulary]) -> dict[str, Any]:
+    """What the manifest says of columns beyond their number; nothing for a plain source."""
+    described: dict[str, Any] = {}
+    if source.column_names:
+        described["columns"] = dict(source.column_names)
+    if source.extra_columns:
+        described["extra_columns"] = list(source.extra_columns)
+    if len(source.table_of_column) != source.num_tables:
+        described["table_of_column"] = list(source.table_of_column)
+    if source.padded_tables:
+        padding = np.array([MISSING_ID])
+        described["padding_rows"] = {
+            table_name(index): int(vocabularies[index].lookup()(padding)[0]) for index in source.padded_tables
+        }
+    return described
+
+
 def _check_table_names(config: PreprocessConfig, source: Source) -> None:
     known = {table_name(index) for index in range(source.num_tables)}
     for name in config.tables:
@@ -550,4 +614,10 @@ def _check_table_names(config: PreprocessConfig, source: Source) -> None:
             raise ConfigError(
                 f"`preprocess.tables.{name}` names no table",
                 hint=f"this source has {table_name(0)} to {table_name(source.num_tables - 1)}",
+            )
+    for name in [table_name(index) for index in source.padded_tables]:
+        if config.limits_of(name).num_buckets:
+            raise ConfigError(
+                f"`preprocess.num_buckets` hashes table `{name}`, whose padding must keep a row of its own",
+                hint=f"set preprocess.tables.{name}.num_buckets = 0, and cap it with max_rows or freq_threshold",
             )

@@ -20,7 +20,7 @@ import polars as pl
 from slipstream.config import ProfileConfig
 from slipstream.io.artifacts import Artifact, write_atomically
 from slipstream.io.counts import write_counts
-from slipstream.io.samples import count_samples, read_rows
+from slipstream.io.samples import column_offsets, count_samples, read_rows, table_of_column
 from slipstream.ops.counting import count_accesses, sample_positions
 from slipstream.ops.hot_set import (
     HotSet,
@@ -31,8 +31,9 @@ from slipstream.ops.hot_set import (
     take_hot_rows,
 )
 from slipstream.progress import Progress
+from slipstream.schema import table_name
 
-CURVE_SAMPLES = 1_000_000
+CURVE_SAMPLES = 500_000
 """Training samples the curve is measured on, at most, and validation samples likewise."""
 
 _Blocks = Callable[[], Iterable[np.ndarray]]
@@ -54,15 +55,17 @@ def run(
         Counts for the manifest: samples and lookups counted, rows, and the curve.
     """
     rows_per_table: dict[str, int] = processed.counts["rows_per_table"]
-    tables = list(rows_per_table)
+    column_tables = table_of_column(processed.counts)
+    columns = [table_name(index) for index in range(len(column_tables))]
     offsets = table_offsets(list(rows_per_table.values()))
+    starts = column_offsets(offsets, column_tables)
     parts = processed.files("train/", ".parquet")
     with progress.task("count accesses", len(parts), "parts") as advance:
 
         def sampled() -> Iterator[np.ndarray]:
             start = 0
             for part in parts:
-                rows = read_rows(part, tables, offsets)
+                rows = read_rows(part, columns, starts)
                 if config.sample_ratio < 1:
                     picked = sample_positions(start, start + len(rows), ratio=config.sample_ratio, seed=seed)
                     start += len(rows)
@@ -72,7 +75,7 @@ def run(
 
         counts = count_accesses(sampled(), num_rows=int(offsets[-1]))
     write_counts(scratch / "counts.parquet", counts, rows_per_table)
-    blocks = {name: _hold_rows(processed, name, tables, offsets) for name in ("train", "val")}
+    blocks = {name: _hold_rows(processed, name, columns, starts) for name in ("train", "val")}
     curve = []
     with progress.task("hot-set curve", 2 * len(config.curve), "budgets") as advance:
         for share in config.curve:
@@ -93,7 +96,7 @@ def run(
     with write_atomically(scratch / "curve.parquet") as path:
         pl.DataFrame(curve).write_parquet(path)
     return {
-        "samples_counted": int(counts.sum()) // len(tables),
+        "samples_counted": int(counts.sum()) // len(columns),
         "lookups": int(counts.sum()),
         "rows": int(offsets[-1]),
         "curve": curve,
@@ -117,10 +120,10 @@ def _select(
     return select_sample_aware(counts, oov_rows, samples, num_rows=num_rows, power=power, rounds=rounds)
 
 
-def _hold_rows(processed: Artifact, split: str, tables: list[str], offsets: np.ndarray) -> _Blocks:
+def _hold_rows(processed: Artifact, split: str, columns: list[str], starts: np.ndarray) -> _Blocks:
     """Rows of evenly chosen parts, up to CURVE_SAMPLES samples, kept in memory."""
     parts = processed.files(f"{split}/", ".parquet")
     total = sum(count_samples(part) for part in parts)
     stride = max(1, -(-total // CURVE_SAMPLES))
-    held = [read_rows(part, tables, offsets)[::stride] for part in parts]
+    held = [read_rows(part, columns, starts)[::stride] for part in parts]
     return lambda: held

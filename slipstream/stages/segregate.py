@@ -27,7 +27,15 @@ from slipstream.errors import CapacityError
 from slipstream.io.artifacts import Artifact, write_atomically, write_json
 from slipstream.io.capacity import require_disk
 from slipstream.io.parallel import in_order
-from slipstream.io.samples import Samples, concat_samples, read_part, read_rows, write_shard
+from slipstream.io.samples import (
+    Samples,
+    column_offsets,
+    concat_samples,
+    read_part,
+    read_rows,
+    table_of_column,
+    write_shard,
+)
 from slipstream.ops.hot_set import (
     HotSet,
     assign_slots,
@@ -38,7 +46,7 @@ from slipstream.ops.hot_set import (
     take_hot_rows,
 )
 from slipstream.progress import Progress
-from slipstream.schema import SHARD_GROUPS, dense_name
+from slipstream.schema import SHARD_GROUPS, dense_name, table_name
 
 _WORKERS = 2
 
@@ -70,33 +78,37 @@ def run(
     """
     rows_per_table: dict[str, int] = processed.counts["rows_per_table"]
     tables = list(rows_per_table)
-    _check_disk(processed, num_tables=len(tables), num_rows=len(counts), scratch=scratch)
+    column_tables = table_of_column(processed.counts)
+    names = [table_name(index) for index in range(len(column_tables))]
+    _check_disk(processed, num_columns=len(names), num_rows=len(counts), scratch=scratch)
     offsets = table_offsets(list(rows_per_table.values()))
     kept = scratch / "work" / "hot_set.npz"
     hot_set = _load_choice(kept, len(counts))
     if hot_set is None:
-        hot_set = _choose(config, processed, counts, tables, offsets, row_bytes=row_bytes, scratch=scratch)
+        hot_set = _choose(config, processed, counts, names, offsets, row_bytes=row_bytes, scratch=scratch)
         _keep_choice(kept, hot_set)
     slots = assign_slots(hot_set.is_hot)
     _write_hot_set(scratch, hot_set, slots, counts, tables, offsets)
     dense = [dense_name(index) for index in range(processed.counts["num_dense"])]
-    columns = _Columns(dense, tables, [slots[start:stop] for start, stop in pairwise(offsets)])
+    slot_maps = [slots[start:stop] for start, stop in pairwise(offsets)]
+    columns = _Columns(dense, names, [slot_maps[table] for table in column_tables])
     written, hits = _write_shards(config, processed, columns, hot_set.num_hot, scratch=scratch, progress=progress)
     return {
         "samples": written,
         "hot_rows": hot_set.num_hot,
         "rows": len(counts),
         "lambda": hot_set.access_threshold,
-        "hit_ratio": hits / ((written["hot"] + written["cold"]) * len(tables)),
+        "hit_ratio": hits / ((written["hot"] + written["cold"]) * len(names)),
         "hot_sample_share": written["hot"] / (written["hot"] + written["cold"]),
         "num_dense": len(dense),
         "tables": rows_per_table,
+        **{key: processed.counts[key] for key in ("table_of_column", "padding_rows") if key in processed.counts},
     }
 
 
-def _check_disk(processed: Artifact, *, num_tables: int, num_rows: int, scratch: Path) -> None:
+def _check_disk(processed: Artifact, *, num_columns: int, num_rows: int, scratch: Path) -> None:
     slot_bytes = 4 if num_rows < 2**31 else 8
-    sample_bytes = slot_bytes * num_tables + 4 * (processed.counts["num_dense"] + 1)
+    sample_bytes = slot_bytes * num_columns + 4 * (processed.counts["num_dense"] + 1)
     written = sum(file.stat().st_size for file in scratch.rglob("*") if file.is_file())
     require_disk(
         scratch,
@@ -110,7 +122,7 @@ def _choose(
     config: SegregateConfig,
     processed: Artifact,
     counts: np.ndarray,
-    tables: list[str],
+    columns: list[str],
     offsets: np.ndarray,
     *,
     row_bytes: int,
@@ -123,7 +135,8 @@ def _choose(
     if config.policy == "frequency":
         ranked = rank_rows(counts, oov_rows)
         return take_hot_rows(ranked, counts, num_rows=num_rows, num_oov=len(oov_rows))
-    held = _hold_rows(processed.files("train/", ".parquet"), tables, offsets, scratch / "work" / "rows")
+    starts = column_offsets(offsets, table_of_column(processed.counts))
+    held = _hold_rows(processed.files("train/", ".parquet"), columns, starts, scratch / "work" / "rows")
     return select_sample_aware(
         counts,
         oov_rows,
@@ -166,14 +179,14 @@ def _affordable_rows(budget: str | int, num_rows: int, num_oov: int, row_bytes: 
     return affordable
 
 
-def _hold_rows(parts: Sequence[Path], tables: list[str], offsets: np.ndarray, folder: Path) -> list[Path]:
+def _hold_rows(parts: Sequence[Path], columns: list[str], starts: np.ndarray, folder: Path) -> list[Path]:
     """Decode the training rows once; the rounds then read them as mapped arrays."""
     held = []
     for part in parts:
         path = folder / f"{part.stem}.npy"
         if not path.exists():
             with write_atomically(path) as partial, partial.open("wb") as stream:
-                np.save(stream, read_rows(part, tables, offsets))
+                np.save(stream, read_rows(part, columns, starts))
         held.append(path)
     return held
 

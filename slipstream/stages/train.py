@@ -8,7 +8,7 @@ Costs   one pass over the training shards an epoch; device memory for hot rows, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -25,8 +25,9 @@ from slipstream.embedding.row_cache import RowCache
 from slipstream.embedding.tiers import TieredRows
 from slipstream.errors import CapacityError, ConfigError
 from slipstream.io.artifacts import Artifact, write_atomically, write_json
-from slipstream.io.samples import Samples, read_shard
+from slipstream.io.samples import Samples, read_shard, table_of_column
 from slipstream.models.dlrm import DLRM
+from slipstream.models.tbsm import TBSM
 from slipstream.ops.metrics import measure_quality
 from slipstream.progress import Progress
 from slipstream.training.checkpoint import Checkpointer, save_model
@@ -80,16 +81,11 @@ def run(
     device = resolve_device(config.device)
     num_dense: int = segregated.counts["num_dense"]
     slot_maps = _read_slot_maps(segregated)
+    num_columns = len(table_of_column(segregated.counts))
     rows, placement = _place_rows(config, model_config, segregated, slot_maps, counts, device=device)
-    _init_rows(rows, slot_maps, seed=seed)
+    _init_rows(rows, slot_maps, segregated.counts.get("padding_rows", {}), seed=seed)
     torch.manual_seed(seed)
-    model = DLRM(
-        num_dense=num_dense,
-        num_tables=len(slot_maps),
-        embedding_dim=model_config.embedding_dim,
-        bottom_mlp=model_config.bottom_mlp,
-        top_mlp=model_config.top_mlp,
-    ).to(device)
+    model = _make_model(model_config, num_dense=num_dense, num_columns=num_columns).to(device)
     num_train = segregated.counts["samples"]["hot"] + segregated.counts["samples"]["cold"]
     checkpoints = Checkpointer(
         scratch / "work" / "checkpoint.safetensors",
@@ -100,7 +96,7 @@ def run(
         SummaryWriter(str(scratch / "events")) as events,
         ThreadPoolExecutor(max_workers=2, thread_name_prefix="shards") as workers,
     ):
-        step = _make_step(config, model, rows, num_dense=num_dense, num_tables=len(slot_maps))
+        step = _make_step(config, model, rows, num_dense=num_dense, num_tables=num_columns)
 
         def open_streams(epoch: int) -> dict[str, SampleStream]:
             return {
@@ -117,7 +113,7 @@ def run(
                         rows, placement, chunk_batches=1 if config.mode == "baseline" else config.chunk_batches
                     ),
                     lr_schedule=_lr_schedule(config),
-                    skipper=Skipper(_skip_rule(skip_config, criterion)),
+                    skipper=Skipper(_skip_rule(skip_config, criterion, num_rows=rows.num_rows)),
                     schedule=_schedule(config, skip_config, num_train, seed),
                     log_every=config.log_every,
                     on_report=_listener(events, advance),
@@ -168,8 +164,9 @@ def _place_rows(
     if config.faithful:
         num_hot = 0  # the master copy of every row is on the host
     num_cold = num_rows - num_hot
-    lookups = config.batch_size * len(slot_maps)
-    half = config.staging_rows or max(lookups, min(config.chunk_batches * lookups, _STAGING_CAP))
+    lookups = config.batch_size * len(table_of_column(segregated.counts))
+    # a quarter of the cold rows is plenty where it holds a batch: chunks that do not fit are split
+    half = config.staging_rows or max(lookups, min(config.chunk_batches * lookups, _STAGING_CAP, num_cold // 4))
     num_staged = 2 * min(half, num_cold)
     if config.mode == "cached":
         num_staged = max(1, int(num_rows * config.cache_ratio))
@@ -231,16 +228,38 @@ def _make_step(
     )
 
 
-def _init_rows(rows: TieredRows, slot_maps: dict[str, np.ndarray], *, seed: int) -> None:
-    """Draw initial weights table by table, so that they do not depend on what is hot."""
+def _make_model(config: ModelConfig, *, num_dense: int, num_columns: int) -> torch.nn.Module:
+    widths: dict[str, Any] = {
+        "embedding_dim": config.embedding_dim,
+        "bottom_mlp": config.bottom_mlp,
+        "top_mlp": config.top_mlp,
+    }
+    if config.name == "tbsm":
+        return TBSM(
+            num_steps=num_dense,
+            num_columns=num_columns,
+            num_shared=num_columns % num_dense,
+            step_mlp=config.step_mlp,
+            attention_mlp=config.attention_mlp,
+            **widths,
+        )
+    return DLRM(num_dense=num_dense, num_tables=num_columns, **widths)
+
+
+def _init_rows(
+    rows: TieredRows, slot_maps: dict[str, np.ndarray], padding_rows: Mapping[str, int], *, seed: int
+) -> None:
+    """Draw initial weights table by table, so that they do not depend on what is hot; padding rows are zero."""
     generator = torch.Generator().manual_seed(seed)
-    for slots in slot_maps.values():
+    for name, slots in slot_maps.items():
         bound = len(slots) ** -0.5
-        weights = torch.empty(len(slots), rows.embedding_dim)
-        rows.load(torch.from_numpy(slots), weights.uniform_(-bound, bound, generator=generator))
+        weights = torch.empty(len(slots), rows.embedding_dim).uniform_(-bound, bound, generator=generator)
+        if name in padding_rows:
+            weights[padding_rows[name]] = 0.0
+        rows.load(torch.from_numpy(slots), weights)
 
 
-def _skip_rule(config: SkipConfig, criterion: Criterion) -> SkipRule:
+def _skip_rule(config: SkipConfig, criterion: Criterion, *, num_rows: int) -> SkipRule:
     return SkipRule(
         criterion=criterion,
         target_drop=config.target_drop,
@@ -248,6 +267,7 @@ def _skip_rule(config: SkipConfig, criterion: Criterion) -> SkipRule:
         alpha=config.alpha,
         threshold=config.threshold,
         sample_size=config.sample_size,
+        num_rows=num_rows if config.scorer == "linear" else 0,
         floor=config.floor,
         reweight=config.reweight,
     )
@@ -366,7 +386,7 @@ def _figures(trainer: Trainer, placement: Placement) -> dict[str, Any]:
         asked=skipper.rule.target_drop if skipper.rule.criterion != "none" else 0.0,
         threshold=skipper.threshold,
     )
-    figures["bytes_per_tier"] = trainer.step.rows.bytes_per_tier()
+    figures["bytes_per_tier"] = trainer.step.rows.bytes_per_tier() | trainer.snapshot_bytes()
     if isinstance(placement, CachedRows):
         figures["hit_ratio"] = placement.cache.stats.hit_ratio
     return figures

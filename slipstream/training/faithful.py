@@ -104,6 +104,7 @@ class FaithfulTrainer:
             self._sync(to_device=True)
             self._train_hot(_drain(streams["hot"]), streams["hot"].remaining, epoch)
             self._sync(to_device=False)
+        self.step.settle()
         self.totals.losses.append((self.step.take_loss_sum() + self._hot_step.take_loss_sum()) / self.totals.steps)
         self.totals.seconds = time.perf_counter() - started
 

@@ -142,7 +142,15 @@ class Trainer:
             self.position = Position(epoch=epoch + 1)
         self._report()
         self.lookahead.flush()
+        self.step.settle()
         self.totals.seconds = self.elapsed()
+
+    def snapshot_bytes(self) -> dict[str, int]:
+        """Device bytes of the staleness snapshot and of what marks touched rows, where the skipper needs them."""
+        if not self.skipper.needs_windows:
+            return {}
+        rows = self.step.rows
+        return {"snapshot": rows.num_hot * (4 * rows.embedding_dim + 1)}
 
     def elapsed(self) -> float:
         """Wall seconds of training so far, those before an interruption included."""
@@ -238,7 +246,10 @@ class Trainer:
 
     def _score(self, samples: Samples) -> np.ndarray:
         self.lookahead.flush()
-        predicted, _ = predict(self.step.model, self.step.rows, [samples], batch_size=_SCORE_BATCH)
+        step = self.step
+        predicted, _ = predict(
+            step.model, step.rows, [samples], batch_size=_SCORE_BATCH, representations=step.representations
+        )
         return predicted
 
     def _report(self) -> None:

@@ -10,10 +10,16 @@ from torch import nn
 
 from slipstream.embedding.tiers import TieredRows
 from slipstream.io.samples import Samples
+from slipstream.training.representations import Representations
 
 
 def predict(
-    model: nn.Module, rows: TieredRows, shards: Iterable[Samples], *, batch_size: int
+    model: nn.Module,
+    rows: TieredRows,
+    shards: Iterable[Samples],
+    *,
+    batch_size: int,
+    representations: Representations | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Predict samples; changes nothing and evicts nothing.
 
@@ -22,6 +28,7 @@ def predict(
         rows: The tiers, flushed.
         shards: Samples, `X_cat` in slots.
         batch_size: Samples at once.
+        representations: What the model sees of rows; None for the rows themselves.
 
     Returns:
         (probabilities (n,) float32, labels (n,) float32), in the order given.
@@ -33,8 +40,11 @@ def predict(
         for samples in shards:
             for start in range(0, len(samples), batch_size):
                 piece = samples.take(slice(start, start + batch_size))
-                slots = torch.from_numpy(np.ascontiguousarray(piece.X_cat))
-                looked_up = rows.gather(slots.flatten()).view(*slots.shape, -1)
+                if representations is None:
+                    slots = torch.from_numpy(np.ascontiguousarray(piece.X_cat))
+                    looked_up = rows.gather(slots.flatten()).view(*slots.shape, -1)
+                else:
+                    looked_up = representations.look_up(rows, piece.X_cat)
                 dense = torch.from_numpy(np.ascontiguousarray(piece.X_int)).to(rows.device)
                 probabilities.append(torch.sigmoid(model(dense, looked_up)).cpu().numpy())
                 labels.append(piece.y)

@@ -3,7 +3,8 @@
     stale       hot samples whose rows stopped moving (Slipstream)
     random      the same share, blindly: the control of every claim
     negative    blindly among negatives, the rest of them weighted up: the habit of the industry
-    importance  by the error the model would make: large errors stay, small ones stay rarely and count more
+    importance  by the error a model would make: large errors stay, small ones stay rarely and count more; the error
+                is guessed by a linear scorer that learns beside the model, or asked of the model itself
 
 Nothing is dropped before the first check, which ends the first segment.
 """
@@ -17,7 +18,8 @@ from typing import Any, Literal
 import numpy as np
 
 from slipstream.embedding.staleness import find_threshold, sample_movement
-from slipstream.io.samples import Samples
+from slipstream.io.samples import Samples, concat_samples
+from slipstream.training.linear_scorer import LinearScorer
 
 Criterion = Literal["none", "stale", "random", "negative", "importance"]
 Scope = Literal["hot", "all"]
@@ -40,6 +42,8 @@ class SkipRule:
     """T by hand for `stale`; None takes the D-quantile."""
     sample_size: int = 65_536
     """Hot samples the quantile is taken from."""
+    num_rows: int = 0
+    """V, for the linear scorer; 0 asks the model for scores instead."""
     floor: float = 0.05
     """Least probability to keep a sample, for `importance`."""
     reweight: bool = True
@@ -89,16 +93,12 @@ class Skipper:
         self._threshold: float | None = None
         self._step = 0
         self._is_active = False
+        self._linear = LinearScorer(rule.num_rows) if rule.criterion == "importance" and rule.num_rows else None
 
     @property
     def needs_windows(self) -> bool:
         """Whether the rule watches rows move."""
         return self.rule.criterion == "stale"
-
-    @property
-    def needs_scores(self) -> bool:
-        """Whether the rule needs predictions for the coming round."""
-        return self._is_active and self.rule.criterion == "importance"
 
     @property
     def threshold(self) -> float | None:
@@ -123,11 +123,21 @@ class Skipper:
             hot: Hot samples, or None.
             cold: Cold samples, or None.
             rng: Draws.
-            score: Asked by `importance` only.
+            score: The model's predictions; asked by `importance` without a linear scorer.
 
         Returns:
             What to keep of the hot and of the cold samples.
         """
+        picked = self._pick(hot, cold, rng=rng, score=score)
+        groups = [group for group in (hot, cold) if group is not None]
+        if self._linear is not None and groups:
+            seen = concat_samples(groups)
+            self._linear.learn(seen.take(rng.permutation(len(seen))))
+        return picked
+
+    def _pick(
+        self, hot: Samples | None, cold: Samples | None, *, rng: np.random.Generator, score: Scorer
+    ) -> tuple[Selection, Selection]:
         num_hot, num_cold = (0 if group is None else len(group) for group in (hot, cold))
         everything = Selection(keep=np.ones(num_hot, bool)), Selection(keep=np.ones(num_cold, bool))
         covers_cold = self.rule.scope == "all" and not self.needs_windows
@@ -144,7 +154,8 @@ class Skipper:
             labels = np.concatenate([group.y for group in groups])
             keep, weights = self._draw(np.where(labels > 0.5, np.inf, 1.0), rng)
         else:
-            errors = np.concatenate([np.abs(score(group) - group.y) for group in groups])
+            scorer = score if self._linear is None else self._linear.score
+            errors = np.concatenate([np.abs(scorer(group) - group.y) for group in groups])
             keep, weights = self._draw(errors, rng)
         self.classified += classified
         self.dropped += int(np.count_nonzero(~keep))
@@ -165,7 +176,10 @@ class Skipper:
             "step": self._step,
             "is_active": self._is_active,
         }
-        return plain, {} if self._movement is None else {"movement": self._movement}
+        arrays = {} if self._movement is None else {"movement": self._movement}
+        if self._linear is not None:
+            arrays |= {f"linear.{name}": value for name, value in self._linear.state().items()}
+        return plain, arrays
 
     def restore(self, plain: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
         """Take over what `state` gave."""
@@ -174,6 +188,8 @@ class Skipper:
         self._threshold, self._step = plain["threshold"], plain["step"]
         self._is_active = plain["is_active"]
         self._movement = arrays.get("movement")
+        if self._linear is not None:
+            self._linear.restore({name: arrays[f"linear.{name}"] for name in self._linear.state()})
 
     def _is_stale(self, slots: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         assert self._movement is not None

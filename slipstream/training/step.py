@@ -17,6 +17,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from slipstream.embedding.lookahead import StagedBatch
 from slipstream.embedding.tiers import TieredRows, sum_duplicates, update_rows
 from slipstream.training.dense_optimizer import DenseOptimizer
+from slipstream.training.representations import Representations
 
 Precision = Literal["fp32", "tf32", "bf16"]
 _EAGER_STEPS = 3
@@ -33,6 +34,7 @@ class TrainStep:
         eps: Of row-wise Adagrad.
         precision: Of the matrix products: `tf32` on CUDA only, `bf16` by autocast; weights and updates stay fp32.
         deterministic: Whether results on CUDA must repeat to the bit.
+        representations: What the model sees of rows; None for the rows themselves.
     """
 
     def __init__(
@@ -44,7 +46,9 @@ class TrainStep:
         eps: float,
         precision: Precision = "fp32",
         deterministic: bool = False,
+        representations: Representations | None = None,
     ) -> None:
+        self.representations = representations
         self.model, self.rows, self.dense_optimizer = model, rows, dense_optimizer
         self._eps, self._precision, self._deterministic = eps, precision, deterministic
         self._lr = torch.zeros((), device=rows.device)
@@ -54,7 +58,7 @@ class TrainStep:
 
     def __call__(self, batch: StagedBatch, lr: float) -> None:
         """Train on a batch. Nothing waits for the device."""
-        self._lr.fill_(lr)
+        self._begin(lr)
         self._compute(batch)
 
     def over(self, rows: TieredRows) -> TrainStep:
@@ -66,7 +70,13 @@ class TrainStep:
             eps=self._eps,
             precision=self._precision,
             deterministic=self._deterministic,
+            representations=self.representations,
         )
+
+    def settle(self) -> None:
+        """Get ready for evaluation, once no row is staged: scales of tables on few bits become exact."""
+        if self.representations is not None:
+            self.representations.settle(self.rows)
 
     def take_loss_sum(self) -> float:
         """Sum of the losses since the last call; waits for the device."""
@@ -74,11 +84,19 @@ class TrainStep:
         self._loss_sum.zero_()
         return total
 
+    def _begin(self, lr: float) -> None:
+        self._lr.fill_(lr)
+        if self.representations is not None:
+            self.representations.begin_step(lr)
+
     def _compute(self, batch: StagedBatch) -> None:
         rows = self.rows
         looked_up = rows.buffer.index_select(0, batch.positions).requires_grad_()
+        pooled = looked_up.view(len(batch), len(batch.positions) // len(batch), rows.embedding_dim)
+        if self.representations is not None:
+            pooled = self.representations.train(pooled, batch.outside)
         with self._autocast():
-            logits = self.model(batch.dense, looked_up.view(len(batch), -1, rows.embedding_dim))
+            logits = self.model(batch.dense, pooled)
         loss = binary_cross_entropy_with_logits(logits.float(), batch.labels, weight=batch.weights)
         self.dense_optimizer.zero_grad()
         loss.backward()
@@ -122,6 +140,8 @@ class FixedShapeStep(TrainStep):
         super().__init__(**options)  # type: ignore[arg-type]
         if self._deterministic:
             raise ValueError("expected deterministic = False: the sorted sums cannot be captured; use TrainStep")
+        if self.representations is not None and self.representations.has_cores:
+            raise ValueError("expected tables in tiers only: lookups of cores cannot be captured; use TrainStep")
         device, num_lookups = self.rows.device, batch_size * num_tables
         self._static = StagedBatch(
             dense=torch.zeros(batch_size, num_dense, device=device),
@@ -140,7 +160,7 @@ class FixedShapeStep(TrainStep):
         if len(batch) != len(self._static):
             super().__call__(batch, lr)
             return
-        self._lr.fill_(lr)
+        self._begin(lr)
         self._load(batch)
         if self.rows.device.type != "cuda" or self._num_eager < _EAGER_STEPS:
             self._num_eager += 1

@@ -74,9 +74,7 @@ def test_gz_files_hold_the_same_text_and_no_trace_of_when(small_text: bytes, tmp
     packed = (tmp_path / "log.tsv.gz").read_bytes()
     assert gzip.decompress(packed) == small_text
     assert packed[3:8] == bytes(5)  # flags: no name; time: 0
-    assert (
-        b"".join(gzip.decompress((tmp_path / f"day_{day}.gz").read_bytes()) for day in range(7)) == small_text
-    )
+    assert b"".join(gzip.decompress((tmp_path / f"day_{day}.gz").read_bytes()) for day in range(7)) == small_text
 
 
 @pytest.mark.parametrize("field", ["seed", "drift_ratio", "ctr", "signal", "teacher_dim", "noise_ratio"])
@@ -102,9 +100,7 @@ def test_lines_say_what_the_rows_hold(small_text: bytes):
         ids = rows.ids[table]
         tokens = make_tokens(SMALL, table, ids).tolist()
         known = (ids != MISSING_ID).tolist()
-        assert list(columns[14 + table]) == [
-            f"{t:08x}" if k else "" for t, k in zip(tokens, known, strict=True)
-        ]
+        assert list(columns[14 + table]) == [f"{t:08x}" if k else "" for t, k in zip(tokens, known, strict=True)]
 
 
 def test_any_range_of_rows_can_be_made_alone():
@@ -191,8 +187,7 @@ def test_popularity_drifts_from_day_to_day_only_when_asked():
     def popularity_gap(drift_ratio: float, day: int) -> float:
         spec = replace(LARGE, drift_ratio=drift_ratio)
         first, other = (
-            np.bincount(generate_rows(spec, starts[d], starts[d + 1]).ids[10], minlength=200)[:200]
-            for d in (0, day)
+            np.bincount(generate_rows(spec, starts[d], starts[d + 1]).ids[10], minlength=200)[:200] for d in (0, day)
         )
         return float(np.abs(first - other).sum() / (first + other).sum())
 

@@ -14,11 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from slipstream.embedding.abs_max import BLOCK_ROWS, LEAST_REREADS, PENDING_ROWS, AbsMaxTracker
 from slipstream.embedding.quantization import (
-    BLOCK_ROWS,
-    LEAST_REREADS,
-    PENDING_ROWS,
-    AbsMaxTracker,
     dequantize,
     fake_quantize_rows,
     max_level,

@@ -32,7 +32,8 @@ def test_rows_and_state_are_found_wherever_they_live(num_rows: int, data):
     assert torch.equal(rows.gather(asked), weights[place[asked]])
     assert torch.equal(rows.read_state(asked), state[place[asked]])
     assert len(rows.cold) == num_rows - rows.num_hot
-    assert len(rows.buffer) == rows.num_hot + 4
+    assert len(rows.buffer) == rows.num_hot + 4 + 1  # one spare position
+    assert rows.spare_position == len(rows.buffer) - 1
 
 
 @pytest.mark.parametrize("num_hot", [-1, 6])
@@ -52,7 +53,8 @@ def test_bytes_add_up_over_the_tiers(optimizer: str, per_row: int):
     assert rows.bytes_per_tier() == {"hot": 3 * per_row, "staging": 4 * per_row, "cold": 7 * per_row}
     assert rows.row_bytes == per_row
     tensors = [tensor for pair in rows.pairs for tensor in pair]
-    assert sum(rows.bytes_per_tier().values()) == sum(t.numel() * t.element_size() for t in tensors)
+    held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    assert sum(rows.bytes_per_tier().values()) == held - per_row  # all but the spare position
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=30))

@@ -68,9 +68,7 @@ def pooled_by_loop(table, ids, offsets, mode, padding_idx=None):
 @given(st.integers(2, 4), st.sampled_from(["sum", "mean", "max"]), st.booleans(), st.integers(0, 10**6))
 def test_a_lookup_equals_a_plain_loop_over_the_table(num_cores, mode, padded, seed):
     rng = np.random.default_rng(seed)
-    bag = make_bag(
-        num_cores, seed=seed, mode=mode, padding_idx=3 if padded else None, include_last_offset=True
-    )
+    bag = make_bag(num_cores, seed=seed, mode=mode, padding_idx=3 if padded else None, include_last_offset=True)
     ids, offsets = ragged(rng, min(bag.num_embeddings, 40))
     expected = pooled_by_loop(table_of(bag), ids, offsets, mode, 3 if padded else None)
     torch.testing.assert_close(bag(ids, offsets), expected)
@@ -85,16 +83,12 @@ def test_gradients_of_the_cores_equal_those_through_nn_embedding_bag(num_cores, 
     bag = make_bag(num_cores, mode=mode, dtype=dtype, sparse=False, padding_idx=-1, weight_dist="normal")
     ids, offsets = ragged(np.random.default_rng(1), bag.num_embeddings, 200)
     ids[::7] = bag.num_embeddings - 1
-    reference = F.embedding_bag(
-        ids, table_of(bag), offsets[:-1], mode=mode, padding_idx=bag.num_embeddings - 1
-    )
+    reference = F.embedding_bag(ids, table_of(bag), offsets[:-1], mode=mode, padding_idx=bag.num_embeddings - 1)
     factor = torch.randn(reference.shape, dtype=dtype, generator=torch.Generator().manual_seed(2))
     expected = torch.autograd.grad((reference * factor).sum(), list(bag.tt_cores))
     out = bag(ids, offsets[:-1])
     torch.testing.assert_close(out, reference)
-    for found, want in zip(
-        torch.autograd.grad((out * factor).sum(), list(bag.tt_cores)), expected, strict=True
-    ):
+    for found, want in zip(torch.autograd.grad((out * factor).sum(), list(bag.tt_cores)), expected, strict=True):
         torch.testing.assert_close(found, want, rtol=1e-4 if dtype == torch.float32 else 1e-7, atol=1e-5)
 
 
@@ -181,9 +175,7 @@ def train(bag, batches):
 
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
 @pytest.mark.parametrize("num_cores", [2, 3, 4])
-@pytest.mark.parametrize(
-    ("optimizer", "reference"), [("sgd", torch.optim.SGD), ("adagrad", torch.optim.Adagrad)]
-)
+@pytest.mark.parametrize(("optimizer", "reference"), [("sgd", torch.optim.SGD), ("adagrad", torch.optim.Adagrad)])
 def test_fused_steps_equal_those_of_torch_optimizers(optimizer, reference, num_cores, mode):
     bag = make_bag(num_cores, optimizer=optimizer, learning_rate=0.05, mode=mode, weight_dist="normal")
     rng = np.random.default_rng(4)
@@ -347,11 +339,7 @@ def test_a_table_survives_full_ranks_and_is_best_kept_by_larger_ones(p, q, full)
     larger = TTEmbeddingBag.from_dense(weight, [rank + 3 for rank in full], p, q)
     torch.testing.assert_close(larger.full_weight(), weight)
     errors = [
-        float(
-            (
-                TTEmbeddingBag.from_dense(weight, [rank] * len(full), p, q).full_weight().detach() - weight
-            ).norm()
-        )
+        float((TTEmbeddingBag.from_dense(weight, [rank] * len(full), p, q).full_weight().detach() - weight).norm())
         for rank in (1, 2, 4)
     ]
     assert errors[0] > errors[1] > errors[2]
@@ -372,9 +360,7 @@ operation = st.sampled_from(["train", "train", "read", "populate", "reset", "loa
 def test_a_cache_of_copies_never_changes_the_model(operations, seed, sparse, hashtbl_size):
     rng = np.random.default_rng(seed)
     plain = make_bag(sparse=sparse, optimizer="adagrad")
-    cached = make_bag(
-        sparse=sparse, optimizer="adagrad", use_cache=True, cache_size=20, hashtbl_size=hashtbl_size
-    )
+    cached = make_bag(sparse=sparse, optimizer="adagrad", use_cache=True, cache_size=20, hashtbl_size=hashtbl_size)
     outside = [torch.optim.SGD(each.parameters(), lr=0.1) for each in (plain, cached)]
     for name in operations:
         ids, offsets = ragged(rng, 60, 12)
@@ -600,9 +586,7 @@ def test_bytes_count_everything_held():
     p, q, r = P[:3], Q[:3], [1, *RANKS[:2], 1]
     cores = 8 * sum(p[k] * r[k] * q[k] * r[k + 1] for k in range(3))
     assert make_bag().memory_bytes() == {"cores": cores, "optimizer_state": 0, "cache": 0, "counts": 0}
-    bag = make_bag(
-        optimizer="rowwise_adagrad", use_cache=True, cache_size=10, hashtbl_size=20, cache_gradient="rows"
-    )
+    bag = make_bag(optimizer="rowwise_adagrad", use_cache=True, cache_size=10, hashtbl_size=20, cache_gradient="rows")
     bag.update_cache(torch.arange(7))
     bag.cache_populate()
     cache = 10 * 60 * 8 + 10 * 8 + 10 * 8 + 2 * 8  # rows, ids, one state a row, hit counters

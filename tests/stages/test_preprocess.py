@@ -192,9 +192,7 @@ def test_rejected_lines_keep_file_line_reason_and_content(tmp_path: Path, lines:
     counts = run_preprocess(tmp_path / "out", files, chunk_bytes=40_000)
     rejects = read_rejects(tmp_path / "out")
     assert counts["rejected"] == 4 and sum(counts["samples"].values()) == NUM_LINES + 10
-    assert rejects.rows() == [
-        ("b.tsv.gz", number, reason, line) for number, (line, reason) in sorted(bad.items())
-    ]
+    assert rejects.rows() == [("b.tsv.gz", number, reason, line) for number, (line, reason) in sorted(bad.items())]
 
 
 def test_too_many_rejects_stop_the_run_with_examples(tmp_path: Path, lines: list[bytes]):
@@ -228,7 +226,7 @@ def test_dense_transforms_are_what_they_say(tmp_path: Path, lines: list[bytes], 
 def test_a_disk_too_small_is_refused_before_anything_is_parsed(tmp_path: Path, log: Path, monkeypatch):
     usage = capacity.shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(capacity.shutil, "disk_usage", lambda folder: usage)
-    with pytest.raises(CapacityError, match="of disk at .* 1,000 bytes are free") as caught:
+    with pytest.raises(CapacityError, match=r"of disk at .* 1,000 bytes are free") as caught:
         run_preprocess(tmp_path / "out", [log])
     assert "--runs" in (caught.value.hint or "")
     assert not (tmp_path / "out" / "work").exists()
@@ -249,7 +247,7 @@ def test_compressed_input_counts_as_what_it_unpacks_to(tmp_path: Path, lines: li
 
 def test_too_little_memory_names_the_knobs(tmp_path: Path, log: Path, monkeypatch):
     monkeypatch.setattr(capacity, "available_memory", lambda: 1 << 20)
-    with pytest.raises(CapacityError, match="1.0 MiB are available") as caught:
+    with pytest.raises(CapacityError, match=r"1\.0 MiB are available") as caught:
         run_preprocess(tmp_path / "out", [log])
     assert "preprocess.chunk_bytes" in (caught.value.hint or "")
     assert "preprocess.num_threads" in (caught.value.hint or "")

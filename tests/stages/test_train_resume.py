@@ -22,14 +22,21 @@ TREE = {
     "dataset": {"source": "synthetic", "num_samples": 4000},
     "segregate": {"hot_budget": "30%", "samples_per_shard": 500},
     "model": {"embedding_dim": 4, "bottom_mlp": [8, 4], "top_mlp": [8, 1]},
-    "train": {"batch_size": 64, "chunk_batches": 2, "checkpoint_steps": 3, "log_every": 5, "epochs": 2, "num_threads": 1},
+    "train": {
+        "batch_size": 64,
+        "chunk_batches": 2,
+        "checkpoint_steps": 3,
+        "log_every": 5,
+        "epochs": 2,
+        "num_threads": 1,
+    },
     "skip": {"refresh_steps": 9},
 }
 
 
 def pipeline(**train: object) -> object:
     sections = {name: dict(value) if isinstance(value, dict) else value for name, value in TREE.items()}
-    skip = {key: train.pop(key) for key in ("criterion", "scope", "window_steps") if key in train}
+    skip = {key: train.pop(key) for key in ("criterion", "scope", "scorer", "window_steps") if key in train}
     return build_pipeline(sections | {"train": sections["train"] | train, "skip": sections["skip"] | skip})
 
 
@@ -47,6 +54,7 @@ class Killed(BaseException):
         {"criterion": "stale"},
         {"criterion": "stale", "window_steps": 4},
         {"criterion": "importance", "scope": "all"},
+        {"criterion": "importance", "scope": "all", "scorer": "model"},
         {"criterion": "random", "order": "mixed"},
         {"mode": "cached", "cache_ratio": 0.6},
         {"mode": "resident", "optimizer": "sgd"},

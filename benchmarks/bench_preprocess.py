@@ -1,0 +1,244 @@
+"""Preprocess against TorchRec's numpy scripts, a plain loop, and the bare reading of the text.
+
+    python benchmarks/bench_preprocess.py
+    python benchmarks/bench_preprocess.py --torchrec-python ~/torchrec/bin/python --rounds 3
+    python benchmarks/bench_preprocess.py --memory
+
+One generated Criteo log for all, written before anything is timed. Every contender has a process of its own and is
+timed from after its imports to its last byte on disk: wall clock, CPU seconds of all its threads, peak memory. Of
+several rounds the fastest counts. TorchRec and the plain loop read the first `--slow-rows` lines only and are
+compared per row; that is in their favour, since their dictionaries stay smaller.
+
+    slipstream   the whole stage through the pipeline: fingerprint, parse, count, encode, hashes, publish
+    torchrec     tsv_to_npys, then sparse_to_contiguous, from the installed package (skipped when it is not there)
+    plain loop   in the manner of DLRM's data_utils: int(token, 16) into one dictionary per table, npz out
+    bare read    polars reads the text and casts every column, in memory, nothing written: the limit
+
+`--memory` runs slipstream alone on 2 and 10 million rows drawn from one vocabulary: peak memory may grow by the
+vocabulary, not by rows.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+NUM_DENSE, NUM_TABLES = 13, 26
+FREQ_THRESHOLD = 3
+
+
+def main() -> None:
+    """Run every contender and print the table, then one JSON line."""
+    args = parse_arguments()
+    if args.contender:
+        print(json.dumps(CONTENDERS[args.contender](Path(args.folder), args)))
+        return
+    with tempfile.TemporaryDirectory(dir=args.work) as folder:
+        results = measure_memory(args, Path(folder)) if args.memory else measure_speed(args, Path(folder))
+    print(json.dumps({"benchmark": "preprocess", "arguments": vars(args), "results": results}))
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=2_000_000)
+    parser.add_argument("--slow-rows", type=int, default=200_000, help="rows for TorchRec and the plain loop")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=0, help="of slipstream; 0 takes one per core")
+    parser.add_argument("--torchrec-python", default=sys.executable, help="a Python that has torchrec")
+    parser.add_argument("--memory", action="store_true", help="peak memory at --rows and five times as many")
+    parser.add_argument("--max-table-rows", type=int, default=100_000, help="largest vocabulary with --memory")
+    parser.add_argument("--work", default=None, help="folder for temporary files")
+    parser.add_argument("--contender", choices=list(CONTENDERS), help="run this one here and print JSON")
+    parser.add_argument("--folder", help="where the contender finds log.tsv")
+    return parser.parse_args()
+
+
+def measure_speed(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Every contender on the same log, in turn over the rounds."""
+    write_input(folder, args.rows, args.slow_rows)
+    rounds: dict[str, list[dict[str, Any]]] = {label: [] for label in CONTENDERS}
+    for _ in range(args.rounds):
+        for label in CONTENDERS:
+            rounds[label].append(run_apart(args, label, folder))
+    results = {label: min(measured, key=lambda one: one["seconds"]) for label, measured in rounds.items()}
+    text_mb = (folder / "log.tsv").stat().st_size / 1e6
+    print(f"{args.rows:,} rows, {text_mb:,.0f} MB of text, {os.cpu_count()} cores, {platform.machine()}")
+    print(f"{'contender':14}{'rows':>11}{'wall s':>9}{'CPU s':>9}{'us/row':>9}{'wall':>9}{'CPU':>9}{'peak MB':>10}")
+    ours = results["slipstream"]
+    for label, result in results.items():
+        if "skipped" in result:
+            print(f"{label:14}  skipped: {result['skipped']}")
+            continue
+        for unit in ("seconds", "cpu_seconds"):
+            per_row = result[unit] / result["rows"]
+            result[f"{unit}_ratio"] = per_row / (ours[unit] / ours["rows"])
+        print(
+            f"{label:14}{result['rows']:11,}{result['seconds']:9.2f}{result['cpu_seconds']:9.2f}"
+            f"{result['seconds'] / result['rows'] * 1e6:9.2f}{result['seconds_ratio']:8.2f}x"
+            f"{result['cpu_seconds_ratio']:8.2f}x{result['peak_mb']:10,.0f}"
+        )
+    return results
+
+
+def measure_memory(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Slipstream alone, on one vocabulary and two numbers of rows."""
+    from slipstream.datasets.synthetic import default_table_sizes
+
+    sizes = tuple(min(size, args.max_table_rows) for size in default_table_sizes(args.rows))
+    results: dict[str, Any] = {}
+    for rows in (args.rows, 5 * args.rows):
+        here = folder / str(rows)
+        here.mkdir()
+        write_input(here, rows, args.slow_rows, sizes)
+        results[str(rows)] = result = run_apart(args, "slipstream", here)
+        (here / "log.tsv").unlink()
+        print(
+            f"{rows:12,} rows, {result['vocabulary']:,} rows of tables: {result['peak_mb']:,.0f} MB peak, "
+            f"{result['seconds']:.1f} s"
+        )
+    small, large = results.values()
+    print(f"peak memory ratio {large['peak_mb'] / small['peak_mb']:.3f}")
+    return results
+
+
+def write_input(folder: Path, rows: int, slow_rows: int, table_sizes: tuple[int, ...] = ()) -> None:
+    """Write log.tsv, and its first lines as head.tsv."""
+    from slipstream.datasets.synthetic import SyntheticSpec, write_log
+
+    write_log(SyntheticSpec(num_samples=rows, num_days=min(rows, 7), table_sizes=table_sizes), folder / "log.tsv")
+    with (folder / "log.tsv").open("rb") as log, (folder / "head.tsv").open("wb") as head:
+        head.writelines(islice(log, slow_rows))
+
+
+def run_apart(args: argparse.Namespace, label: str, folder: Path) -> dict[str, Any]:
+    """Run a contender in a process of its own."""
+    python = args.torchrec_python if label == "torchrec" else sys.executable
+    command = [python, __file__, "--contender", label, "--folder", str(folder), "--threads", str(args.threads)]
+    root = str(Path(__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    answer = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if answer.returncode:
+        raise SystemExit(f"{label} failed:\n{answer.stderr}")
+    result: dict[str, Any] = json.loads(answer.stdout.splitlines()[-1])
+    return result
+
+
+def timed(work: Callable[[], int]) -> dict[str, Any]:
+    """Time work that returns the number of rows it read."""
+    started, cpu = time.perf_counter(), time.process_time()
+    rows = work()
+    return {
+        "rows": rows,
+        "seconds": time.perf_counter() - started,
+        "cpu_seconds": time.process_time() - cpu,
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+
+
+def run_slipstream(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """The preprocess stage as `slipstream preprocess` runs it."""
+    # stages are imported when they run; before the clock starts, as for the others
+    import slipstream.datasets.criteo
+    import slipstream.stages.preprocess  # noqa: F401
+    from slipstream.config import build_pipeline
+    from slipstream.pipeline import run_pipeline
+
+    config = build_pipeline(
+        {
+            "name": "bench",
+            "dataset": {"source": "criteo", "raw": [str(folder / "log.tsv")]},
+            "preprocess": {"freq_threshold": FREQ_THRESHOLD, "num_threads": args.threads},
+        }
+    )
+    counts: dict[str, Any] = {}
+
+    def work() -> int:
+        with tempfile.TemporaryDirectory(dir=folder) as runs:
+            counts.update(run_pipeline(config, Path(runs), stages=["preprocess"]).counts("preprocess"))
+        return int(counts["lines"])
+
+    return {**timed(work), "vocabulary": sum(counts["rows_per_table"].values())}
+
+
+def run_torchrec(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """TorchRec's two steps: text to npy, then ids to contiguous rows with a frequency threshold."""
+    try:
+        from torchrec.datasets.criteo import BinaryCriteoUtils
+    except ImportError as exc:
+        return {"skipped": f"{exc}", "seconds": 0.0}
+
+    def work() -> int:
+        names = [str(folder / f"day_0_{kind}.npy") for kind in ("dense", "sparse", "labels")]
+        BinaryCriteoUtils.tsv_to_npys(str(folder / "head.tsv"), *names)
+        BinaryCriteoUtils.sparse_to_contiguous([names[1]], str(folder), frequency_threshold=FREQ_THRESHOLD)
+        return count_lines(folder / "head.tsv")
+
+    return timed(work)
+
+
+def run_plain_loop(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Line by line into lists and dictionaries, then npz, as DLRM's data_utils does."""
+    import numpy as np
+
+    def work() -> int:
+        rows_of: list[dict[int, int]] = [{} for _ in range(NUM_TABLES)]
+        labels, dense, sparse = [], [], []
+        with (folder / "head.tsv").open(encoding="ascii") as stream:
+            for line in stream:
+                fields = line.rstrip("\n").split("\t")
+                labels.append(int(fields[0]))
+                dense.append([int(field) if field else 0 for field in fields[1 : 1 + NUM_DENSE]])
+                tokens = [int(field, 16) if field else 0 for field in fields[1 + NUM_DENSE :]]
+                sparse.append(
+                    [rows_of[table].setdefault(token, len(rows_of[table])) for table, token in enumerate(tokens)]
+                )
+        X_int = np.array(dense, np.int32)
+        X_int[X_int < 0] = 0
+        X_cat = np.array(sparse, np.int32)
+        np.savez(folder / "loop.npz", X_int=np.log(X_int + 1.0).astype(np.float32), X_cat=X_cat, y=np.array(labels))
+        return len(labels)
+
+    return timed(work)
+
+
+def run_bare_read(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Read the text once and cast every column; keep it in memory, write nothing."""
+    import polars as pl
+
+    numbers = ["label", *(f"int_{index}" for index in range(NUM_DENSE))]
+    tokens = [f"cat_{index}" for index in range(NUM_TABLES)]
+    schema = dict.fromkeys(numbers, pl.Int64) | dict.fromkeys(tokens, pl.String)
+
+    def work() -> int:
+        frame = pl.read_csv(folder / "log.tsv", separator="\t", has_header=False, quote_char=None, schema=schema)
+        cast = frame.with_columns(pl.col(tokens).str.to_integer(base=16, dtype=pl.UInt32, strict=False))
+        return cast.height
+
+    return timed(work)
+
+
+def count_lines(path: Path) -> int:
+    """Lines of a text file."""
+    with path.open("rb") as stream:
+        return sum(1 for _ in stream)
+
+
+CONTENDERS: dict[str, Callable[[Path, argparse.Namespace], dict[str, Any]]] = {
+    "slipstream": run_slipstream,
+    "torchrec": run_torchrec,
+    "plain loop": run_plain_loop,
+    "bare read": run_bare_read,
+}
+
+if __name__ == "__main__":
+    main()

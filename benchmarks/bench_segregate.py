@@ -1,0 +1,229 @@
+"""Counting and segregating against FAE's per-sample profiler, and against copying the arrays once.
+
+    python benchmarks/bench_segregate.py
+    python benchmarks/bench_segregate.py --rows 20000 --slow-rows 2000
+
+One generated Criteo log, preprocessed before anything is timed. Every contender has a process of its own and is timed
+from after its imports to its last byte on disk, loading and saving included; of several rounds the fastest counts.
+
+    slipstream   the counting pass of `profile`, then the whole stage `segregate` (policy `frequency`)
+    FAE loop     in the manner of FAE's input profiler: per sample count, rank, classify, remap; npz in and out. Reads
+                 the first `--slow-rows` training samples only and is compared per sample
+    copy         reads the same Parquet parts and writes the same arrays as npz, no decisions: the limit
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+NUM_DENSE, NUM_TABLES = 13, 26
+HOT_SHARE = 0.1
+
+
+def main() -> None:
+    """Run every contender and print the table, then one JSON line."""
+    args = parse_arguments()
+    if args.contender:
+        print(json.dumps(CONTENDERS[args.contender](Path(args.folder))))
+        return
+    with tempfile.TemporaryDirectory(dir=args.work) as folder:
+        prepare(args, Path(folder))
+        rounds: dict[str, list[dict[str, Any]]] = {label: [] for label in CONTENDERS}
+        for _ in range(args.rounds):
+            for label in CONTENDERS:
+                rounds[label].append(run_apart(label, Path(folder)))
+    results = {label: min(measured, key=lambda one: one["seconds"]) for label, measured in rounds.items()}
+    report(args, results)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=2_000_000)
+    parser.add_argument("--slow-rows", type=int, default=100_000, help="training samples for the FAE loop")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--work", default=None, help="folder for temporary files")
+    parser.add_argument("--contender", choices=list(CONTENDERS), help="run this one here and print JSON")
+    parser.add_argument("--folder", help="where the contender finds the preprocessed log")
+    return parser.parse_args()
+
+
+def prepare(args: argparse.Namespace, folder: Path) -> None:
+    """Write and preprocess the log; keep the first samples as npz for the loop."""
+    import numpy as np
+
+    from slipstream.config import build_pipeline
+    from slipstream.datasets.synthetic import SyntheticSpec, write_log
+    from slipstream.pipeline import run_pipeline
+
+    write_log(SyntheticSpec(num_samples=args.rows, num_days=min(args.rows, 7)), folder / "log.tsv")
+    config = build_pipeline({"name": "bench", "dataset": {"source": "criteo", "raw": [str(folder / "log.tsv")]}})
+    run_pipeline(config, folder / "runs", stages=["preprocess"])
+    (folder / "log.tsv").unlink()
+    arrays = read_arrays(find_preprocessed(folder).files("train/", ".parquet")[0])
+    np.savez(folder / "head.npz", **{name: array[: args.slow_rows] for name, array in arrays.items()})
+
+
+def run_apart(label: str, folder: Path) -> dict[str, Any]:
+    """Run a contender in a process of its own."""
+    root = str(Path(__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, __file__, "--contender", label, "--folder", str(folder)]
+    answer = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if answer.returncode:
+        raise SystemExit(f"{label} failed:\n{answer.stderr}")
+    result: dict[str, Any] = json.loads(answer.stdout.splitlines()[-1])
+    return result
+
+
+def timed(work: Callable[[], int]) -> dict[str, Any]:
+    """Time work that returns the number of samples it read."""
+    started, cpu = time.perf_counter(), time.process_time()
+    samples = work()
+    return {
+        "samples": samples,
+        "seconds": time.perf_counter() - started,
+        "cpu_seconds": time.process_time() - cpu,
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+
+
+def find_preprocessed(folder: Path) -> Any:
+    """The published preprocess artifact."""
+    from slipstream.io.artifacts import open_artifact
+
+    [path] = (folder / "runs" / "bench" / "preprocess").glob("[0-9a-f]*")
+    return open_artifact(path)
+
+
+def run_slipstream(folder: Path) -> dict[str, Any]:
+    """Count accesses as `profile` does, then segregate."""
+    from slipstream.config import SegregateConfig
+    from slipstream.io.counts import write_counts
+    from slipstream.io.samples import read_rows
+    from slipstream.ops.counting import count_accesses
+    from slipstream.ops.hot_set import table_offsets
+    from slipstream.progress import Silent
+    from slipstream.stages import segregate
+
+    def work() -> int:
+        processed = find_preprocessed(folder)
+        rows_per_table = processed.counts["rows_per_table"]
+        offsets = table_offsets(list(rows_per_table.values()))
+        blocks = (read_rows(part, list(rows_per_table), offsets) for part in processed.files("train/", ".parquet"))
+        counts = count_accesses(blocks, num_rows=int(offsets[-1]))
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            write_counts(Path(scratch) / "counts.parquet", counts, rows_per_table)
+            written = segregate.run(
+                SegregateConfig(hot_budget=f"{HOT_SHARE:.0%}"),
+                processed=processed,
+                counts=counts,
+                row_bytes=64,
+                scratch=Path(scratch),
+                progress=Silent(),
+            )
+        return sum(written["samples"].values())
+
+    return timed(work)
+
+
+def run_fae_loop(folder: Path) -> dict[str, Any]:
+    """Per sample: count its lookups; rank all rows in one list; classify and remap; npz in and out."""
+    import numpy as np
+
+    def work() -> int:
+        with np.load(folder / "head.npz") as arrays:
+            X_int, X_cat, y = arrays["X_int"], arrays["X_cat"], arrays["y"]
+        counts: list[dict[int, int]] = [{} for _ in range(NUM_TABLES)]
+        for sample in X_cat:
+            for table, row in enumerate(sample):
+                counts[table][row] = counts[table].get(row, 0) + 1
+        ranked = sorted(
+            ((count, table, row) for table, rows in enumerate(counts) for row, count in rows.items()), reverse=True
+        )
+        hot: list[dict[int, int]] = [{} for _ in range(NUM_TABLES)]
+        for _, table, row in ranked[: int(len(ranked) * HOT_SHARE)]:
+            hot[table][row] = len(hot[table])
+        groups: dict[str, list[int]] = {"hot": [], "cold": []}
+        slots = np.empty_like(X_cat)
+        for position, sample in enumerate(X_cat):
+            is_hot = True
+            for table, row in enumerate(sample):
+                if row in hot[table]:
+                    slots[position, table] = hot[table][row]
+                else:
+                    is_hot = False
+                    slots[position, table] = row
+            groups["hot" if is_hot else "cold"].append(position)
+        for name, members in groups.items():
+            np.savez(folder / f"fae-{name}.npz", X_int=X_int[members], X_cat=slots[members], y=y[members])
+        return len(y)
+
+    return timed(work)
+
+
+def run_copy(folder: Path) -> dict[str, Any]:
+    """Read every part into the arrays of a shard and write them."""
+    import numpy as np
+
+    def work() -> int:
+        samples = 0
+        with tempfile.TemporaryDirectory(dir=folder) as out:
+            for number, part in enumerate(find_preprocessed(folder).files("", ".parquet")):
+                if part.parent.name in {"train", "val", "test"}:
+                    arrays = read_arrays(part)
+                    np.savez(Path(out) / f"{number}.npz", **arrays)
+                    samples += len(arrays["y"])
+        return samples
+
+    return timed(work)
+
+
+def read_arrays(part: Path) -> dict[str, Any]:
+    """The arrays of a shard, from a Parquet part, rows left as they are."""
+    import numpy as np
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(part)
+    X_int = np.stack([table.column(f"int_{index}").to_numpy() for index in range(NUM_DENSE)])
+    X_cat = np.stack([table.column(f"cat_{index}").to_numpy() for index in range(NUM_TABLES)])
+    return {
+        "X_int": np.ascontiguousarray(X_int.T),
+        "X_cat": np.ascontiguousarray(X_cat.T),
+        "y": table.column("label").to_numpy().astype(np.float32),
+    }
+
+
+def report(args: argparse.Namespace, results: dict[str, dict[str, Any]]) -> None:
+    """Print the table, then one JSON line."""
+    print(f"{args.rows:,} samples, {os.cpu_count()} cores, {platform.machine()}")
+    print(f"{'contender':14}{'samples':>11}{'wall s':>9}{'CPU s':>9}{'us each':>9}{'wall':>9}{'CPU':>9}{'peak MB':>10}")
+    ours = results["slipstream"]
+    for label, result in results.items():
+        for unit in ("seconds", "cpu_seconds"):
+            result[f"{unit}_ratio"] = result[unit] / result["samples"] / (ours[unit] / ours["samples"])
+        print(
+            f"{label:14}{result['samples']:11,}{result['seconds']:9.2f}{result['cpu_seconds']:9.2f}"
+            f"{result['seconds'] / result['samples'] * 1e6:9.2f}{result['seconds_ratio']:8.2f}x"
+            f"{result['cpu_seconds_ratio']:8.2f}x{result['peak_mb']:10,.0f}"
+        )
+    print(json.dumps({"benchmark": "segregate", "arguments": vars(args), "results": results}))
+
+
+CONTENDERS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "slipstream": run_slipstream,
+    "FAE loop": run_fae_loop,
+    "copy": run_copy,
+}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""Rows of npz files as lines of text, and arrays into npz files, a piece at a time.
+
+DLRM keeps a preprocessed data set in one npz file with the arrays X_int, X_cat and y. `numpy.load` reads such an array
+whole; here the members of the archive are read side by side, so memory holds a few thousand rows.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Callable, Iterable
+from typing import IO, Any
+
+import numpy as np
+import polars as pl
+
+_ARRAYS = ("y", "X_int", "X_cat")
+_ROWS = 1 << 15
+
+
+def npz_widths(stored: IO[bytes]) -> tuple[int, int]:
+    """(columns of X_int, columns of X_cat) of a DLRM npz file.
+
+    Raises:
+        ValueError: Not such a file: an array is missing, has another shape, or holds no numbers.
+    """
+    with _Members(stored) as members:
+        return members.widths["X_int"], members.widths["X_cat"]
+
+
+class NpzLines:
+    r"""The rows of a DLRM npz file as one stream of lines: `y \t X_int… \t X_cat…`, in decimal.
+
+    Args:
+        stored: The file, seekable.
+    """
+
+    def __init__(self, stored: IO[bytes]) -> None:
+        self._stored = stored
+        self._members: _Members | None = None
+        self._held = io.BytesIO()
+
+    def seekable(self) -> bool:
+        """Never: lines are made as they are read."""
+        return False
+
+    def read(self, size: int) -> bytes:
+        """The next `size` bytes of text, fewer at the end.
+
+        Raises:
+            zipfile.BadZipFile: The file is not a DLRM npz file, or is damaged.
+        """
+        out, total = [], 0
+        while total < size:
+            piece = self._held.read(size - total)
+            if not piece:
+                text = self._next_lines()
+                if not text:
+                    break
+                self._held = io.BytesIO(text)
+                continue
+            out.append(piece)
+            total += len(piece)
+        return b"".join(out)
+
+    def _next_lines(self) -> bytes:
+        try:
+            if self._members is None:
+                self._members = _Members(self._stored)
+            return self._members.next_lines(_ROWS)
+        except ValueError as exc:
+            raise zipfile.BadZipFile(str(exc)) from exc
+
+
+class _Members:
+    """The three arrays of a file, read side by side."""
+
+    def __init__(self, stored: IO[bytes]) -> None:
+        try:
+            self._archive = zipfile.ZipFile(stored)
+        except zipfile.BadZipFile as exc:
+            raise ValueError(f"expected an npz file: {exc}") from exc
+        self._streams: dict[str, IO[bytes]] = {}
+        self._dtypes: dict[str, np.dtype[Any]] = {}
+        self.widths: dict[str, int] = {}
+        lengths = set()
+        for name in _ARRAYS:
+            shape = self._open(name)
+            lengths.add(shape[0])
+            self.widths[name] = shape[1] if len(shape) > 1 else 1
+        if len(lengths) != 1:
+            raise ValueError(f"expected arrays of one length, found {sorted(lengths)}")
+        self._remaining = lengths.pop()
+
+    def __enter__(self) -> _Members:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._archive.close()
+
+    def next_lines(self, count: int) -> bytes:
+        """The next `count` rows as text."""
+        count = min(count, self._remaining)
+        if not count:
+            return b""
+        columns: list[pl.Series] = []
+        for name in _ARRAYS:
+            values = self._read(name, count)
+            columns += [pl.Series(f"{name}_{index}", values[:, index]) for index in range(values.shape[1])]
+        self._remaining -= count
+        text = io.BytesIO()
+        pl.DataFrame(columns).write_csv(text, separator="\t", include_header=False)
+        return text.getvalue()
+
+    def _open(self, name: str) -> tuple[int, ...]:
+        try:
+            stream = self._archive.open(f"{name}.npy")
+        except KeyError as exc:
+            found = ", ".join(sorted(item.removesuffix(".npy") for item in self._archive.namelist()))
+            raise ValueError(f"expected the arrays {', '.join(_ARRAYS)}, found {found or 'none'}") from exc
+        version = np.lib.format.read_magic(stream)  # type: ignore[no-untyped-call]
+        read_header: Callable[[IO[bytes]], tuple[tuple[int, ...], bool, np.dtype[Any]]] = (
+            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        )
+        shape, is_fortran, dtype = read_header(stream)
+        if is_fortran or len(shape) not in (1, 2) or (name != "y" and len(shape) != 2):
+            raise ValueError(f"expected {name} with one row per sample in C order, found shape {shape}")
+        if dtype.kind not in "iuf":
+            raise ValueError(f"expected numbers in {name}, found {dtype}")
+        self._streams[name], self._dtypes[name] = stream, dtype
+        return shape
+
+    def _read(self, name: str, count: int) -> np.ndarray:
+        dtype = self._dtypes[name]
+        wanted = count * self.widths[name] * dtype.itemsize
+        data = self._streams[name].read(wanted)
+        if len(data) != wanted:
+            raise ValueError(f"array {name} is shorter than its header says")
+        values = np.frombuffer(data, dtype).reshape(count, -1)
+        if dtype.kind == "f" and np.isfinite(values).all() and (values == np.rint(values)).all():
+            return values.astype(np.int64)
+        return values.astype(values.dtype.newbyteorder("="))
+
+
+def write_array(
+    stream: IO[bytes], blocks: Iterable[np.ndarray], *, shape: tuple[int, ...], dtype: np.dtype[Any]
+) -> None:
+    """Write an npy array block by block.
+
+    Args:
+        stream: Where to, at its beginning.
+        blocks: Its rows in order; together of `shape`.
+        shape: Of the whole array.
+        dtype: Of the array; blocks are cast.
+
+    Raises:
+        ValueError: The blocks have another number of rows than `shape` says.
+    """
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(stream, header)  # type: ignore[no-untyped-call]
+    written = 0
+    for block in blocks:
+        stream.write(np.ascontiguousarray(block, dtype).data)
+        written += len(block)
+    if written != shape[0]:
+        raise ValueError(f"expected {shape[0]} rows, found {written}")

@@ -1,0 +1,182 @@
+"""What the model sees of looked-up rows: fp32 rows as they are, rows on a grid, or products of tensor-train cores.
+
+Rows of dense, int8 and int4 tables live in tiers, and all placements treat them alike; what differs is what happens
+between the lookup and the model. Tables of cores have no rows, so nothing of them is staged: they are looked up, and
+updated by their own fused optimizer, where the model is.
+
+Shape suffixes: B batch, T tables, K tables in tiers, J tables of cores, D embedding_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slipstream.embedding.abs_max import CHUNK_ROWS
+from slipstream.embedding.row_grids import RowGrids
+from slipstream.embedding.tiers import RowOptimizer, TieredRows
+from slipstream.embedding.tt import TTEmbeddingBag
+from slipstream.training.slot_layout import SlotLayout
+
+Representation = Literal["dense", "int8", "int4", "tt"]
+BITS: dict[str, int] = {"dense": 0, "int8": 8, "int4": 4}
+"""Bits of a row's values, 0 for fp32."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TableSpec:
+    """How one table is held."""
+
+    name: str
+    num_rows: int
+    representation: Representation = "dense"
+    period: int = 200
+    """Steps between refreshes of the scale."""
+    tt_ranks: tuple[int, ...] = (16, 16)
+
+
+class Representations:
+    """The tables of a run that are not plain fp32 rows.
+
+    Args:
+        specs: One per table, in column order.
+        layout: Slots of the tables in tiers.
+        embedding_dim: D.
+        optimizer: Of rows, and of cores.
+        eps: Of row-wise Adagrad.
+        seed: Of the cores' initial values.
+        device: Where the model is.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[TableSpec],
+        *,
+        layout: SlotLayout,
+        embedding_dim: int,
+        optimizer: RowOptimizer,
+        eps: float,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self.specs, self.layout = list(specs), layout
+        inside = [spec for spec in specs if spec.representation != "tt"]
+        self.grids: RowGrids | None = None
+        if any(BITS[spec.representation] for spec in inside):
+            self.grids = RowGrids(
+                bits=[BITS[spec.representation] for spec in inside],
+                periods=[spec.period for spec in inside],
+                table_of_column=range(len(inside)),
+                device=device,
+            )
+        self.bags: dict[str, TTEmbeddingBag] = {
+            spec.name: TTEmbeddingBag(
+                spec.num_rows,
+                embedding_dim,
+                spec.tt_ranks,
+                optimizer=optimizer,
+                eps=eps,
+                device=device,
+                generator=torch.Generator().manual_seed(hash_seed(seed, column)),
+            )
+            for column, spec in enumerate(specs)
+            if spec.representation == "tt"
+        }
+        # columns of the tables in tiers come first, then those of cores; this brings them back
+        order = [*layout.columns.tolist(), *(at for at, spec in enumerate(specs) if spec.representation == "tt")]
+        self._column_order = torch.tensor(np.argsort(order), device=device)
+        self._outside_columns = np.array(order[len(layout.columns) :], np.int64)
+        self._first_rows = torch.tensor([layout.first_row[name] for name in self.bags], device=device)
+
+    @property
+    def has_cores(self) -> bool:
+        """Whether a table has no rows; its lookups wait for the device, so no graph can hold them."""
+        return bool(self.bags)
+
+    def begin_step(self, lr: float) -> None:
+        """Get ready for a training step: refresh scales that are due, set the learning rate of cores."""
+        if self.grids is not None:
+            self.grids.begin_step()
+        for bag in self.bags.values():
+            bag.set_learning_rate(lr)
+
+    def train(self, looked_up_BKD: Tensor, outside_BJ: Tensor | None) -> Tensor:
+        """What the model trains on. Shape (B, T, D).
+
+        Args:
+            looked_up_BKD: Rows of the tables in tiers.
+            outside_BJ: Slots of the others' lookups, int64; None when all tables live in tiers.
+        """
+        if self.grids is not None:
+            looked_up_BKD = self.grids.train(looked_up_BKD)
+        return self._with_cores(looked_up_BKD, outside_BJ)
+
+    def look_up(self, rows: TieredRows, slots_BT: np.ndarray) -> Tensor:
+        """What the model predicts from: nothing is noted, and rows may be anywhere. Shape (B, T, D).
+
+        Args:
+            rows: The tiers, flushed.
+            slots_BT: Slots of the layout.
+        """
+        inside = np.ascontiguousarray(slots_BT[:, self.layout.columns])
+        looked_up = rows.gather(torch.from_numpy(inside.ravel())).view(*inside.shape, rows.embedding_dim)
+        if self.grids is not None:
+            looked_up = self.grids.round(looked_up)
+        outside = None
+        if self.bags:
+            outside = torch.from_numpy(slots_BT[:, self._outside_columns].astype(np.int64)).to(rows.device)
+        return self._with_cores(looked_up, outside)
+
+    def settle(self, rows: TieredRows) -> None:
+        """Set every scale from its whole table, exactly. One pass over the rounded tables; the tiers are flushed."""
+        if self.grids is None:
+            return
+        largest = []
+        for name, bits in zip(self.layout.inside, self.grids.bits, strict=True):
+            slots = torch.from_numpy(self.layout.slot_maps[name])
+            parts = [rows.gather(part).abs().amax() for part in slots.split(CHUNK_ROWS)] if bits else []
+            largest.append(torch.stack(parts).amax() if parts else torch.zeros((), device=rows.device))
+        self.grids.set_abs_max(torch.stack(largest))
+
+    def core_bytes(self) -> int:
+        """Bytes of all cores, optimizer state included, and of the renumbered slots."""
+        return sum(sum(bag.memory_bytes().values()) for bag in self.bags.values()) + self.layout.nbytes()
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Everything a resumed run needs, beside the tiers: plain values, and tensors."""
+        plain: dict[str, Any] = {}
+        tensors: dict[str, Tensor] = {}
+        if self.grids is not None:
+            plain["num_steps"] = self.grids.num_steps
+            tensors |= {"scale": self.grids.scale, "peak": self.grids.peak}
+        for name, bag in self.bags.items():
+            tensors |= {f"cores.{name}.{key}": value for key, value in bag.state_dict().items()}
+        return plain, tensors
+
+    def restore(self, plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `state` gave."""
+        if self.grids is not None:
+            self.grids.num_steps = plain["num_steps"]
+            self.grids.scale.copy_(tensors["scale"])
+            self.grids.peak.copy_(tensors["peak"])
+        for name, bag in self.bags.items():
+            prefix = f"cores.{name}."
+            bag.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+
+    def _with_cores(self, looked_up_BKD: Tensor, outside_BJ: Tensor | None) -> Tensor:
+        if outside_BJ is None:
+            return looked_up_BKD
+        rows_BJ = outside_BJ - self._first_rows
+        columns = [bag(rows_BJ[:, at : at + 1]) for at, bag in enumerate(self.bags.values())]
+        together = torch.cat([looked_up_BKD, torch.stack(columns, dim=1)], dim=1)
+        return together.index_select(1, self._column_order)
+
+
+def hash_seed(seed: int, column: int) -> int:
+    """A seed of its own for each column."""
+    return int(np.random.SeedSequence([seed, column]).generate_state(1)[0])

@@ -1,0 +1,82 @@
+"""Slots of a run in which some tables have no rows: those that are held as tensor-train cores.
+
+Segregate numbers the rows of all tables. Rows of a table held otherwise need no tier, so slots are renumbered: first
+the hot slots of the tables in tiers, then their cold ones, in their old order, and last the rows of the other tables,
+table by table. A slot is still one number over all tables, and a row without a tier costs no byte of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import numpy as np
+
+from slipstream.io.samples import Samples
+
+
+class SlotLayout:
+    """Which slots have tiers, and where the others begin.
+
+    Args:
+        slot_maps: Slot of each row, per table in column order.
+        num_hot: Slots below this are hot.
+        outside: Tables whose rows have no tier.
+    """
+
+    def __init__(self, slot_maps: Mapping[str, np.ndarray], *, num_hot: int, outside: Collection[str] = ()) -> None:
+        self.num_slots = sum(map(len, slot_maps.values()))
+        """V, rows without a tier included."""
+        self.tables = list(slot_maps)
+        self.inside = [name for name in self.tables if name not in outside]
+        """Tables whose rows live in tiers."""
+        self.columns = np.array([at for at, name in enumerate(self.tables) if name not in outside], np.int64)
+        """Columns of `X_cat` that look up those tables."""
+        self._codes: np.ndarray | None = None
+        if not outside:
+            self.slot_maps, self.num_hot, self.num_rows = dict(slot_maps), num_hot, self.num_slots
+        else:
+            self._renumber(slot_maps, num_hot, [name for name in self.tables if name in outside])
+        self.first_row = {
+            name: int(slots[0]) for name, slots in self.slot_maps.items() if name in outside and len(slots)
+        }
+        """First slot of each table without tiers; its rows follow in order."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every table lives in tiers."""
+        return self._codes is None
+
+    def translate(self, samples: Samples) -> Samples:
+        """Samples with the slots of this layout."""
+        if self._codes is None:
+            return samples
+        return Samples(X_int=samples.X_int, X_cat=self._codes[samples.X_cat], y=samples.y, weights=samples.weights)
+
+    def counts_by_slot(self, counts: np.ndarray) -> np.ndarray:
+        """Access counts of the rows in tiers, by slot. Shape (num_rows,).
+
+        Args:
+            counts: Per row of all tables, table by table. Shape (V,).
+        """
+        by_slot = np.empty(self.num_slots, np.int64)
+        by_slot[np.concatenate([self.slot_maps[name] for name in self.tables])] = counts
+        return by_slot[: self.num_rows]
+
+    def nbytes(self) -> int:
+        """Bytes of the renumbering."""
+        return 0 if self._codes is None else self._codes.nbytes
+
+    def _renumber(self, slot_maps: Mapping[str, np.ndarray], num_hot: int, outside: list[str]) -> None:
+        dtype = next(iter(slot_maps.values())).dtype
+        is_inside = np.ones(self.num_slots, bool)
+        for name in outside:
+            is_inside[slot_maps[name]] = False
+        codes = np.cumsum(is_inside, dtype=dtype) - dtype.type(1)
+        self.num_hot, self.num_rows = int(np.count_nonzero(is_inside[:num_hot])), int(np.count_nonzero(is_inside))
+        first = self.num_rows
+        for name in outside:
+            slots = slot_maps[name]
+            codes[slots] = np.arange(first, first + len(slots), dtype=dtype)
+            first += len(slots)
+        self._codes = codes
+        self.slot_maps = {name: codes[slots] for name, slots in slot_maps.items()}

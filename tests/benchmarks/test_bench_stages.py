@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "contenders"),
+    [
+        ("preprocess", ["--rows", "3000"], {"slipstream", "torchrec", "plain loop", "bare read"}),
+        ("preprocess", ["--rows", "3000", "--memory", "--max-table-rows", "50"], {"3000", "15000"}),
+        ("segregate", ["--rows", "5000"], {"slipstream", "FAE loop", "copy"}),
+    ],
+)
+def test_benchmarks_run_at_toy_size(tmp_path: Path, name: str, options: list[str], contenders: set[str]):
+    command = [sys.executable, str(BENCHMARKS / f"bench_{name}.py"), *options, "--slow-rows", "500"]
+    answer = subprocess.run([*command, "--work", str(tmp_path)], capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    last = json.loads(answer.stdout.splitlines()[-1])
+    assert last["benchmark"] == name and set(last["results"]) == contenders
+    assert not list(tmp_path.iterdir())
