@@ -8,8 +8,10 @@ STAMP := $(VENV)/.installed
 
 # Sizes that make a benchmark take seconds; one that is not listed runs at its own size.
 SMALL_bench_cached := --rows 50000 --batch 128 --cache-ratio 0.2 --warmup-steps 4 --steps 8 --rounds 1
+SMALL_bench_preprocess := --rows 20000 --slow-rows 2000
 SMALL_bench_quantized := --rows 20000 --batch 256 --steps 4 --rounds 1 --tables 4
 SMALL_bench_train := --rows 20000 --steps 4 --batch 64 --rounds 1
+SMALL_bench_segregate := --rows 20000 --slow-rows 2000
 SMALL_bench_tt := --rows 50000 --ranks 8 --batch 128 --steps 3 --distribution zipf
 
 .DEFAULT_GOAL := help

@@ -223,6 +223,49 @@ _stage_command("segregate", "Choose the hot rows and split samples by them; prof
 _stage_command("train", "Train with hot rows on the device and cold rows on the host.")
 
 
+export = typer.Typer(
+    no_args_is_help=True,
+    help="Write what other projects load.",
+    epilog="Example: slipstream export samples --format dlrm-npz --out exported",
+)
+app.add_typer(export, name="export")
+
+
+@export.command(epilog="Example: slipstream export samples pipelines/tiny.toml --format torchrec-npy --out exported")
+def samples(
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write to.")],
+    export_format: Annotated[
+        str, typer.Option("--format", metavar="FORMAT", help="dlrm-npz, torchrec-npy or parquet.")
+    ] = "parquet",
+    pipeline: _Pipeline = _DEFAULT_PIPELINE,
+    runs: _Runs = _RUNS,
+    overrides: _Set = _NO_OVERRIDES,
+    as_json: _Json = False,
+    quiet: _Quiet = False,
+) -> None:
+    """Write encoded samples for DLRM or TorchRec, or as plain Parquet; preprocesses first when needed."""
+    config = _load(pipeline, overrides)
+    from rich.console import Console
+
+    from slipstream.pipeline import export_samples
+    from slipstream.progress import Silent
+    from slipstream.report import RichProgress, stage_line
+
+    console = Console(stderr=True)
+    summary = export_samples(
+        config,
+        runs,
+        export_format=export_format,
+        out_dir=out,
+        progress=Silent() if quiet else RichProgress(console),
+        on_stage=lambda stage: None if quiet else console.print(stage_line(stage)),
+    )
+    if as_json:
+        typer.echo(json.dumps(summary, indent=1))
+    elif not quiet:
+        typer.echo(f"{sum(summary['samples'].values()):,} samples in {len(summary['files'])} files below {out}")
+
+
 def main() -> None:
     """Entry point of the console script."""
     app()

@@ -514,6 +514,12 @@ class PipelineConfig:
                 hint="leave train.faithful out, or use another representation",
             )
 
+        if self.model.name == "tbsm" and self.dataset.source != "taobao":
+            raise ConfigError(
+                f"`model.name` = 'tbsm' needs sequences, found source `{self.dataset.source}`",
+                hint="set dataset.source = 'taobao', or another model",
+            )
+
     @property
     def train_seed(self) -> int:
         """Seed of initial weights, batch order and dropping."""

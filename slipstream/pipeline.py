@@ -169,6 +169,32 @@ def run_pipeline(
     return result
 
 
+def export_samples(
+    config: PipelineConfig,
+    runs_dir: Path,
+    *,
+    export_format: str,
+    out_dir: Path,
+    progress: Progress | None = None,
+    on_stage: Callable[[StageResult], None] = lambda result: None,
+) -> dict[str, Any]:
+    """Write the samples of a pipeline for another project, preprocessing them first where needed.
+
+    Returns:
+        What export.json says.
+
+    Raises:
+        SlipstreamError: Whatever preprocess or the export expects to go wrong.
+    """
+    from slipstream.stages import export
+
+    export.check_format(export_format)
+    progress = progress or Silent()
+    result = run_pipeline(config, runs_dir, stages=["preprocess"], progress=progress, on_stage=on_stage)
+    processed = result.stages["preprocess"].artifact
+    return export.run(processed, export_format=export_format, out_dir=out_dir, progress=progress)
+
+
 def clean_run(runs_dir: Path, name: str) -> list[Path]:
     """Remove what killed processes left in a run folder; returns what was removed."""
     run_dir = runs_dir / name
@@ -388,6 +414,7 @@ def _train(config: PipelineConfig, inputs: Mapping[str, Artifact], scratch: Path
         config.train,
         model_config=config.model,
         skip_config=config.skip,
+        tables_config=config.tables,
         criterion=config.criterion,
         segregated=inputs["segregate"],
         counts=read_counts(inputs["profile"]),

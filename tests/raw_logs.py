@@ -129,14 +129,18 @@ def invoke(stage: str, pipeline: Path, runs: Path, *overrides: str) -> Result:
     return CliRunner().invoke(app, [stage, str(pipeline), "--runs", str(runs), "--quiet", *options])
 
 
+def subprocess_environment() -> dict[str, str]:
+    """An environment where Python finds the package under test, installed or not."""
+    root = str(Path(slipstream.__file__).parents[1])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+
+
 def start(stage: str, pipeline: Path, runs: Path, *overrides: str) -> subprocess.Popen[bytes]:
     """Start a stage through the command line, in a process that can be killed."""
     options = [part for override in overrides for part in ("--set", override)]
-    root = str(Path(slipstream.__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
     return subprocess.Popen(
         [sys.executable, "-m", "slipstream", stage, str(pipeline), "--runs", str(runs), "--quiet", *options],
-        env=environment,
+        env=subprocess_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )

@@ -308,6 +308,7 @@ STAGE_OF_SECTION = {
     "profile": "profile",
     "segregate": "segregate",
     "model": "train",
+    "tables": "train",
     "train": "train",
     "skip": "train",
 }
@@ -323,10 +324,23 @@ OTHER_VALUES: dict[str, dict[str, Any]] = {
     "model.embedding_dim": {"model__embedding_dim": 8, "model__bottom_mlp": [8, 8]},
     "model.bottom_mlp": {"model__bottom_mlp": [16, 4]},
     "model.top_mlp": {"model__top_mlp": [16, 1]},
+    "model.step_mlp": {"model__step_mlp": [7, 7]},
+    "model.attention_mlp": {"model__attention_mlp": [7, 7]},
+    "tables.tt_ranks": {"tables__tt_ranks": [2, 2]},
+    "tables.quantize_linears": {"tables__quantize_linears": 8},
+    "tables.rules": {"tables__rules": [{"min_rows": 100, "representation": "int8"}]},
+    "tables.overrides": {"tables__overrides": {"cat_1": {"representation": "int4"}}},
     "train.seed": {"train__seed": 5},
     "skip.threshold": {"skip__threshold": 0.01},
 }
 """Values for keys whose other values cannot be guessed from their type."""
+CONDITIONS: dict[str, dict[str, Any]] = {
+    "train.cache_ratio": {"train__mode": "cached"},
+    "train.cache_policy": {"train__mode": "cached"},
+    "tables.period": {"tables__representation": "int8"},
+    "tables.tt_ranks": {"tables__representation": "tt"},
+}
+"""What must hold for keys that mean nothing otherwise."""
 
 
 def fingerprints(config: PipelineConfig, tmp_path: Path) -> dict[str, str]:
@@ -371,11 +385,20 @@ def test_a_key_changes_its_own_stage_and_none_before_it(
         if value is None:
             pytest.skip("there is only one value yet")
         changed = {f"{section}__{name}": value}
-    before, after = fingerprints(tiny_config(), tmp_path), fingerprints(tiny_config(**changed), tmp_path)
+    base = CONDITIONS.get(key, {})
+    before, after = fingerprints(tiny_config(**base), tmp_path), fingerprints(tiny_config(**base, **changed), tmp_path)
     stages = list(before)
     first = stages.index(FIRST_STAGE_OF_KEY.get(key, STAGE_OF_SECTION[section]))
     changes = [stage for stage in stages if before[stage] != after[stage]]
     assert changes == ([] if is_execution else stages[first:])
+
+
+@pytest.mark.parametrize("key", CONDITIONS)
+def test_a_key_that_means_nothing_makes_nothing_run_again(tmp_path: Path, key: str):
+    changed = OTHER_VALUES.get(key) or {
+        key.replace(".", "__"): {"cache_ratio": 0.5, "cache_policy": "lfu", "period": 7}[key.split(".")[1]]
+    }
+    assert fingerprints(tiny_config(), tmp_path) == fingerprints(tiny_config(**changed), tmp_path)
 
 
 @pytest.mark.parametrize(

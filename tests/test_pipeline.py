@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from strategies import tiny_config
 
-from slipstream.config import PipelineConfig
+from slipstream.config import DatasetConfig, PipelineConfig
 from slipstream.errors import ArtifactError, DataError
 from slipstream.io.artifacts import leftovers, scratch_dir
 from slipstream.pipeline import clean_run, latest_artifact, plan_pipeline, run_pipeline, stage_names
@@ -166,6 +166,14 @@ def test_raw_files_are_known_by_content_not_by_name_or_time(tmp_path: Path, runs
     with moved.open("ab") as stream:
         stream.write(b"\n")
     assert fingerprint(moved) != first
+
+
+def test_the_same_file_read_as_another_source_is_another_input(tmp_path: Path):
+    raw = tmp_path / "log"
+    raw.write_text("0\n")
+    sources = [name for name in get_args(get_type_hints(DatasetConfig)["source"]) if name != "synthetic"]
+    configs = [tiny_config(dataset__source=name, dataset__raw=str(raw)) for name in sources]
+    assert len({plan_pipeline(config, tmp_path)[0].key.fingerprint for config in configs}) == len(sources)
 
 
 def test_a_missing_raw_file_is_named_before_anything_runs(tmp_path: Path):

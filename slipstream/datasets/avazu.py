@@ -1,11 +1,11 @@
 """Avazu click logs: `train.csv` of the Kaggle competition.
 
-A file begins with a header; then lines of 24 fields with commas between: id, click, hour (YYMMDDHH), C1, banner_pos, four
-site and app descriptions, device fields, C14 to C21. Ids of sites, apps and devices are 8 hex digits, the others
-integers; all of them are names, none a quantity, so all are sparse columns, as in BARS and FuxiCTR. From `hour`
-come two more, hour of day and weekday. The hour of day is also the one dense column: models such as DLRM need one,
-and Slipstream's reader has it too. The date goes to `day`, so that split `by_day` holds out the last of the ten days, and
-`id` is passed through to the Parquet parts.
+A file begins with a header; then lines of 24 fields with commas between: id, click, hour (YYMMDDHH), C1, banner_pos,
+fields of site, app and device, C14 to C21. Ids of sites, apps and devices are 8 hex digits, the others integers; all of
+them are names, none a quantity, so all are sparse columns, as in BARS and FuxiCTR. From `hour` come two more, hour
+of day and weekday. The hour of day is also the one dense column: models such as DLRM need one, and Slipstream's
+reader has one too. The date goes to `day`, so that split `by_day` holds out the last of the ten days, and `id` is
+passed through to the Parquet parts.
 
     cat_0 C1, cat_1 banner_pos, …, cat_13 C14, …, cat_20 C21 (file order without hour), cat_21 hour of day,
     cat_22 weekday (0 is Monday); int_0 hour of day

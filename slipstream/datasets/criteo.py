@@ -77,7 +77,7 @@ class CriteoSource(Source):
             if field and name in _DENSE:
                 if not _INT.fullmatch(field):
                     return f"{name}: expected an integer, found {_show(field)}"
-                if not -(2**63) <= int(field) < 2**63:
+                if len(field.lstrip(b"+-0")) > 19 or not -(2**63) <= int(field) < 2**63:
                     return f"{name}: expected a 64-bit integer, found {_show(field)}"
             elif field and not _HEX.fullmatch(field):
                 return f"{name}: expected up to 8 hex digits, found {_show(field)}"

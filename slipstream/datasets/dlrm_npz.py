@@ -3,7 +3,7 @@
 `kaggleAdDisplayChallenge_processed.npz` and its like: X_int int32 (n, 13), raw counts with negatives set to 0 and
 no logarithm taken; X_cat int32 (n, 26), ids already numbered 0, 1, 2, … by DLRM; y int32 (n,). Other widths are read as
 they are. `counts` and further arrays are not needed: rows are ranked anew. Arrays are read in pieces and never
-unpickled. Ids are what DLRM made of them; the original tokens are in its `*_fea_dict_*.npz` files, which this does not read.
+unpickled. Ids are what DLRM made of them; the tokens stand in its `*_fea_dict_*.npz` files, which are not read.
 
 Source: data_utils.py and dlrm_data_pytorch.py of facebookresearch/dlrm.
 """

@@ -1,7 +1,7 @@
 """Taobao UserBehavior logs, as sequences in the manner of TBSM.
 
-A line is an event: user, item, category, behaviour (pv, cart, fav or buy), Unix time; commas between, no header. The lines
-of a user stand together. A sample is what a user did last, and a candidate item: label 1 when the user took the
+A line is an event: user, item, category, behaviour (pv, cart, fav or buy), Unix time; commas between, no header. The
+lines of a user stand together. A sample is what a user did last, and a candidate item: label 1 when the user took the
 candidate next, 0 when it was drawn at random. Every behaviour counts as an event.
 
     cat_0 user; cat_1, cat_2 item and category of the oldest event, …, cat_41, cat_42 those of the candidate
@@ -12,9 +12,10 @@ There are three tables, user, item and category; all time steps look up the same
 `history_length` is padded in front with MISSING_ID.
 
 Positives are up to `points_per_user` events of a user, drawn among all but the first. The negative beside each has
-the same history and, as candidate, an event of another user, drawn among those that stand near in the file: between
-two cuts of it, about a thousand users apart. So an item is a negative as often as it is a positive, and no list of all items is
-needed. Draws hash the seed, the user and a number, so they do not depend on the size of blocks.
+the same history and, as candidate, an event of another user: one of about a thousand that stand together in the file,
+and of these one whose last event was at nearly the same time. So an item is a negative as often as it is a positive, no
+list of all items is needed, and users held out by time draw from each other: with negatives from training users, a
+model could tell them by having seen them. Draws hash the seed, the user and a number, not the place in a block.
 
 Source: TBSM (facebookresearch/tbsm) and its taobao_prepare.py, which draw at most 10 positives and 10 negatives a user
 from the last 200 events, give every step its position as dense value, and keep the whole log in memory.
@@ -40,6 +41,8 @@ USER, ITEM, CATEGORY = 0, 1, 2
 """Tables."""
 
 _USERS_PER_CUT = 1024
+_NEIGHBOURHOODS = 16  # negatives come from an eighth of a group: a sixteenth to each side
+_LEAST_REACH = 64
 _NUMBER = re.compile(rb"[0-9]{1,18}")
 _POSITION_STREAM, _NEGATIVE_STREAM = 1, 2
 
@@ -125,13 +128,12 @@ class TaobaoSource(Source):
         run_users = users[run_starts]
         order = np.lexsort((events["time"].to_numpy(), run_of_event))
         items, categories, times = (events[name].to_numpy()[order] for name in ("item", "category", "time"))
-        group_starts = run_starts[_begins_group(run_users)]
-        group_bounds = np.unique(np.concatenate([[0], group_starts, [len(users)]]))
+        run_bounds = np.append(run_starts, len(users))
 
         positives = self._pick_positives(run_of_event, run_starts, run_users)
         runs = run_of_event[positives]
-        run_ends = np.append(run_starts, len(users))[runs + 1]
-        negatives = self._pick_negatives(positives, users, run_starts[runs], run_ends, group_bounds)
+        last_times = times[run_bounds[1:] - 1]
+        negatives = self._pick_negatives(positives, runs, run_bounds, last_times, users)
 
         # history steps, oldest first; places before the user's first event are padding
         places = positives[:, None] + np.arange(1 - self._num_steps, 1)
@@ -155,7 +157,7 @@ class TaobaoSource(Source):
                 raw_ids = self._to_raw_id(values[at])
                 raw_ids[is_padding[point, step]] = MISSING_ID
                 samples[table_name(offset + 2 * step)] = raw_ids
-        samples["day"] = (times[run_ends - 1] // 3600)[point]
+        samples["day"] = (last_times[runs] // 3600)[point]
         return pl.DataFrame(samples)
 
     def _pick_positives(self, run_of_event: np.ndarray, run_starts: np.ndarray, run_users: np.ndarray) -> np.ndarray:
@@ -171,21 +173,35 @@ class TaobaoSource(Source):
         return np.flatnonzero(is_picked & (nth > 0))
 
     def _pick_negatives(
-        self,
-        positives: np.ndarray,
-        users: np.ndarray,
-        run_starts: np.ndarray,
-        run_ends: np.ndarray,
-        group_bounds: np.ndarray,
+        self, positives: np.ndarray, runs: np.ndarray, run_bounds: np.ndarray, last_times: np.ndarray, users: np.ndarray
     ) -> np.ndarray:
-        """For each positive an event of another user of the same group, -1 where there is none."""
-        group = np.searchsorted(group_bounds, positives, side="right") - 1
-        group_start, group_end = group_bounds[group], group_bounds[group + 1]
-        others = (group_end - group_start) - (run_ends - run_starts)
-        draws = self._draw(users[positives], positives - run_starts, _NEGATIVE_STREAM)
-        drawn = (draws % np.maximum(others, 1).astype(np.uint64)).astype(np.int64) + group_start
-        drawn = np.where(drawn >= run_starts, drawn + (run_ends - run_starts), drawn)
-        return np.where(others > 0, drawn, -1)
+        """For each positive an event of another user of the same group, -1 where there is none.
+
+        The users of a group stand in the order of their last events, one's events after the other's; drawn is
+        among the events near the user's own.
+        """
+        lengths = np.diff(run_bounds)
+        run_users = users[run_bounds[:-1]]
+        begins = _begins_group(run_users)
+        begins[:1] = True
+        group_of_run = np.cumsum(begins) - 1
+        order = np.lexsort((last_times, group_of_run))
+        ends = np.cumsum(lengths[order])
+        start_of_run = np.empty_like(lengths)
+        start_of_run[order] = ends - lengths[order]
+        event_at = np.repeat(run_bounds[:-1][order] - start_of_run[order], lengths[order]) + np.arange(len(users))
+        group_bounds = np.append(run_bounds[:-1][begins], len(users))
+
+        group = group_of_run[runs]
+        reach = np.maximum(np.diff(group_bounds) // _NEIGHBOURHOODS, _LEAST_REACH)[group]
+        start, stop = start_of_run[runs], start_of_run[runs] + lengths[runs]
+        low = np.maximum(start - reach, group_bounds[group])
+        high = np.minimum(stop + reach, group_bounds[group + 1])
+        others = (high - low) - lengths[runs]
+        draws = self._draw(run_users[runs], positives - run_bounds[runs], _NEGATIVE_STREAM)
+        drawn = (draws % np.maximum(others, 1).astype(np.uint64)).astype(np.int64) + low
+        drawn = np.where(drawn >= start, drawn + lengths[runs], drawn)
+        return np.where(others > 0, event_at[np.minimum(drawn, len(users) - 1)], -1)
 
     def _draw(self, users: np.ndarray, numbers: np.ndarray, stream: int) -> np.ndarray:
         key = np.uint64(self._seed * 4 + stream)

@@ -211,14 +211,11 @@ class LookAhead:
             inverse=move(inverse.astype(np.int64)),
             is_hot=batch.is_hot,
             weights=None if batch.weights is None else move(batch.weights),
-            outside=None if self._columns is None else move(self._outside(batch.slots)),
+            outside=None if self._columns is None else move(_outside(batch.slots, self._columns)),
         )
 
     def _inside(self, slots: np.ndarray) -> np.ndarray:
         return slots if self._columns is None else slots[:, self._columns]
-
-    def _outside(self, slots: np.ndarray) -> np.ndarray:
-        return np.delete(slots, self._columns, axis=1).astype(np.int64)
 
     # --- main thread ---
 
@@ -228,6 +225,10 @@ class LookAhead:
         self._mover.mark_computed()
         for batch in chunk.batches:
             self._mover.hand_over(batch.tensors())
+
+
+def _outside(slots: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    return np.delete(slots, columns, axis=1).astype(np.int64)
 
 
 class _Pending:

@@ -88,7 +88,16 @@ def count_samples(part: Path) -> int:
 
 
 def read_rows(part: Path, tables: Sequence[str], offsets: np.ndarray) -> np.ndarray:
-    """Global rows of a Parquet part, one column per name of `tables` and entry of `offsets`. Shape (n, T), int32 while they fit, int64 beyond."""
+    """Global rows of a Parquet part, int32 while they fit, int64 beyond.
+
+    Args:
+        part: The file.
+        tables: Names of the sparse columns to read.
+        offsets: What to add to the rows of each, and V at the end. Shape (columns + 1,).
+
+    Returns:
+        Shape (n, columns).
+    """
     table = pq.read_table(part, columns=list(tables))
     dtype = np.int32 if offsets[-1] < 2**31 else np.int64
     rows = np.empty((len(tables), table.num_rows), dtype)

@@ -1,7 +1,7 @@
 """TBSM: a DLRM per time step, attention of the candidate over the history, and an MLP over both.
 
-Shape suffixes: B batch, S time steps with the candidate last, F features of a step, D embedding_dim, M width of a step's
-vector.
+Shape suffixes: B batch, S time steps with the candidate last, F features of a step, D embedding_dim, M width of a
+step's vector.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class TBSM(nn.Module):
         attention_mlp: Hidden widths between the weights of the history's steps before and after.
         top_mlp: Layer widths after [context, candidate]; the last is 1.
 
-    Source: Ishkhanov et al., arXiv 2010.11075, and facebookresearch/tbsm: model type tsl with inner product "def" (A'A),
-        one head, unit-length step vectors. There, padding is an item of its own, and steps take part in turn.
+    Source: Ishkhanov et al., arXiv 2010.11075, and facebookresearch/tbsm: model type tsl, inner product "def" (A'A),
+        one head, unit-length step vectors. There, padding is item 0 with a row that learns, and attends like any other.
     """
 
     def __init__(

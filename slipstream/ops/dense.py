@@ -31,3 +31,33 @@ def transform_dense(values: np.ndarray, *, name: str, minimum: int) -> np.ndarra
     elif name != "none":
         raise ValueError(f"expected one of dlrm, torchrec, nvidia, none; found {name!r}")
     return wide.astype(np.float32)
+
+
+def restore_counts(values: np.ndarray, *, name: str, minimum: int) -> np.ndarray:
+    """Undo `transform_dense`, as far as it can be undone.
+
+    What the transform clipped stays clipped: below 0 under `dlrm`, below -1 under `nvidia`, below the training
+    minimum under `torchrec`. Integers up to a million come back exactly; beyond, float32 keeps their logarithm to
+    5e-7, and they come back to that share.
+
+    Args:
+        values: Transformed values. Shape (n,), float32.
+        name: The transform.
+        minimum: Smallest training value of the column, for `torchrec`.
+
+    Returns:
+        Shape (n,), int64.
+
+    Raises:
+        ValueError: Unknown name.
+    """
+    wide = values.astype(np.float64)
+    if name == "dlrm":
+        wide = np.expm1(wide)
+    elif name == "torchrec":
+        wide = np.exp(wide) - 2 + minimum
+    elif name == "nvidia":
+        wide = np.exp(wide) - 2
+    elif name != "none":
+        raise ValueError(f"expected one of dlrm, torchrec, nvidia, none; found {name!r}")
+    return np.rint(wide).astype(np.int64)

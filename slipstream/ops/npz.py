@@ -118,7 +118,7 @@ class _Members:
         except KeyError as exc:
             found = ", ".join(sorted(item.removesuffix(".npy") for item in self._archive.namelist()))
             raise ValueError(f"expected the arrays {', '.join(_ARRAYS)}, found {found or 'none'}") from exc
-        version = np.lib.format.read_magic(stream)  # type: ignore[no-untyped-call]
+        version = np.lib.format.read_magic(stream)
         read_header: Callable[[IO[bytes]], tuple[tuple[int, ...], bool, np.dtype[Any]]] = (
             np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         )
@@ -157,7 +157,7 @@ def write_array(
         ValueError: The blocks have another number of rows than `shape` says.
     """
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(stream, header)  # type: ignore[no-untyped-call]
+    np.lib.format.write_array_header_1_0(stream, header)
     written = 0
     for block in blocks:
         stream.write(np.ascontiguousarray(block, dtype).data)

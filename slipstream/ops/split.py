@@ -105,7 +105,8 @@ def sample_negatives(start: int, labels: np.ndarray, *, keep_ratio: float, seed:
         Shape (n,), bool; true for every positive.
     """
     draws = hash_positions(start, start + len(labels), seed=seed + _NEGATIVE_STREAM)
-    return (labels != 0) | (draws >> np.uint64(11) < np.uint64(round(keep_ratio * 2.0**53)))
+    kept: np.ndarray = (labels != 0) | (draws >> np.uint64(11) < np.uint64(round(keep_ratio * 2.0**53)))
+    return kept
 
 
 def hash_positions(start: int, stop: int, *, seed: int) -> np.ndarray:

@@ -8,7 +8,7 @@ Costs   one pass over the training shards an epoch; device memory for hot rows, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -18,25 +18,28 @@ import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from slipstream.config import ModelConfig, SkipConfig, TrainConfig, to_dict
+from slipstream.config import ModelConfig, SkipConfig, TablesConfig, TrainConfig, to_dict
 from slipstream.embedding.lookahead import LookAhead
 from slipstream.embedding.placement import CachedRows, Placement, StagingHalves
+from slipstream.embedding.quantized import quantize_linears
 from slipstream.embedding.row_cache import RowCache
 from slipstream.embedding.tiers import TieredRows
 from slipstream.errors import CapacityError, ConfigError
 from slipstream.io.artifacts import Artifact, write_atomically, write_json
 from slipstream.io.samples import Samples, read_shard, table_of_column
-from slipstream.models.dlrm import DLRM
-from slipstream.models.tbsm import TBSM
+from slipstream.models.build import build_model
 from slipstream.ops.metrics import measure_quality
 from slipstream.progress import Progress
-from slipstream.training.checkpoint import Checkpointer, save_model
+from slipstream.training.checkpoint import Checkpointer
 from slipstream.training.dense_optimizer import DenseOptimizer
 from slipstream.training.faithful import FaithfulRule, FaithfulTrainer
 from slipstream.training.loop import LoopTotals, Schedule, StepReport, Trainer
+from slipstream.training.model_file import save_model
 from slipstream.training.predict import predict
+from slipstream.training.representations import Representations, TableSpec
 from slipstream.training.schedule import default_segment_steps
 from slipstream.training.skipping import Criterion, Skipper, SkipRule
+from slipstream.training.slot_layout import SlotLayout
 from slipstream.training.step import FixedShapeStep, TrainStep
 from slipstream.training.stream import SampleStream
 
@@ -51,6 +54,7 @@ def run(
     *,
     model_config: ModelConfig,
     skip_config: SkipConfig,
+    tables_config: TablesConfig,
     criterion: Criterion,
     segregated: Artifact,
     counts: np.ndarray,
@@ -65,6 +69,7 @@ def run(
         config: Section `train`.
         model_config: Section `model`.
         skip_config: Section `skip`.
+        tables_config: Section `tables`.
         criterion: The skip criterion in force.
         segregated: The segregate artifact.
         counts: Access counts per global row, which mode `cached` ranks by. Shape (V,), int64.
@@ -80,12 +85,27 @@ def run(
         torch.set_num_threads(config.num_threads)
     device = resolve_device(config.device)
     num_dense: int = segregated.counts["num_dense"]
-    slot_maps = _read_slot_maps(segregated)
-    num_columns = len(table_of_column(segregated.counts))
-    rows, placement = _place_rows(config, model_config, segregated, slot_maps, counts, device=device)
-    _init_rows(rows, slot_maps, segregated.counts.get("padding_rows", {}), seed=seed)
+    padding_rows: Mapping[str, int] = segregated.counts.get("padding_rows", {})
+    specs = choose_tables(tables_config, segregated.counts["tables"], padding_rows)
+    layout = SlotLayout(
+        _read_slot_maps(segregated),
+        num_hot=segregated.counts["hot_rows"],
+        table_of_column=table_of_column(segregated.counts),
+        outside={spec.name for spec in specs if spec.representation == "tt"},
+    )
+    if criterion == "stale" and not layout.inside:
+        raise ConfigError(
+            "criterion `stale` watches rows move, and no table has rows: all are held as tensor-train cores",
+            hint="choose another skip.criterion, or let small tables be dense",
+        )
+    num_columns = len(layout.column_tables)
+    rows, placement = _place_rows(config, model_config, layout, counts, device=device)
+    _init_rows(rows, layout, padding_rows, seed=seed)
+    representations = _represent(config, specs, layout, rows, seed=seed)
     torch.manual_seed(seed)
-    model = _make_model(model_config, num_dense=num_dense, num_columns=num_columns).to(device)
+    model = build_model(to_dict(model_config), num_dense=num_dense, num_columns=num_columns).to(device)
+    if tables_config.quantize_linears:
+        quantize_linears(model, tables_config.quantize_linears)
     num_train = segregated.counts["samples"]["hot"] + segregated.counts["samples"]["cold"]
     checkpoints = Checkpointer(
         scratch / "work" / "checkpoint.safetensors",
@@ -96,11 +116,12 @@ def run(
         SummaryWriter(str(scratch / "events")) as events,
         ThreadPoolExecutor(max_workers=2, thread_name_prefix="shards") as workers,
     ):
-        step = _make_step(config, model, rows, num_dense=num_dense, num_tables=num_columns)
+        step = _make_step(config, model, rows, representations, num_dense=num_dense, num_tables=num_columns)
 
         def open_streams(epoch: int) -> dict[str, SampleStream]:
             return {
-                group: _open_stream(segregated, group, seed=(seed, epoch), workers=workers) for group in ("hot", "cold")
+                group: _open_stream(segregated, group, layout, seed=(seed, epoch), workers=workers)
+                for group in ("hot", "cold")
             }
 
         with progress.task("train", num_train * config.epochs, "samples") as advance:
@@ -110,10 +131,16 @@ def run(
                 trainer = Trainer(
                     step=step,
                     lookahead=LookAhead(
-                        rows, placement, chunk_batches=1 if config.mode == "baseline" else config.chunk_batches
+                        rows,
+                        placement,
+                        chunk_batches=1 if config.mode == "baseline" else config.chunk_batches,
+                        columns=None if layout.is_whole else layout.columns,
                     ),
                     lr_schedule=_lr_schedule(config),
-                    skipper=Skipper(_skip_rule(skip_config, criterion, num_rows=rows.num_rows)),
+                    skipper=Skipper(
+                        _skip_rule(skip_config, criterion, num_rows=layout.num_slots),
+                        columns=None if layout.is_whole else layout.columns,
+                    ),
                     schedule=_schedule(config, skip_config, num_train, seed),
                     log_every=config.log_every,
                     on_report=_listener(events, advance),
@@ -125,14 +152,21 @@ def run(
                 write_json(scratch / "staleness.json", [asdict(check) for check in trainer.skipper.checks])
                 write_json(scratch / "losses.json", trainer.totals.losses)
         quality = _evaluate(
-            model, rows, segregated, scratch, events, at_step=figures["steps"], batch_size=config.eval_batch_size
+            step, segregated, layout, scratch, events, at_step=figures["steps"], batch_size=config.eval_batch_size
         )
     save_model(
         scratch,
         model=model,
         rows=rows,
-        slot_maps=slot_maps,
-        description={"num_dense": num_dense, "tables": segregated.counts["tables"], **to_dict(model_config)},
+        slot_maps=layout.slot_maps,
+        description={
+            "num_dense": num_dense,
+            "tables": segregated.counts["tables"],
+            "column_tables": layout.column_tables,
+            "quantize_linears": tables_config.quantize_linears,
+            **to_dict(model_config),
+        },
+        representations=representations,
     )
     return {**quality, "device": device.type, **figures}
 
@@ -150,21 +184,75 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def choose_tables(config: TablesConfig, tables: Mapping[str, int], padding_rows: Mapping[str, int]) -> list[TableSpec]:
+    """How each table is held.
+
+    Args:
+        config: Section `tables`.
+        tables: Rows of each table, in order.
+        padding_rows: Tables with a row that stays zero, and that row.
+
+    Raises:
+        ConfigError: An override names no table, or a table with padding would be held as cores.
+    """
+    for name in config.overrides:
+        if name not in tables:
+            raise ConfigError(
+                f"`tables.overrides.{name}` names no table", hint=f"this data set has {', '.join(tables)}"
+            )
+    specs = []
+    for name, num_rows in tables.items():
+        choice = config.choice_for(name, num_rows)
+        assert choice.representation and choice.period and choice.tt_ranks
+        if choice.representation == "tt" and name in padding_rows:
+            raise ConfigError(
+                f"table `{name}` has a padding row, which must stay zero, and tensor-train cores have no single rows",
+                hint=f'give it rows: [tables.overrides.{name}] representation = "dense"',
+            )
+        specs.append(
+            TableSpec(
+                name=name,
+                num_rows=num_rows,
+                representation=choice.representation,
+                period=choice.period,
+                tt_ranks=choice.tt_ranks,
+            )
+        )
+    return specs
+
+
+def _represent(
+    config: TrainConfig, specs: Sequence[TableSpec], layout: SlotLayout, rows: TieredRows, *, seed: int
+) -> Representations | None:
+    if all(spec.representation == "dense" for spec in specs):
+        return None
+    representations = Representations(
+        specs,
+        layout=layout,
+        embedding_dim=rows.embedding_dim,
+        optimizer=config.optimizer,
+        eps=config.eps,
+        seed=seed,
+        device=rows.device,
+    )
+    representations.settle(rows)
+    return representations
+
+
 def _place_rows(
     config: TrainConfig,
     model_config: ModelConfig,
-    segregated: Artifact,
-    slot_maps: dict[str, np.ndarray],
+    layout: SlotLayout,
     counts: np.ndarray,
     *,
     device: torch.device,
 ) -> tuple[TieredRows, Placement]:
-    num_rows: int = segregated.counts["rows"]
-    num_hot = {"resident": num_rows, "baseline": 0, "cached": 0}.get(config.mode, segregated.counts["hot_rows"])
+    num_rows = layout.num_rows
+    num_hot = {"resident": num_rows, "baseline": 0, "cached": 0}.get(config.mode, layout.num_hot)
     if config.faithful:
         num_hot = 0  # the master copy of every row is on the host
     num_cold = num_rows - num_hot
-    lookups = config.batch_size * len(table_of_column(segregated.counts))
+    lookups = config.batch_size * len(layout.columns)
     # a quarter of the cold rows is plenty where it holds a batch: chunks that do not fit are split
     half = config.staging_rows or max(lookups, min(config.chunk_batches * lookups, _STAGING_CAP, num_cold // 4))
     num_staged = 2 * min(half, num_cold)
@@ -187,9 +275,7 @@ def _place_rows(
         ) from exc
     if config.mode != "cached":
         return rows, StagingHalves(rows)
-    slot_counts = np.empty(num_rows, np.int64)
-    slot_counts[np.concatenate(list(slot_maps.values()))] = counts
-    return rows, CachedRows(rows, _warm_cache(config, slot_counts, num_staged))
+    return rows, CachedRows(rows, _warm_cache(config, layout.counts_by_slot(counts), num_staged))
 
 
 def _warm_cache(config: TrainConfig, slot_counts: np.ndarray, capacity: int) -> RowCache:
@@ -203,11 +289,18 @@ def _warm_cache(config: TrainConfig, slot_counts: np.ndarray, capacity: int) -> 
 
 
 def _make_step(
-    config: TrainConfig, model: torch.nn.Module, rows: TieredRows, *, num_dense: int, num_tables: int
+    config: TrainConfig,
+    model: torch.nn.Module,
+    rows: TieredRows,
+    representations: Representations | None,
+    *,
+    num_dense: int,
+    num_tables: int,
 ) -> TrainStep:
     kind: Literal["sgd", "adagrad"] = "sgd" if config.optimizer == "sgd" else "adagrad"
     optimizer = DenseOptimizer(model.parameters(), kind=kind, eps=config.eps, weight_decay=config.weight_decay)
-    if rows.device.type == "cuda" and not config.deterministic and not config.faithful:
+    has_cores = representations is not None and representations.has_cores
+    if rows.device.type == "cuda" and not config.deterministic and not config.faithful and not has_cores:
         return FixedShapeStep(
             batch_size=config.batch_size,
             num_dense=num_dense,
@@ -217,6 +310,7 @@ def _make_step(
             dense_optimizer=optimizer,
             eps=config.eps,
             precision=config.precision,
+            representations=representations,
         )
     return TrainStep(
         model=model,
@@ -225,33 +319,15 @@ def _make_step(
         eps=config.eps,
         precision=config.precision,
         deterministic=config.deterministic,
+        representations=representations,
     )
 
 
-def _make_model(config: ModelConfig, *, num_dense: int, num_columns: int) -> torch.nn.Module:
-    widths: dict[str, Any] = {
-        "embedding_dim": config.embedding_dim,
-        "bottom_mlp": config.bottom_mlp,
-        "top_mlp": config.top_mlp,
-    }
-    if config.name == "tbsm":
-        return TBSM(
-            num_steps=num_dense,
-            num_columns=num_columns,
-            num_shared=num_columns % num_dense,
-            step_mlp=config.step_mlp,
-            attention_mlp=config.attention_mlp,
-            **widths,
-        )
-    return DLRM(num_dense=num_dense, num_tables=num_columns, **widths)
-
-
-def _init_rows(
-    rows: TieredRows, slot_maps: dict[str, np.ndarray], padding_rows: Mapping[str, int], *, seed: int
-) -> None:
+def _init_rows(rows: TieredRows, layout: SlotLayout, padding_rows: Mapping[str, int], *, seed: int) -> None:
     """Draw initial weights table by table, so that they do not depend on what is hot; padding rows are zero."""
     generator = torch.Generator().manual_seed(seed)
-    for name, slots in slot_maps.items():
+    for name in layout.inside:
+        slots = layout.slot_maps[name]
         bound = len(slots) ** -0.5
         weights = torch.empty(len(slots), rows.embedding_dim).uniform_(-bound, bound, generator=generator)
         if name in padding_rows:
@@ -296,12 +372,12 @@ def _lr_schedule(config: TrainConfig) -> Callable[[float], float]:
 
 
 def _open_stream(
-    segregated: Artifact, group: str, *, seed: tuple[int, int], workers: ThreadPoolExecutor
+    segregated: Artifact, group: str, layout: SlotLayout, *, seed: tuple[int, int], workers: ThreadPoolExecutor
 ) -> SampleStream:
     paths = segregated.files(f"{group}/", ".npz")
 
     def loader(path: Path) -> Callable[[], Samples]:
-        return lambda: read_shard(segregated.check(path))
+        return lambda: layout.translate(read_shard(segregated.check(path)))
 
     per_shard = segregated.manifest["config"]["samples_per_shard"]
     total = segregated.counts["samples"][group]
@@ -387,6 +463,9 @@ def _figures(trainer: Trainer, placement: Placement) -> dict[str, Any]:
         threshold=skipper.threshold,
     )
     figures["bytes_per_tier"] = trainer.step.rows.bytes_per_tier() | trainer.snapshot_bytes()
+    representations = trainer.step.representations
+    if representations is not None and representations.has_cores:
+        figures["bytes_per_tier"]["tt"] = representations.core_bytes()
     if isinstance(placement, CachedRows):
         figures["hit_ratio"] = placement.cache.stats.hit_ratio
     return figures
@@ -419,9 +498,9 @@ def _common_figures(
 
 
 def _evaluate(
-    model: torch.nn.Module,
-    rows: TieredRows,
+    step: TrainStep,
     segregated: Artifact,
+    layout: SlotLayout,
     scratch: Path,
     events: SummaryWriter,
     *,
@@ -430,8 +509,11 @@ def _evaluate(
 ) -> dict[str, dict[str, float]]:
     quality = {}
     for split in ("test", "val"):
-        shards = (read_shard(segregated.check(path)) for path in segregated.files(f"{split}/", ".npz"))
-        predicted, labels = predict(model, rows, shards, batch_size=batch_size)
+        paths = segregated.files(f"{split}/", ".npz")
+        shards = (layout.translate(read_shard(segregated.check(path))) for path in paths)
+        predicted, labels = predict(
+            step.model, step.rows, shards, batch_size=batch_size, representations=step.representations
+        )
         quality[split] = asdict(measure_quality(labels, predicted))
         for name, value in quality[split].items():
             events.add_scalar(f"{split}/{name}", value, at_step)

@@ -1,9 +1,4 @@
-"""Models and checkpoints on disk: safetensors and JSON, no pickles.
-
-A model stores its tables by name in row order, whatever was hot, so it is the same file for every placement:
-
-    model.safetensors   tables.cat_0 (N, D) … tables.cat_25, dense.bottom.0.weight …
-    model.json          architecture and table sizes
+"""Checkpoints of a training: safetensors, no pickles.
 
 A checkpoint holds everything a killed run needs to end with the parameters of an uninterrupted one, in one file
 that is renamed into place: rows and optimizer state by tier, dense layers, position in the epoch, samples waiting
@@ -21,56 +16,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from slipstream.embedding.tiers import TieredRows
 from slipstream.errors import ArtifactError
-from slipstream.io.artifacts import write_atomically, write_json
+from slipstream.io.artifacts import write_atomically
 from slipstream.io.samples import Samples
 from slipstream.training.loop import LoopTotals, Position, Trainer
+from slipstream.training.model_file import read_tensors
 from slipstream.training.skipping import Selection
 
 _GROUPS = ("hot", "cold")
-
-
-def save_model(
-    folder: Path,
-    *,
-    model: nn.Module,
-    rows: TieredRows,
-    slot_maps: Mapping[str, np.ndarray],
-    description: Mapping[str, Any],
-) -> None:
-    """Write a model.
-
-    Args:
-        folder: Where to.
-        model: The dense part.
-        rows: The tiers, flushed.
-        slot_maps: Slot of each row, per table.
-        description: Goes to model.json.
-    """
-    tensors = {f"tables.{name}": rows.gather(torch.from_numpy(slots)).cpu() for name, slots in slot_maps.items()}
-    tensors |= {f"dense.{name}": value.cpu().contiguous() for name, value in model.state_dict().items()}
-    with write_atomically(folder / "model.safetensors") as path:
-        save_file(tensors, path)
-    write_json(folder / "model.json", dict(description))
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file.
-
-    Raises:
-        ArtifactError: Not a whole safetensors file.
-    """
-    try:
-        with safe_open(path, framework="pt") as stream:
-            names = stream.keys()
-            return {name: stream.get_tensor(name) for name in names}, dict(stream.metadata() or {})
-    except (OSError, SafetensorError) as exc:
-        raise ArtifactError(f"expected a safetensors file at `{path}`: {exc}") from exc
 
 
 class Checkpointer:

@@ -4,7 +4,7 @@ Rows of dense, int8 and int4 tables live in tiers, and all placements treat them
 between the lookup and the model. Tables of cores have no rows, so nothing of them is staged: they are looked up, and
 updated by their own fused optimizer, where the model is.
 
-Shape suffixes: B batch, T tables, K tables in tiers, J tables of cores, D embedding_dim.
+Shape suffixes: B batch, F columns, K columns of tables in tiers, J columns of tables of cores, D embedding_dim.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Representations:
     """The tables of a run that are not plain fp32 rows.
 
     Args:
-        specs: One per table, in column order.
+        specs: One per table, in the order of the layout.
         layout: Slots of the tables in tiers.
         embedding_dim: D.
         optimizer: Of rows, and of cores.
@@ -71,7 +71,7 @@ class Representations:
             self.grids = RowGrids(
                 bits=[BITS[spec.representation] for spec in inside],
                 periods=[spec.period for spec in inside],
-                table_of_column=range(len(inside)),
+                table_of_column=[layout.inside.index(layout.column_tables[at]) for at in layout.columns],
                 device=device,
             )
         self.bags: dict[str, TTEmbeddingBag] = {
@@ -82,16 +82,17 @@ class Representations:
                 optimizer=optimizer,
                 eps=eps,
                 device=device,
-                generator=torch.Generator().manual_seed(hash_seed(seed, column)),
+                generator=torch.Generator().manual_seed(_seed_of_table(seed, at)),
             )
-            for column, spec in enumerate(specs)
+            for at, spec in enumerate(specs)
             if spec.representation == "tt"
         }
+        self._outside = np.delete(np.arange(len(layout.column_tables)), layout.columns)
+        names = [layout.column_tables[at] for at in self._outside]
+        self._outside_bags = [self.bags[name] for name in names]
+        self._first_rows = torch.tensor([layout.first_row[name] for name in names], device=device)
         # columns of the tables in tiers come first, then those of cores; this brings them back
-        order = [*layout.columns.tolist(), *(at for at, spec in enumerate(specs) if spec.representation == "tt")]
-        self._column_order = torch.tensor(np.argsort(order), device=device)
-        self._outside_columns = np.array(order[len(layout.columns) :], np.int64)
-        self._first_rows = torch.tensor([layout.first_row[name] for name in self.bags], device=device)
+        self._column_order = torch.tensor(np.argsort([*layout.columns, *self._outside]), device=device)
 
     @property
     def has_cores(self) -> bool:
@@ -106,7 +107,7 @@ class Representations:
             bag.set_learning_rate(lr)
 
     def train(self, looked_up_BKD: Tensor, outside_BJ: Tensor | None) -> Tensor:
-        """What the model trains on. Shape (B, T, D).
+        """What the model trains on. Shape (B, F, D).
 
         Args:
             looked_up_BKD: Rows of the tables in tiers.
@@ -116,20 +117,20 @@ class Representations:
             looked_up_BKD = self.grids.train(looked_up_BKD)
         return self._with_cores(looked_up_BKD, outside_BJ)
 
-    def look_up(self, rows: TieredRows, slots_BT: np.ndarray) -> Tensor:
-        """What the model predicts from: nothing is noted, and rows may be anywhere. Shape (B, T, D).
+    def look_up(self, rows: TieredRows, slots_BF: np.ndarray) -> Tensor:
+        """What the model predicts from: nothing is noted, and rows may be anywhere. Shape (B, F, D).
 
         Args:
             rows: The tiers, flushed.
-            slots_BT: Slots of the layout.
+            slots_BF: Slots of the layout.
         """
-        inside = np.ascontiguousarray(slots_BT[:, self.layout.columns])
+        inside = np.ascontiguousarray(slots_BF[:, self.layout.columns])
         looked_up = rows.gather(torch.from_numpy(inside.ravel())).view(*inside.shape, rows.embedding_dim)
         if self.grids is not None:
             looked_up = self.grids.round(looked_up)
         outside = None
         if self.bags:
-            outside = torch.from_numpy(slots_BT[:, self._outside_columns].astype(np.int64)).to(rows.device)
+            outside = torch.from_numpy(slots_BF[:, self._outside].astype(np.int64)).to(rows.device)
         return self._with_cores(looked_up, outside)
 
     def settle(self, rows: TieredRows) -> None:
@@ -172,11 +173,10 @@ class Representations:
         if outside_BJ is None:
             return looked_up_BKD
         rows_BJ = outside_BJ - self._first_rows
-        columns = [bag(rows_BJ[:, at : at + 1]) for at, bag in enumerate(self.bags.values())]
+        columns = [bag(rows_BJ[:, at : at + 1]) for at, bag in enumerate(self._outside_bags)]
         together = torch.cat([looked_up_BKD, torch.stack(columns, dim=1)], dim=1)
         return together.index_select(1, self._column_order)
 
 
-def hash_seed(seed: int, column: int) -> int:
-    """A seed of its own for each column."""
-    return int(np.random.SeedSequence([seed, column]).generate_state(1)[0])
+def _seed_of_table(seed: int, table: int) -> int:
+    return int(np.random.SeedSequence([seed, table]).generate_state(1)[0])

@@ -81,10 +81,15 @@ class Selection:
 
 
 class Skipper:
-    """Applies a rule, round by round, and keeps its books."""
+    """Applies a rule, round by round, and keeps its books.
 
-    def __init__(self, rule: SkipRule) -> None:
-        self.rule = rule
+    Args:
+        rule: The rule.
+        columns: Columns of slots whose rows are watched, for `stale`; None for all.
+    """
+
+    def __init__(self, rule: SkipRule, *, columns: np.ndarray | None = None) -> None:
+        self.rule, self._columns = rule, columns
         self.checks: list[CheckRecord] = []
         self.classified = 0
         """Samples that the rule was applied to."""
@@ -193,6 +198,7 @@ class Skipper:
 
     def _is_stale(self, slots: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         assert self._movement is not None
+        slots = slots if self._columns is None else slots[:, self._columns]
         statistic = sample_movement(self._movement, slots, alpha=self.rule.alpha)
         if self._threshold is None:
             drawn = statistic

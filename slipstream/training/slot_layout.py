@@ -7,7 +7,7 @@ table by table. A slot is still one number over all tables, and a row without a 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -18,19 +18,29 @@ class SlotLayout:
     """Which slots have tiers, and where the others begin.
 
     Args:
-        slot_maps: Slot of each row, per table in column order.
+        slot_maps: Slot of each row, per table.
         num_hot: Slots below this are hot.
+        table_of_column: Table, by position, that each column of samples looks up.
         outside: Tables whose rows have no tier.
     """
 
-    def __init__(self, slot_maps: Mapping[str, np.ndarray], *, num_hot: int, outside: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        slot_maps: Mapping[str, np.ndarray],
+        *,
+        num_hot: int,
+        table_of_column: Sequence[int],
+        outside: Collection[str] = (),
+    ) -> None:
         self.num_slots = sum(map(len, slot_maps.values()))
         """V, rows without a tier included."""
         self.tables = list(slot_maps)
         self.inside = [name for name in self.tables if name not in outside]
         """Tables whose rows live in tiers."""
-        self.columns = np.array([at for at, name in enumerate(self.tables) if name not in outside], np.int64)
-        """Columns of `X_cat` that look up those tables."""
+        self.column_tables = [self.tables[table] for table in table_of_column]
+        """Table of each column."""
+        self.columns = np.array([at for at, name in enumerate(self.column_tables) if name not in outside], np.int64)
+        """Columns of samples that look up tables inside."""
         self._codes: np.ndarray | None = None
         if not outside:
             self.slot_maps, self.num_hot, self.num_rows = dict(slot_maps), num_hot, self.num_slots

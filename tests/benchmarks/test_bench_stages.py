@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from raw_logs import subprocess_environment
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -20,7 +21,9 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 )
 def test_benchmarks_run_at_toy_size(tmp_path: Path, name: str, options: list[str], contenders: set[str]):
     command = [sys.executable, str(BENCHMARKS / f"bench_{name}.py"), *options, "--slow-rows", "500"]
-    answer = subprocess.run([*command, "--work", str(tmp_path)], capture_output=True, text=True)
+    answer = subprocess.run(
+        [*command, "--work", str(tmp_path)], capture_output=True, text=True, env=subprocess_environment()
+    )
     assert answer.returncode == 0, answer.stderr
     last = json.loads(answer.stdout.splitlines()[-1])
     assert last["benchmark"] == name and set(last["results"]) == contenders

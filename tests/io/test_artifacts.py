@@ -111,7 +111,7 @@ def test_check_notices_damage_and_says_what_to_run(tmp_path: Path, damage: str):
 def test_a_folder_without_a_sound_manifest_is_no_artifact(tmp_path: Path, manifest: str | None):
     if manifest is not None:
         (tmp_path / "manifest.json").write_text(manifest)
-    with pytest.raises(ArtifactError, match="expected a published artifact|is damaged"):
+    with pytest.raises(ArtifactError, match=r"expected a published artifact|is damaged"):
         open_artifact(tmp_path)
 
 

@@ -88,14 +88,14 @@ def test_a_line_of_100_megabytes_is_one_reject(tmp_path: Path, lines: list[bytes
 def test_a_bad_line_is_rejected_with_its_reason_and_no_other(
     tmp_path: Path, lines: list[bytes], line: bytes, reason: str
 ):
-    first = b"\n".join(lines[:7]) + b"\n"
-    raw = write_raw(tmp_path / "log", [*lines[:7], line, *lines[7:]])
+    first = b"\n".join(lines[:700]) + b"\n"
+    raw = write_raw(tmp_path / "log", [*lines[:700], line, *lines[700:]])
     # a chunk that ends just before the bad line, and one that has it in the middle
     for runs, chunk_bytes in (("a", len(first)), ("b", 1 << 20)):
         (tmp_path / runs).mkdir()
         counts = run(tmp_path / runs, raw, f"preprocess.chunk_bytes={chunk_bytes}")
         assert counts["rejected"] == 1 and sum(counts["samples"].values()) == 2100
-        assert read_rejects(counts["folder"]).rows()[0][1] == 8
+        assert read_rejects(counts["folder"]).rows()[0][1] == 701
         assert read_rejects(counts["folder"])["reason"][0].startswith(reason)
         assert read_rejects(counts["folder"])["content"][0] == line
 

@@ -89,10 +89,10 @@ def test_a_point_of_the_curve_equals_a_plain_count(profiled: RunResult):
 
 
 def test_a_sampled_profile_counts_about_its_share(tiny_runs: Path, profiled: RunResult):
-    sampled = run_to_profile(tiny_runs, profile__sample_ratio=0.5)
+    sampled = run_to_profile(tiny_runs, profile__sample_ratio=0.2)
     counts, exact = (read_counts(result.stages["profile"].artifact) for result in (sampled, profiled))
     assert (counts <= exact).all()
-    assert 0.45 < counts.sum() / exact.sum() < 0.55
+    assert 0.17 < counts.sum() / exact.sum() < 0.23
     assert counts.sum() == 26 * sampled.counts("profile")["samples_counted"]
 
 

@@ -171,7 +171,8 @@ def plain_training(result: RunResult, batches: list[Batch]) -> dict[str, Tensor]
         rows = rows_of_slot[torch.from_numpy(batch.slots).long()]
         looked_up = torch.stack([tensors[f"tables.{name}"][rows[:, at]] for at, name in enumerate(TABLES)], dim=1)
         logits = plain_forward(tensors, torch.from_numpy(batch.dense), looked_up)
-        loss = binary_cross_entropy_with_logits(logits, torch.from_numpy(batch.labels))
+        weights = None if batch.weights is None else torch.from_numpy(batch.weights)
+        loss = binary_cross_entropy_with_logits(logits, torch.from_numpy(batch.labels), weight=weights)
         gradients = torch.autograd.grad(loss, list(tensors.values()))
         with torch.no_grad():
             for (name, tensor), gradient in zip(tensors.items(), gradients, strict=True):
@@ -211,6 +212,23 @@ def test_training_equals_a_plain_loop_over_the_same_batches(
     result = train(
         tiny_runs, train__mode="fae", train__optimizer=optimizer, train__lr=lr, train__order=order, train__log_every=7
     )
+    expected = plain_training(result, seen_batches)
+    for name, tensor in model_of(result).items():
+        torch.testing.assert_close(
+            tensor, expected[name], rtol=1e-5, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+def test_weights_of_kept_samples_count_in_the_loss(tiny_runs: Path, seen_batches: list[Batch]):
+    result = train(
+        tiny_runs,
+        train__mode="slipstream",
+        train__batch_size=32,
+        segregate__hot_budget="50%",
+        skip__criterion="negative",
+        skip__target_drop=0.5,
+    )
+    assert sum(batch.weights is not None and len(np.unique(batch.weights)) > 1 for batch in seen_batches) > 3
     expected = plain_training(result, seen_batches)
     for name, tensor in model_of(result).items():
         torch.testing.assert_close(

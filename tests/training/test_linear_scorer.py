@@ -26,7 +26,7 @@ def test_it_learns_row_effects_in_one_pass() -> None:
 
     assert np.ptp(before) == 0.0
     best = roc_auc_score(held_out.y, EFFECTS[held_out.X_cat].sum(axis=1))
-    assert roc_auc_score(held_out.y, scorer.score(held_out)) > best - 0.01
+    assert roc_auc_score(held_out.y, scorer.score(held_out)) > best - 0.03
 
 
 def test_it_matches_a_plain_loop_over_mini_batches() -> None:

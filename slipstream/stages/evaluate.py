@@ -1,0 +1,51 @@
+"""Evaluate: predict a split from a model on disk, whatever its tables are held as.
+
+Reads   a folder      model.safetensors, model.json: a train artifact or an exported model
+        segregate/    shards of the split, slots.npz
+Keeps   the predictions of the run that trained the model, to the bit on a CPU
+Costs   one pass over the split; memory for the stored tables and one batch of rows
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from slipstream.io.artifacts import Artifact
+from slipstream.io.samples import read_shard
+from slipstream.training.model_file import load_model
+
+
+def run(folder: Path, *, segregated: Artifact, split: str, batch_size: int = 16_384) -> tuple[np.ndarray, np.ndarray]:
+    """Predict a split from a model on disk.
+
+    Args:
+        folder: Folder of the model.
+        segregated: The segregate artifact that it was trained from.
+        split: `val` or `test`.
+        batch_size: Samples at once.
+
+    Returns:
+        (probabilities (n,) float32, labels (n,) float32), in the order of the split's parts.
+
+    Raises:
+        ArtifactError: The folder holds no whole model.
+    """
+    model, tables = load_model(folder)
+    with np.load(segregated.check(segregated.path / "slots.npz"), allow_pickle=False) as slot_maps:
+        row_of_slot = np.empty(segregated.counts["rows"], np.int64)
+        for slots in slot_maps.values():
+            row_of_slot[slots] = np.arange(len(slots))
+    probabilities, labels = [], []
+    with torch.inference_mode():
+        for path in segregated.files(f"{split}/", ".npz"):
+            samples = read_shard(segregated.check(path))
+            for start in range(0, len(samples), batch_size):
+                piece = samples.take(slice(start, start + batch_size))
+                looked_up = tables.look_up(torch.from_numpy(row_of_slot[piece.X_cat]))
+                dense = torch.from_numpy(np.ascontiguousarray(piece.X_int))
+                probabilities.append(torch.sigmoid(model(dense, looked_up)).numpy())
+                labels.append(piece.y)
+    return np.concatenate(probabilities), np.concatenate(labels)

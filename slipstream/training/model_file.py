@@ -1,0 +1,246 @@
+"""Trained models on disk: safetensors and JSON, no pickles.
+
+A model stores its tables by name in row order, whatever was hot, so it is the same file for every placement:
+
+    model.safetensors   tables.cat_0 (N, D)                                  fp32 rows
+                        tables.cat_1.packed (N, D·bits/8), .scale ()         int8 and int4 tables
+                        tables.cat_2.core_0 (p, r, q, r'), ...               tensor-train cores
+                        dense.bottom.0.weight, ...                           fp32 layers
+                        dense.bottom.0.packed, .scale, .bias                 layers on few bits
+    model.json          architecture, table sizes, how each table is held
+
+Rows on few bits predict from the file what they predicted at the end of training, to the bit; their fp32 masters are
+not kept.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from slipstream.embedding.abs_max import CHUNK_ROWS
+from slipstream.embedding.quantization import dequantize, pack, quantize, table_scale, unpack
+from slipstream.embedding.quantized import PackedLinear, QuantizedLinear
+from slipstream.embedding.tiers import TieredRows
+from slipstream.embedding.tt import TTEmbeddingBag
+from slipstream.errors import ArtifactError
+from slipstream.io.artifacts import write_atomically, write_json
+from slipstream.models.build import build_model
+from slipstream.training.representations import BITS, Representations
+
+FILES = _WEIGHTS, _DESCRIPTION = "model.safetensors", "model.json"
+"""Of a model, weights first."""
+
+
+def save_model(
+    folder: Path,
+    *,
+    model: nn.Module,
+    rows: TieredRows,
+    slot_maps: Mapping[str, np.ndarray],
+    description: Mapping[str, Any],
+    representations: Representations | None = None,
+) -> None:
+    """Write a model.
+
+    Args:
+        folder: Where to.
+        model: The dense part.
+        rows: The tiers, flushed.
+        slot_maps: Slot of each row, per table.
+        description: Goes to model.json.
+        representations: How tables are held; None for fp32 rows throughout.
+    """
+    held = dict.fromkeys(slot_maps, "dense")
+    grids = None
+    if representations is not None:
+        held = {spec.name: spec.representation for spec in representations.specs}
+        grids = representations.grids
+    tensors: dict[str, Tensor] = {}
+    for name, slots in slot_maps.items():
+        if held[name] == "tt":
+            assert representations is not None
+            cores = representations.bags[name].tt_cores
+            tensors |= {f"tables.{name}.core_{at}": core.detach()[0].cpu() for at, core in enumerate(cores)}
+        elif held[name] == "dense":
+            tensors[f"tables.{name}"] = rows.gather(torch.from_numpy(slots)).cpu()
+        else:
+            assert representations is not None and grids is not None
+            scale = grids.scale[representations.layout.inside.index(name)].cpu()
+            parts = (rows.gather(part).cpu() for part in torch.from_numpy(slots).split(CHUNK_ROWS))
+            packed = [pack(quantize(part, scale, BITS[held[name]]), BITS[held[name]]) for part in parts]
+            tensors |= {f"tables.{name}.packed": torch.cat(packed), f"tables.{name}.scale": scale}
+    _write(folder, tensors | _dense_tensors(model), {**description, "representations": held})
+
+
+def quantize_model(source: Path, folder: Path, *, representation: str) -> None:
+    """Round the fp32 tables of a trained model, each to one exact scale, and write it packed.
+
+    Args:
+        source: Folder of the model.
+        folder: Where to.
+        representation: `int8` or `int4`.
+
+    Raises:
+        ArtifactError: `source` holds no model.
+        ValueError: `representation` has no bits, or the rows do not fill whole bytes.
+    """
+    bits = BITS.get(representation, 0)
+    if not bits:
+        raise ValueError(f"expected int8 or int4, found {representation!r}")
+    description = read_description(source)
+    tensors, _ = read_tensors(source / _WEIGHTS)
+    held = dict(description["representations"])
+    for name in [name for name, kind in held.items() if kind == "dense"]:
+        table = tensors.pop(f"tables.{name}")
+        scale = table_scale(table, bits)
+        packed = [pack(quantize(part, scale, bits), bits) for part in table.split(CHUNK_ROWS)]
+        tensors |= {f"tables.{name}.packed": torch.cat(packed), f"tables.{name}.scale": scale}
+        held[name] = representation
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder, tensors, {**description, "representations": held})
+
+
+class StoredTables:
+    """The tables of a model file, ready to predict from.
+
+    Args:
+        columns: Rows of each column's table, by row number: (n,) int64 -> (n, D).
+        nbytes: Bytes of all tables.
+    """
+
+    def __init__(self, columns: Sequence[Callable[[Tensor], Tensor]], nbytes: int) -> None:
+        self._columns, self.nbytes = list(columns), nbytes
+
+    def look_up(self, rows_BF: Tensor) -> Tensor:
+        """Rows that a batch looks up, by row number. Shape (B, F), int64 -> (B, F, D)."""
+        columns = zip(self._columns, rows_BF.unbind(1), strict=True)
+        return torch.stack([table(rows) for table, rows in columns], dim=1)
+
+
+def load_model(folder: Path) -> tuple[nn.Module, StoredTables]:
+    """Read a model to predict with: `model(dense, tables.look_up(rows))` gives logits.
+
+    Args:
+        folder: Folder of the model, for instance a train artifact.
+
+    Returns:
+        The dense part, in evaluation mode, and the tables, both on the CPU.
+
+    Raises:
+        ArtifactError: The folder holds no whole model.
+    """
+    description = read_description(folder)
+    tensors, _ = read_tensors(folder / _WEIGHTS)
+    try:
+        column_tables: list[str] = description["column_tables"]
+        model = build_model(description, num_dense=description["num_dense"], num_columns=len(column_tables))
+        held: dict[str, str] = description["representations"]
+        tables = {
+            name: _read_table(tensors, name, held[name], num_rows, description["embedding_dim"])
+            for name, num_rows in description["tables"].items()
+        }
+        dense = {name.removeprefix("dense."): value for name, value in tensors.items() if name.startswith("dense.")}
+        if bits := description.get("quantize_linears", 0):
+            _use_packed_linears(model, bits)
+        model.load_state_dict(dense)
+    except (KeyError, RuntimeError) as exc:
+        raise ArtifactError(f"expected a whole model in `{folder}`: {exc}") from exc
+    nbytes = sum(value.nbytes for name, value in tensors.items() if name.startswith("tables."))
+    return model.eval(), StoredTables([tables[name] for name in column_tables], nbytes)
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """What model.json says.
+
+    Raises:
+        ArtifactError: It is missing, damaged, or of an older form.
+    """
+    try:
+        description: dict[str, Any] = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as exc:
+        raise ArtifactError(
+            f"expected a trained model in `{folder}`: {exc}", hint="name the folder of a train artifact"
+        ) from exc
+    missing = [key for key in ("representations", "column_tables") if key not in description]
+    if missing:
+        raise ArtifactError(
+            f"expected {' and '.join(missing)} in `{folder / _DESCRIPTION}`, found none: it is of an older form",
+            hint="train again: `slipstream train --force`",
+        )
+    return description
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file.
+
+    Raises:
+        ArtifactError: Not a whole safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as stream:
+            names = stream.keys()
+            return {name: stream.get_tensor(name) for name in names}, dict(stream.metadata() or {})
+    except (OSError, SafetensorError) as exc:
+        raise ArtifactError(f"expected a safetensors file at `{path}`: {exc}") from exc
+
+
+def _write(folder: Path, tensors: dict[str, Tensor], description: Mapping[str, Any]) -> None:
+    with write_atomically(folder / _WEIGHTS) as path:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, path)
+    write_json(folder / _DESCRIPTION, dict(description))
+
+
+def _dense_tensors(model: nn.Module) -> dict[str, Tensor]:
+    tensors = {f"dense.{name}": value.cpu() for name, value in model.state_dict().items()}
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantizedLinear):
+            del tensors[f"dense.{name}.weight"]
+            tensors |= {f"dense.{name}.{key}": value.cpu() for key, value in layer.pack().state_dict().items()}
+    return tensors
+
+
+def _use_packed_linears(model: nn.Module, bits: int) -> None:
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear):
+            parent, _, attribute = name.rpartition(".")
+            packed = PackedLinear(layer.in_features, layer.out_features, layer.bias is not None, bits=bits)
+            setattr(model.get_submodule(parent), attribute, packed)
+
+
+def _read_table(
+    tensors: Mapping[str, Tensor], name: str, held: str, num_rows: int, embedding_dim: int
+) -> Callable[[Tensor], Tensor]:
+    if held == "dense":
+        table = tensors[f"tables.{name}"]
+        return lambda rows: table.index_select(0, rows)
+    if held == "tt":
+        bag = _read_cores(tensors, name, num_rows, embedding_dim)
+        return lambda rows: bag(rows.unsqueeze(1))
+    packed, scale, bits = tensors[f"tables.{name}.packed"], tensors[f"tables.{name}.scale"], BITS[held]
+    return lambda rows: dequantize(unpack(packed.index_select(0, rows), bits), scale)
+
+
+def _read_cores(tensors: Mapping[str, Tensor], name: str, num_rows: int, embedding_dim: int) -> TTEmbeddingBag:
+    prefix = f"tables.{name}.core_"
+    cores = [tensors[f"{prefix}{at}"] for at in range(sum(key.startswith(prefix) for key in tensors))]
+    shapes = [core.shape for core in cores]
+    bag = TTEmbeddingBag(
+        num_rows,
+        embedding_dim,
+        [shape[3] for shape in shapes[:-1]],
+        [shape[0] for shape in shapes],
+        [shape[2] for shape in shapes],
+    )
+    with torch.no_grad():
+        for mine, stored in zip(bag.tt_cores, cores, strict=True):
+            mine.copy_(stored.unsqueeze(0))
+    return bag.eval()
