@@ -246,7 +246,7 @@ def run_plain(case: Case, device: torch.device, *, use_fbgemm: bool) -> dict[str
     return {"seconds": seconds, "samples": len(case.samples), "table_bytes_on_device": 4 * dim * sum(sizes)}
 
 
-def make_bags(sizes: list[int], dim: int, device: torch.device):  # noqa: ANN201
+def make_bags(sizes: list[int], dim: int, device: torch.device):
     """One nn.EmbeddingBag a table."""
     bags = nn.ModuleList(nn.EmbeddingBag(size, dim, mode="sum", sparse=True, device=device) for size in sizes)
 
@@ -256,7 +256,7 @@ def make_bags(sizes: list[int], dim: int, device: torch.device):  # noqa: ANN201
     return look_up, list(bags.parameters())
 
 
-def make_fbgemm(sizes: list[int], dim: int, device: torch.device):  # noqa: ANN201
+def make_fbgemm(sizes: list[int], dim: int, device: torch.device):
     """TorchRec's engine: FBGEMM's table-batched bags with the exact fused SGD."""
     from fbgemm_gpu.split_embedding_configs import EmbOptimType
     from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation

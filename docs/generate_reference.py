@@ -46,13 +46,16 @@ def cli_page() -> str:
         _fenced(_help()),
     ]
     for name in command_names():
-        blocks += [f"## slipstream {name}", _fenced(_help(name))]
+        blocks += [f"## slipstream {name}", _fenced(_help(*name.split()))]
     return "\n\n".join(blocks) + "\n"
 
 
 def command_names() -> list[str]:
-    """Commands in the order of the help."""
-    return list(typer.main.get_group(app).commands)
+    """Commands in the order of the help, those of a group after it."""
+    names: list[str] = []
+    for name, command in typer.main.get_group(app).commands.items():
+        names += [name, *(f"{name} {inner}" for inner in getattr(command, "commands", {}))]
+    return names
 
 
 def config_page() -> str:
@@ -65,6 +68,8 @@ def config_page() -> str:
     ]
     for prefix, cls in sections():
         title = f"`[{prefix}]`" if prefix else "Top level"
+        if prefix.endswith("[]"):
+            title = f"`[[{prefix.removesuffix('[]')}]]`"
         blocks += [f"## {title}", inspect.cleandoc(cls.__doc__ or ""), _table(prefix, cls)]
     return "\n\n".join(blocks) + "\n"
 
@@ -83,7 +88,7 @@ def _walk(prefix: str, cls: type) -> Iterator[tuple[str, type]]:
     yield prefix, cls
     for name, hint in get_type_hints(cls).items():
         if inner := _section_of(hint):
-            placeholder = ".<table>" if _is_mapping(hint) else ""
+            placeholder = ".<table>" if _is_mapping(hint) else "[]" if get_origin(hint) is tuple else ""
             yield from _walk(_dotted(prefix, name) + placeholder, inner)
 
 
@@ -93,7 +98,9 @@ def _values(cls: type) -> list[dataclasses.Field[Any]]:
 
 
 def _section_of(hint: Any) -> type | None:
-    candidate = get_args(hint)[1] if _is_mapping(hint) else hint
+    candidate = hint
+    if _is_mapping(hint) or get_origin(hint) is tuple:
+        candidate = get_args(hint)[1 if _is_mapping(hint) else 0]
     return candidate if dataclasses.is_dataclass(candidate) and isinstance(candidate, type) else None
 
 

@@ -266,6 +266,24 @@ def samples(
         typer.echo(f"{sum(summary['samples'].values()):,} samples in {len(summary['files'])} files below {out}")
 
 
+@export.command(epilog="Example: slipstream export model runs/tiny/train/0123456789abcdef --quantize int4 --out packed")
+def model(
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder of a train artifact.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write to.")],
+    quantize: Annotated[str, typer.Option("--quantize", metavar="NAME", help="int8 or int4.")] = "int4",
+    as_json: _Json = False,
+) -> None:
+    """Write a trained model with its fp32 tables rounded to few bits, one scale per table, and packed."""
+    from slipstream.pipeline import export_model
+
+    summary = export_model(artifact, representation=quantize, out_dir=out)
+    if as_json:
+        typer.echo(json.dumps(summary, indent=1))
+    else:
+        ratio = summary["bytes"] / summary["bytes_before"]
+        typer.echo(f"{summary['bytes']:,} bytes below {out}, {ratio:.3f} of the {summary['bytes_before']:,} before")
+
+
 def main() -> None:
     """Entry point of the console script."""
     app()

@@ -195,6 +195,20 @@ def export_samples(
     return export.run(processed, export_format=export_format, out_dir=out_dir, progress=progress)
 
 
+def export_model(artifact: Path, *, representation: str, out_dir: Path) -> dict[str, Any]:
+    """Write a trained model with its fp32 tables rounded and packed.
+
+    Returns:
+        Bytes of the weights before and after, and how each table is held now.
+
+    Raises:
+        SlipstreamError: Whatever the export expects to go wrong.
+    """
+    from slipstream.stages import export_model
+
+    return export_model.run(open_artifact(artifact), representation=representation, out_dir=out_dir)
+
+
 def clean_run(runs_dir: Path, name: str) -> list[Path]:
     """Remove what killed processes left in a run folder; returns what was removed."""
     run_dir = runs_dir / name

@@ -106,7 +106,7 @@ class _Members:
         columns: list[pl.Series] = []
         for name in _ARRAYS:
             values = self._read(name, count)
-            columns += [pl.Series(f"{name}_{index}", values[:, index]) for index in range(values.shape[1])]
+            columns += [_as_text(values[:, index]).alias(f"{name}_{index}") for index in range(values.shape[1])]
         self._remaining -= count
         text = io.BytesIO()
         pl.DataFrame(columns).write_csv(text, separator="\t", include_header=False)
@@ -136,10 +136,17 @@ class _Members:
         data = self._streams[name].read(wanted)
         if len(data) != wanted:
             raise ValueError(f"array {name} is shorter than its header says")
-        values = np.frombuffer(data, dtype).reshape(count, -1)
-        if dtype.kind == "f" and np.isfinite(values).all() and (values == np.rint(values)).all():
-            return values.astype(np.int64)
-        return values.astype(values.dtype.newbyteorder("="))
+        return np.frombuffer(data, dtype).reshape(count, -1).astype(dtype.newbyteorder("="))
+
+
+def _as_text(values: np.ndarray) -> pl.Series:
+    """Numbers in decimal; whole floats as integers."""
+    if values.dtype.kind != "f":
+        return pl.Series(np.ascontiguousarray(values))
+    wide = pl.Series(values.astype(np.float64))
+    is_whole = (wide == wide.round()) & (wide.abs() < 2.0**53)
+    whole = wide.cast(pl.Int64, strict=False).cast(pl.String)
+    return pl.select(pl.when(is_whole).then(whole).otherwise(wide.cast(pl.String))).to_series()
 
 
 def write_array(

@@ -76,7 +76,7 @@ def run(
             files = _write_parquet(parts, out_dir, row_group_samples)
         else:
             files = _write_dlrm(parts, out_dir) if export_format == "dlrm-npz" else _write_torchrec(parts, out_dir)
-    summary = {
+    summary: dict[str, Any] = {
         "format": export_format,
         "source": processed.manifest["config"]["source"],
         "preprocess": processed.path.name,

@@ -53,11 +53,12 @@ def parse_plainly(data: bytes) -> tuple[list[list[Any]], list[int]]:
         except ValueError:
             rejected.append(position)
             continue
-        texts = [field.lower() if 3 <= index - 0 <= 13 else field for index, field in enumerate(fields)][3:]
-        texts = [str(int(text)) if text and (i < 2 or i > 10) else text for i, text in enumerate(texts)]
-        samples.append(
-            [int(fields[1]), moment.hour, *texts, str(moment.hour), str(moment.weekday()), int(fields[0])]
-        )
+        is_hex = [5 <= index <= 13 for index in range(24)]
+        texts = [
+            field.lower() if as_hex or not field else str(int(field))
+            for field, as_hex in zip(fields[3:], is_hex[3:], strict=True)
+        ]
+        samples.append([int(fields[1]), moment.hour, *texts, str(moment.hour), str(moment.weekday()), int(fields[0])])
     return samples, rejected
 
 

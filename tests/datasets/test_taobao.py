@@ -1,0 +1,298 @@
+from __future__ import annotations
+
+import gzip
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+
+from slipstream.config import build_pipeline
+from slipstream.datasets import taobao
+from slipstream.datasets.source import MISSING_ID
+from slipstream.datasets.taobao import TaobaoSource, read_events
+from slipstream.errors import ConfigError
+from slipstream.io.raw import read_blocks
+from slipstream.ops.split import latest_seventh
+from slipstream.pipeline import run_pipeline
+
+LINE = b"1,2268318,2520377,pv,1511544070"
+HISTORY, POINTS = 3, 2
+
+
+def make_source(seed: int = 0) -> TaobaoSource:
+    return TaobaoSource(seed=seed, history_length=HISTORY, points_per_user=POINTS)
+
+
+def mix(word: int) -> int:
+    """SplitMix64's finaliser on Python integers."""
+    mask = 2**64 - 1
+    word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & mask
+    return word ^ (word >> 31)
+
+
+def draw(seed: int, stream: int, user: int, number: int) -> int:
+    return mix(mix(mix(seed * 4 + stream) ^ user) ^ number)
+
+
+def make_samples_plainly(lines: list[bytes], users_per_cut: int, seed: int = 0) -> list[list[int]]:
+    """The samples of a log, written as the description of the source says, one by one."""
+    runs: list[tuple[int, list[tuple[int, int, int]]]] = []
+    for line in lines:
+        user, item, category, _, time = line.decode().split(",")
+        if not runs or runs[-1][0] != int(user):
+            runs.append((int(user), []))
+        runs[-1][1].append((int(time), int(item), int(category)))
+    groups: list[list[tuple[int, list[tuple[int, int, int]]]]] = []
+    for user, events in runs:
+        if not groups or mix(user) % users_per_cut == 0:
+            groups.append([])
+        groups[-1].append((user, sorted(events, key=lambda event: event[0])))
+    samples = []
+    for group in groups:
+        by_time = sorted(group, key=lambda run: run[1][-1][0])
+        laid_out = [event for _, events in by_time for event in events]
+        reach = max(len(laid_out) // 16, 64)
+        for user, events in group:
+            before = 0
+            for run in by_time:
+                if run[1] is events:
+                    break
+                before += len(run[1])
+            near = [
+                event
+                for place, event in enumerate(laid_out)
+                if before - reach <= place < before + len(events) + reach and not before <= place < before + len(events)
+            ]
+            chosen = sorted(range(1, len(events)), key=lambda nth: (draw(seed, 1, user, nth), nth))[:POINTS]
+            for nth in sorted(chosen):
+                past = events[max(0, nth - HISTORY) : nth]
+                padding = HISTORY - len(past)
+                seconds = [0] * padding + [events[nth][0] - time for time, _, _ in past] + [0]
+                pairs = [MISSING_ID, MISSING_ID] * padding + [part for _, *pair in past for part in pair]
+                hour = events[-1][0] // 3600
+                samples.append([1, *seconds, user, *pairs, *events[nth][1:], hour])
+                if near:
+                    other = near[draw(seed, 2, user, nth) % len(near)]
+                    samples.append([0, *seconds, user, *pairs, *other[1:], hour])
+    return samples
+
+
+@st.composite
+def logs(draw_: st.DrawFn) -> list[bytes]:
+    lines = []
+    for user in draw_(st.lists(st.integers(1, 40), min_size=1, max_size=12)):
+        for _ in range(draw_(st.integers(1, 7))):
+            item, time = draw_(st.integers(1, 9)), draw_(st.integers(0, 20_000))
+            lines.append(b"%d,%d,%d,%s,%d" % (user, item, item % 3, draw_(st.sampled_from([b"pv", b"buy"])), time))
+    return lines
+
+
+@settings(max_examples=120)
+@given(logs(), st.sampled_from([1, 2, 3, 1024]), st.integers(0, 3))
+def test_samples_are_those_of_a_plain_reader(lines: list[bytes], users_per_cut: int, seed: int):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(taobao, "_USERS_PER_CUT", users_per_cut)
+        parsed = make_source(seed).parse(b"\n".join(lines))
+    assert [list(row) for row in parsed.samples.iter_rows()] == make_samples_plainly(lines, users_per_cut, seed)
+    assert parsed.num_lines == len(lines)
+
+
+@settings(max_examples=60)
+@given(logs(), st.integers(1, 400), st.sampled_from([1, 2, 5]))
+def test_samples_do_not_depend_on_the_size_of_blocks(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], block_bytes: int, users_per_cut: int
+):
+    lines = [piece for index, line in enumerate(lines) for piece in ([b"bad"] if index % 5 == 3 else []) + [line]]
+    path = tmp_path_factory.mktemp("log") / "log.csv"
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    source = make_source()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(taobao, "_USERS_PER_CUT", users_per_cut)
+        blocks = list(read_blocks(str(path), file_index=0, block_bytes=block_bytes, cut=source.cut))
+        parsed = [source.parse(block.data) for block in blocks if isinstance(block.data, bytes)]
+        whole = source.parse(path.read_bytes())
+    assert b"".join(block.data for block in blocks if isinstance(block.data, bytes)) == path.read_bytes()
+    assert pl.concat([block.samples for block in parsed]).equals(whole.samples)
+    assert sum(len(block.rejected_lines) for block in parsed) == len(whole.rejected_lines)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b"", "expected 5 fields, found 1"),
+        (b"user,item,category,behaviour,time", "user: expected an integer of up to 18 digits, found 'user'"),
+        (LINE + b",1", "expected 5 fields, found 6"),
+        (LINE.replace(b"pv", b"view"), "behaviour: expected pv, cart, fav, buy, found 'view'"),
+        (LINE.replace(b"1511544070", b"-1"), "time: expected an integer of up to 18 digits, found '-1'"),
+        (LINE.replace(b"2268318", b""), "item: expected an integer"),
+        (LINE.replace(b"2520377", b"1" * 19), "category: expected an integer of up to 18 digits"),
+        (LINE.replace(b"2520377", b"\xff"), "category: expected an integer"),
+    ],
+)
+def test_what_is_no_event_is_rejected_with_its_reason(line: bytes, reason: str):
+    parsed = make_source().parse(LINE + b"\n" + line + b"\n" + LINE + b"\n")
+    assert parsed.rejected_lines.tolist() == [1] and parsed.num_lines == 3
+    assert make_source().explain(line).startswith(reason)
+
+
+def test_a_text_without_events_has_no_samples():
+    parsed = make_source().parse(b"bad\nworse\n")
+    assert parsed.samples.height == 0 and parsed.rejected_lines.tolist() == [0, 1]
+    assert make_source().parse(LINE).samples.height == 0, "one event has no history"
+
+
+def test_tables_are_shared_by_all_steps():
+    source = make_source()
+    assert source.table_of_column == (0, 1, 2, 1, 2, 1, 2, 1, 2)
+    assert source.num_dense == 4 and source.num_tables == 3
+    assert source.column_names["cat_1"] == "item-3" and source.column_names["cat_8"] == "category"
+    assert source.format_raw_ids(np.array([7, MISSING_ID])).to_list() == ["7", ""]
+
+
+def test_the_latest_seventh_is_whole_days():
+    assert latest_seventh({1: 10, 2: 10, 3: 80, 4: 5, 5: 9}) == 4
+    assert latest_seventh({1: 10, 2: 80, 3: 5, 4: 10}) == 3
+    assert latest_seventh({1: 1, 2: 99}) == 2, "the last day is held out however large"
+    assert latest_seventh({1: 0, 2: 0, 3: 0}) == 2, "never every day"
+
+
+# --- through the pipeline ------------------------------------------------------------------------------------
+
+
+def taobao_config(raw: Path, *, mode: str = "fae", optimizer: str = "rowwise_adagrad", **preprocess: Any) -> Any:
+    return build_pipeline(
+        {
+            "name": "taobao_test",
+            "dataset": {"source": "taobao", "raw": [str(raw)], "history_length": 5, "points_per_user": 4},
+            "preprocess": {"split": "by_time", **preprocess},
+            "profile": {"curve": [0.1]},
+            "segregate": {"hot_budget": "20%"},
+            "model": {"name": "tbsm", "embedding_dim": 8, "bottom_mlp": [8], "top_mlp": [20, 1]},
+            "train": {
+                "mode": mode,
+                "optimizer": optimizer,
+                "batch_size": 32,
+                "lr": 0.05,
+                "device": "cpu",
+                "cache_ratio": 1.0,
+            },
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A log of 150 users whose tastes are a few categories each."""
+    rng = np.random.default_rng(8)
+    path = tmp_path_factory.mktemp("log") / "UserBehavior.csv"
+    with path.open("w") as out:
+        for user in range(1, 151):
+            tastes = rng.integers(0, 30, 2)
+            times = np.sort(rng.integers(0, 20 * 3600, rng.integers(2, 16)) + (user % 9) * 9000)
+            for time in times:
+                category = int(rng.choice(tastes))
+                out.write(f"{user},{category * 10 + rng.integers(10)},{category},pv,{time}\n")
+    return path
+
+
+def test_users_are_on_one_side_of_the_split(log: Path, tmp_path: Path):
+    done = run_pipeline(taobao_config(log), tmp_path, stages=["preprocess"]).stages["preprocess"].artifact
+    counts = done.counts
+    total = sum(counts["samples"].values())
+    held_out = counts["samples"]["val"] + counts["samples"]["test"]
+    assert 0 < held_out <= total / 7 and 0 <= counts["samples"]["test"] - counts["samples"]["val"] <= 1
+    assert list(counts["rows_per_table"]) == ["cat_0", "cat_1", "cat_2"]
+    late = pl.concat([pl.read_parquet(done.path / name / "*.parquet") for name in ("val", "test")])
+    assert late["cat_0"].to_list() == [0] * held_out, "no user held out was seen in training"
+    vocabulary = pl.read_parquet(done.path / "vocab/cat_1.parquet")
+    padding = counts["padding_rows"]["cat_1"]
+    assert vocabulary["raw_id"][padding] == ""
+    train = pl.read_parquet(done.path / "train/*.parquet")
+    items = train.select([f"cat_{1 + 2 * step}" for step in range(6)]).to_numpy()
+    assert vocabulary["count"].to_list() == np.bincount(items.ravel(), minlength=len(vocabulary)).tolist()
+    assert (items[:, -1] != padding).all(), "a candidate is never padding"
+    is_padding = items == padding
+    assert (is_padding[:, :-1] >= is_padding[:, 1:]).all(), "padding stands in front"
+    assert (train.select([f"int_{step}" for step in range(6)]).to_numpy()[is_padding] == 0).all()
+
+
+@pytest.mark.parametrize(("freq_threshold", "max_rows"), [(10**6, 0), (1, 2)])
+def test_padding_keeps_its_row_however_small_the_table(log: Path, tmp_path: Path, freq_threshold: int, max_rows: int):
+    config = taobao_config(log, freq_threshold=freq_threshold, max_rows=max_rows)
+    counts = run_pipeline(config, tmp_path, stages=["preprocess"]).counts("preprocess")
+    assert counts["rows_per_table"]["cat_1"] == 2 and counts["padding_rows"] == {"cat_1": 1, "cat_2": 1}
+
+
+def test_hashing_a_padded_table_is_refused(log: Path, tmp_path: Path):
+    with pytest.raises(ConfigError, match="padding must keep a row of its own"):
+        run_pipeline(taobao_config(log, num_buckets=100), tmp_path, stages=["preprocess"])
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "rowwise_adagrad"])
+@pytest.mark.parametrize("mode", ["fae", "slipstream", "baseline", "cached"])
+def test_every_mode_trains_and_padding_rows_stay_zero(log: Path, tmp_path: Path, mode: str, optimizer: str):
+    result = run_pipeline(taobao_config(log, mode=mode, optimizer=optimizer), tmp_path)
+    folder = result.stages["train"].artifact.path
+    tables = load_file(folder / "model.safetensors")
+    padding = result.counts("preprocess")["padding_rows"]
+    for name, row in padding.items():
+        assert not tables[f"tables.{name}"][row].any()
+        assert tables[f"tables.{name}"].any(axis=1).sum() == len(tables[f"tables.{name}"]) - 1
+    assert len(tables) > 3 and result.counts("train")["test"]["logloss"] > 0
+    assert json.loads((folder / "model.json").read_text())["name"] == "tbsm"
+
+
+def test_modes_end_with_the_same_model(log: Path, tmp_path: Path):
+    models = []
+    for mode in ("fae", "resident"):
+        result = run_pipeline(taobao_config(log, mode=mode), tmp_path)
+        models.append(load_file(result.stages["train"].artifact.path / "model.safetensors"))
+    for name, tensor in models[0].items():
+        assert (tensor == models[1][name]).all(), name
+
+
+def test_the_model_needs_sequences():
+    with pytest.raises(ConfigError, match="needs sequences"):
+        build_pipeline({"name": "wrong", "dataset": {"source": "synthetic"}, "model": {"name": "tbsm"}})
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize(("name", "num_users"), [("taobao_100001", 983), ("taobao_114users_10000", 114)])
+def test_every_real_line_is_an_event(real_data: Path, name: str, num_users: int):
+    data = gzip.decompress((real_data / f"{name}.csv.gz").read_bytes())
+    events, rejected, num_lines = read_events(data)
+    assert not rejected.size and num_lines == events.height == int(name.split("_")[-1])
+    lines = [line.split(b",") for line in data.splitlines()]
+    assert len({line[0] for line in lines}) == num_users
+    shares = Counter(events["behaviour"].to_list())
+    assert shares == Counter(line[3].decode() for line in lines)
+    if name == "taobao_100001":
+        found = {behaviour: round(100 * count / num_lines, 1) for behaviour, count in shares.items()}
+        assert found == {"pv": 89.7, "cart": 5.4, "fav": 2.7, "buy": 2.1}
+
+
+@pytest.mark.real_data
+def test_real_samples_are_those_of_a_plain_reader(real_data: Path):
+    data = gzip.decompress((real_data / "taobao_114users_10000.csv.gz").read_bytes())
+    parsed = make_source().parse(data)
+    expected = make_samples_plainly(data.splitlines(), users_per_cut=1024)
+    assert [list(row) for row in parsed.samples.iter_rows()] == expected
+
+
+@pytest.mark.real_data
+def test_real_events_go_through_the_pipeline(real_data: Path, tmp_path: Path):
+    config = taobao_config(real_data / "taobao_114users_10000.csv.gz")
+    result = run_pipeline(config, tmp_path)
+    counts = result.counts("preprocess")
+    assert counts["lines"] == 10_000 and counts["rejected"] == 0
+    assert sum(counts["positives"].values()) * 2 == sum(counts["samples"].values())
+    assert result.counts("segregate")["hot_sample_share"] > 0
+    assert np.isfinite(result.counts("train")["test"]["logloss"])
