@@ -6,7 +6,7 @@
 
 Each contender runs in its own process, several times in turn with the others; medians are shown. Samples come through
 the real input path: shuffled windows, batches, look-ahead. What the figures do not show: reading shards from disk
-(in memory here) and quality, which the exact modes share to the bit (tests) and skipping changes (`slipstream compare`).
+(in memory here) and quality, which exact modes share to the bit (tests) and skipping changes (`slipstream compare`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -105,7 +106,7 @@ def make_case(contender: str, args: argparse.Namespace) -> Case:
         num_rows=int(offsets[-1]),
         num_hot=int(is_hot.sum()),
         counts=by_slot,
-        table_of=[slice(int(a), int(b)) for a, b in zip(offsets[:-1], offsets[1:], strict=True)],
+        table_of=[slice(int(a), int(b)) for a, b in pairwise(offsets)],
         args=args,
     )
 
@@ -319,7 +320,10 @@ def medians(runs: list[dict[str, float]]) -> dict[str, float]:
 
 def show(results: dict[str, dict[str, float]], args: argparse.Namespace) -> Iterator[str]:
     """The table."""
-    yield f"{'contender':<16}{'samples/s':>11}{'steps/s':>9}{'x ceiling':>10}{'x plain':>9}{'tables on device':>18}{'host MiB':>10}"
+    yield (
+        f"{'contender':<16}{'samples/s':>11}{'steps/s':>9}{'x ceiling':>10}{'x plain':>9}"
+        f"{'tables on device':>18}{'host MiB':>10}"
+    )
     ceiling = results.get("ceiling", {}).get("samples_per_second")
     plain = results.get("plain", {}).get("samples_per_second")
     for name, figures in results.items():
@@ -333,7 +337,7 @@ def show(results: dict[str, dict[str, float]], args: argparse.Namespace) -> Iter
     if same and dropping and dropping["dropped_share"]:
         saved = 1 - dropping["seconds"] / same["seconds"]
         yield (
-            f"slipstream dropped {dropping['dropped_share']:.1%} of all samples and saved {saved:.1%} of the wall time: "
+            f"slipstream dropped {dropping['dropped_share']:.1%} of all samples and saved {saved:.1%} of the time: "
             f"{saved / dropping['dropped_share']:.2f} of the share dropped"
         )
 
