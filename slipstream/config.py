@@ -319,7 +319,7 @@ class TablesConfig:
     """`dense` fp32; `int8`, `int4` trained on the grid they are stored on, from an fp32 master; `tt` tensor-train
     cores instead of rows."""
     period: int = 200
-    """Steps between refreshes of the scale of an `int8` or `int4` table."""
+    """Steps between refreshes of the scale of an `int8` or `int4` table; the first period has more, at 1, 2, 4, …."""
     tt_ranks: tuple[int, ...] = (16, 16)
     """Inner ranks of `tt` tables; one more core than ranks."""
     quantize_linears: int = 0

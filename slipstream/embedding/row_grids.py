@@ -10,6 +10,8 @@ reading rows that are on their way between tiers. Therefore
     before training and after it   max|w| is that of the whole table, exactly, from one pass over it
     every `period` steps           max|w| is the largest weight seen so far: of the whole table at the start, and
                                    since then of every row at every lookup
+    before steps 1, 2, 4, 8, ...   the same, until the period is over: weights outgrow their initial values within a
+                                   few steps, and would saturate until the first refresh
 
 So at a refresh no row saturates at the value it was last looked up with; what its last update added counts from its
 next lookup. Seen weights are never forgotten during training: a table whose weights shrink keeps a coarser grid than
@@ -82,8 +84,10 @@ class RowGrids:
 
     def begin_step(self) -> None:
         """Count a training step, and refresh the scales that are due before it. Nothing waits for the device."""
+        number = self.num_steps
+        is_power_of_two = number & (number - 1) == 0
         for period, tables in self._due.items():
-            if self.num_steps and self.num_steps % period == 0:
+            if number and (number % period == 0 or (number < period and is_power_of_two)):
                 peak, levels = self.peak.index_select(0, tables), self._levels.index_select(0, tables)
                 self.scale.index_copy_(0, tables, self._scale_for(peak, levels))
         self.num_steps += 1

@@ -110,7 +110,13 @@ def test_samples_are_those_of_a_plain_reader(lines: list[bytes], users_per_cut: 
 def test_samples_do_not_depend_on_the_size_of_blocks(
     tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], block_bytes: int, users_per_cut: int
 ):
-    lines = [piece for index, line in enumerate(lines) for piece in ([b"bad"] if index % 5 == 3 else []) + [line]]
+    broken = {1: b"bad", 3: lines[-1].partition(b",")[0] + b",bad"}
+    lines = [
+        piece
+        for index, line in enumerate(lines)
+        for piece in (line.partition(b",")[0] + b",bad", broken.get(index % 5, b""), line)
+        if piece and (piece is line or index % 2)
+    ]
     path = tmp_path_factory.mktemp("log") / "log.csv"
     path.write_bytes(b"\n".join(lines) + b"\n")
     source = make_source()
