@@ -21,6 +21,9 @@ from slipstream.embedding.staleness import find_threshold, sample_movement
 from slipstream.io.samples import Samples, concat_samples
 from slipstream.training.linear_scorer import LinearScorer
 
+_MOST_DROP = 0.95
+"""Most of a round that `stale` drops to make up for earlier rounds."""
+
 Criterion = Literal["none", "stale", "random", "negative", "importance"]
 Scope = Literal["hot", "all"]
 Scorer = Callable[[Samples], np.ndarray]
@@ -200,13 +203,18 @@ class Skipper:
         assert self._movement is not None
         slots = slots if self._columns is None else slots[:, self._columns]
         statistic = sample_movement(self._movement, slots, alpha=self.rule.alpha)
+        if self.rule.threshold is not None:
+            return statistic < self.rule.threshold
+        # what untouched rows kept earlier rounds from dropping is made up for where it can be
+        due = self.rule.target_drop * (self.classified + len(slots)) - self.dropped
+        target = min(max(due / len(slots), 0.0), _MOST_DROP)
         if self._threshold is None:
             drawn = statistic
             if len(drawn) > self.rule.sample_size:
                 drawn = drawn[rng.choice(len(drawn), self.rule.sample_size, replace=False)]
-            self._threshold = find_threshold(drawn, target_drop=self.rule.target_drop)
+            self._threshold = find_threshold(drawn, target_drop=target)
             self._record()
-        return statistic < self._threshold
+        return _share_ties(statistic, self._threshold, num_drop=round(target * len(slots)), rng=rng)
 
     def _draw(self, worth: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Keep samples with probability ∝ worth, the drop exact over all rounds, and their weights."""
@@ -229,6 +237,20 @@ class Skipper:
                 untouched_rows=int(np.count_nonzero(np.isinf(self._movement))),
             )
         )
+
+
+def _share_ties(statistic: np.ndarray, threshold: float, *, num_drop: int, rng: np.random.Generator) -> np.ndarray:
+    """Which samples lie below the threshold; of those exactly at it, a random part, so that the number is met.
+
+    Many samples can share one value: that of the fast row they have in common.
+    """
+    below = statistic < threshold
+    missing = num_drop - int(np.count_nonzero(below))
+    edge = np.float32(threshold) if missing > 0 else np.nextafter(np.float32(threshold), np.float32(-np.inf))
+    ties = np.flatnonzero(statistic == edge)
+    moved = rng.choice(ties, min(abs(missing), len(ties)), replace=False)
+    below[moved] = missing > 0
+    return below
 
 
 def keep_probabilities(worth: np.ndarray, *, num_keep: int, floor: float) -> np.ndarray:

@@ -59,8 +59,9 @@ def test_stale_drops_the_hot_samples_whose_rows_stand_still(rng: np.random.Gener
     first, second = skipper.select(hot, samples_of(100, seed=1), rng=rng, score=never)
     statistic = movement[hot.X_cat].max(axis=1)
     assert second.keep.all()
-    assert statistic[~first.keep].max() < skipper.threshold <= statistic[first.keep].min()
-    assert abs((~first.keep).mean() - 0.3) < 0.03  # 40 rows: ties
+    assert statistic[~first.keep].max() <= statistic[first.keep].min()  # equal at most: ties are shared out
+    assert statistic[~first.keep].max() <= np.float32(skipper.threshold) <= statistic[first.keep].max()
+    assert (~first.keep).sum() == round(0.3 * len(hot))
     assert skipper.checks[-1].step == 10
     assert skipper.checks[-1].stale_rows == int((movement < skipper.threshold).sum())
 
