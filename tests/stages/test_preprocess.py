@@ -106,7 +106,10 @@ def test_limits_of_an_unknown_table_are_a_config_error(tmp_path: Path, log: Path
         run_preprocess(tmp_path, [log], tables={"cat_26": TableLimits(max_rows=5)})
 
 
-@pytest.mark.parametrize("split", ["chronological", "random", "by_day"])
+@pytest.mark.parametrize(
+    "split",
+    ["chronological", pytest.param("random", marks=pytest.mark.slow), pytest.param("by_day", marks=pytest.mark.slow)],
+)
 def test_bytes_depend_neither_on_chunk_size_nor_on_threads(tmp_path: Path, lines: list[bytes], split: str):
     broken = [*lines[:700], b"no sample", *lines[700:], b"", sample_line(label="2")]
     files = [write_raw(tmp_path / "day_0", broken), write_raw(tmp_path / "day_1", lines[:301])]

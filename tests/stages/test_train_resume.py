@@ -52,12 +52,12 @@ class Killed(BaseException):
     "settings",
     [
         {"criterion": "stale"},
-        {"criterion": "stale", "window_steps": 4},
+        pytest.param({"criterion": "stale", "window_steps": 4}, marks=pytest.mark.slow),
         {"criterion": "importance", "scope": "all"},
-        {"criterion": "importance", "scope": "all", "scorer": "model"},
+        pytest.param({"criterion": "importance", "scope": "all", "scorer": "model"}, marks=pytest.mark.slow),
         {"criterion": "random", "order": "mixed"},
         {"mode": "cached", "cache_ratio": 0.6},
-        {"mode": "resident", "optimizer": "sgd"},
+        pytest.param({"mode": "resident", "optimizer": "sgd"}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
