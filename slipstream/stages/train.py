@@ -275,10 +275,10 @@ def _place_rows(
         ) from exc
     if config.mode != "cached":
         return rows, StagingHalves(rows)
-    return rows, CachedRows(rows, _warm_cache(config, layout.counts_by_slot(counts), num_staged))
+    return rows, CachedRows(rows, _make_cache(config, layout.counts_by_slot(counts), num_staged))
 
 
-def _warm_cache(config: TrainConfig, slot_counts: np.ndarray, capacity: int) -> RowCache:
+def _make_cache(config: TrainConfig, slot_counts: np.ndarray, capacity: int) -> RowCache:
     by_rank = config.cache_policy == "rank"
     return RowCache(
         len(slot_counts),

@@ -98,7 +98,8 @@ def test_a_training_interrupted_anywhere_ends_with_the_same_parameters(
         assert whole.counts("train")[split] == resumed.counts("train")[split]
 
 
-def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def leave_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Interrupt a training right after its first checkpoint."""
     original = checkpoint.Checkpointer._save
 
     def save_then_die(self: checkpoint.Checkpointer, trainer: object) -> None:
@@ -109,6 +110,11 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(Killed):
         run_pipeline(pipeline(), tmp_path)
     (path,) = tmp_path.glob("resume/train/.*.partial/work/checkpoint.safetensors")
+    return path
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = leave_checkpoint(tmp_path, monkeypatch)
     tensors, metadata = checkpoint.read_tensors(path)
     save_file(
         {name: tensor.numpy() for name, tensor in tensors.items()}, path, metadata=metadata | {"fingerprint": "other"}
@@ -119,16 +125,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = checkpoint.Checkpointer._save
-
-    def save_then_die(self: checkpoint.Checkpointer, trainer: object) -> None:
-        original(self, trainer)
-        raise Killed
-
-    monkeypatch.setattr(checkpoint.Checkpointer, "_save", save_then_die)
-    with pytest.raises(Killed):
-        run_pipeline(pipeline(), tmp_path)
-    (path,) = tmp_path.glob("resume/train/.*.partial/work/checkpoint.safetensors")
+    path = leave_checkpoint(tmp_path, monkeypatch)
     path.write_bytes(path.read_bytes()[:100])
 
     with pytest.raises(ArtifactError, match="safetensors"):
