@@ -6,12 +6,12 @@
 
 One generated Criteo log for all, written before anything is timed. Every contender has a process of its own and is
 timed from after its imports to its last byte on disk: wall clock, CPU seconds of all its threads, peak memory. Of
-several rounds the fastest counts. TorchRec and the plain loop read the first `--slow-rows` lines only and are
-compared per row; that is in their favour, since their dictionaries stay smaller.
+several rounds the fastest counts. `--slow-rows N` has TorchRec and the plain loop read the first N lines only; they
+are then compared per row, which is in their favour, since their dictionaries stay smaller.
 
     slipstream   the whole stage through the pipeline: fingerprint, parse, count, encode, hashes, publish
     torchrec     tsv_to_npys, then sparse_to_contiguous, from the installed package (skipped when it is not there)
-    plain loop   the steps of DLRM's data_utils: int(token, 16), one dictionary per table, npz out, in, and out again
+    plain loop   the steps of DLRM's data_utils: int(token, 16), one dictionary per table, files in between
     bare read    polars reads the text and casts every column, in memory, nothing written: the limit
 
 `--memory` runs slipstream alone on 2 and 10 million rows drawn from one vocabulary: peak memory may grow by the
@@ -50,7 +50,7 @@ def parse_arguments() -> argparse.Namespace:
     """Read the options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=2_000_000)
-    parser.add_argument("--slow-rows", type=int, default=200_000, help="rows for TorchRec and the plain loop")
+    parser.add_argument("--slow-rows", type=int, default=None, help="rows for TorchRec and the plain loop")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=0, help="of slipstream; 0 takes one per core")
     parser.add_argument("--torchrec-python", default=sys.executable, help="a Python that has torchrec")
@@ -110,7 +110,7 @@ def measure_memory(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return results
 
 
-def write_input(folder: Path, rows: int, slow_rows: int, table_sizes: tuple[int, ...] = ()) -> None:
+def write_input(folder: Path, rows: int, slow_rows: int | None, table_sizes: tuple[int, ...] = ()) -> None:
     """Write log.tsv, and its first lines as head.tsv."""
     from slipstream.datasets.synthetic import SyntheticSpec, write_log
 
@@ -192,19 +192,45 @@ def run_torchrec(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_plain_loop(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Line by line, value by value, the steps of DLRM's data_utils: parse and note ids, number them, replace them.
+    """Line by line, value by value, the steps of DLRM's data_utils for Criteo Kaggle, files in between included.
 
-    Source: process_one_file and processCriteoAdData of facebookresearch/dlrm, one file, without the shuffle after.
+    Count the lines; write a text file per day; parse each into compressed npz, noting ids; number the ids; replace
+    them day by day into compressed npz again; concatenate the days into one compressed npz, rows as float64. Left out,
+    in its favour: a line of progress printed per sample, and the split, which DLRM draws each time it loads the file.
+    Source: getCriteoAdData, processCriteoAdData and concatCriteoAdData of facebookresearch/dlrm.
     """
     import numpy as np
 
     def work() -> int:
         num_lines = count_lines(folder / "head.tsv")
+        num_days = min(7, num_lines)
+        lines_per_day = [len(part) for part in np.array_split(np.arange(num_lines), num_days)]
+        with (folder / "head.tsv").open(encoding="ascii") as log:
+            for day, lines in enumerate(lines_per_day):
+                with (folder / f"loop_{day}").open("w", encoding="ascii") as text:
+                    for line in islice(log, lines):
+                        text.write(line)
+        rows_of: list[dict[Any, int]] = [{} for _ in range(NUM_TABLES)]
+        for day, lines in enumerate(lines_per_day):
+            parse_day(day, lines, rows_of)
+        for table, numbers in enumerate(rows_of):
+            numbers.update({raw_id: row for row, raw_id in enumerate(numbers)})
+            np.savez_compressed(folder / f"loop_dict_{table}.npz", unique=np.array(list(numbers), "i4"))
+        for day in range(num_days):
+            replace_ids(day, rows_of)
+        with np.load(folder / "loop_0_processed.npz") as stored:
+            arrays = dict(stored)
+        for day in range(1, num_days):
+            with np.load(folder / f"loop_{day}_processed.npz") as stored:
+                arrays = {name: np.concatenate((arrays[name], stored[name])) for name in arrays}
+        np.savez_compressed(folder / "loop.npz", **arrays, counts=np.array([len(numbers) for numbers in rows_of]))
+        return num_lines
+
+    def parse_day(day: int, num_lines: int, rows_of: list[dict[Any, int]]) -> None:
         y = np.zeros(num_lines, "i4")
         X_int = np.zeros((num_lines, NUM_DENSE), "i4")
         X_cat = np.zeros((num_lines, NUM_TABLES), "i4")
-        rows_of: list[dict[Any, int]] = [{} for _ in range(NUM_TABLES)]
-        with (folder / "head.tsv").open(encoding="ascii") as stream:
+        with (folder / f"loop_{day}").open(encoding="ascii") as stream:
             for number, line in enumerate(stream):
                 fields = line.split("\t")
                 for place in range(len(fields)):
@@ -216,18 +242,17 @@ def run_plain_loop(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
                 X_cat[number] = ids.astype(np.int32)
                 for table in range(NUM_TABLES):
                     rows_of[table][X_cat[number][table]] = 1
-        np.savez_compressed(folder / "loop.npz", X_int=X_int, X_cat_t=np.transpose(X_cat), y=y)
-        for numbers in rows_of:
-            numbers.update({raw_id: row for row, raw_id in enumerate(numbers)})
-        with np.load(folder / "loop.npz") as stored:
+        np.savez_compressed(folder / f"loop_{day}.npz", X_int=X_int, X_cat_t=np.transpose(X_cat), y=y)
+
+    def replace_ids(day: int, rows_of: list[dict[Any, int]]) -> None:
+        with np.load(folder / f"loop_{day}.npz") as stored:
             X_cat_t = np.zeros(stored["X_cat_t"].shape)
             for table in range(NUM_TABLES):
                 for number, raw_id in enumerate(stored["X_cat_t"][table, :]):
                     X_cat_t[table, number] = rows_of[table][raw_id]
             X_int, y = stored["X_int"], stored["y"]
         X_int[X_int < 0] = 0
-        np.savez_compressed(folder / "loop_processed.npz", X_cat=np.transpose(X_cat_t), X_int=X_int, y=y)
-        return num_lines
+        np.savez_compressed(folder / f"loop_{day}_processed.npz", X_cat=np.transpose(X_cat_t), X_int=X_int, y=y)
 
     return timed(work)
 

@@ -8,7 +8,7 @@ from after its imports to its last byte on disk, loading and saving included; of
 
     slipstream   the counting pass of `profile`, then the whole stage `segregate` (policy `frequency`)
     FAE loop     the steps of FAE's input profiler, sample by sample: count, rank, classify, remap, compressed npz.
-                 Reads the first `--slow-rows` training samples only and is compared per sample
+                 `--slow-rows N` has it read the first N training samples only; it is then compared per sample
     copy         reads the same Parquet parts and writes the same arrays as npz, no decisions: the limit
 """
 
@@ -48,7 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     """Read the options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=2_000_000)
-    parser.add_argument("--slow-rows", type=int, default=100_000, help="training samples for the FAE loop")
+    parser.add_argument("--slow-rows", type=int, default=None, help="training samples for the FAE loop")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--work", default=None, help="folder for temporary files")
     parser.add_argument("--contender", choices=list(CONTENDERS), help="run this one here and print JSON")
@@ -68,8 +68,11 @@ def prepare(args: argparse.Namespace, folder: Path) -> None:
     config = build_pipeline({"name": "bench", "dataset": {"source": "criteo", "raw": [str(folder / "log.tsv")]}})
     run_pipeline(config, folder / "runs", stages=["preprocess"])
     (folder / "log.tsv").unlink()
-    arrays = read_arrays(find_preprocessed(folder).files("train/", ".parquet")[0])
-    np.savez(folder / "head.npz", **{name: array[: args.slow_rows] for name, array in arrays.items()})
+    processed = find_preprocessed(folder)
+    parts = [read_arrays(part) for part in processed.files("train/", ".parquet")]
+    arrays = {name: np.concatenate([part[name] for part in parts])[: args.slow_rows] for name in parts[0]}
+    arrays["X_cat"] = arrays["X_cat"].astype(np.float64)  # as DLRM stores rows
+    np.savez_compressed(folder / "head.npz", **arrays, counts=list(processed.counts["rows_per_table"].values()))
 
 
 def run_apart(label: str, folder: Path) -> dict[str, Any]:
@@ -142,36 +145,52 @@ def run_slipstream(folder: Path) -> dict[str, Any]:
 
 
 def run_fae_loop(folder: Path) -> dict[str, Any]:
-    """The steps of FAE's profiler: count a 5 % draw, rank in one list, classify and remap every sample.
+    """The steps of FAE's input profiler, sample by sample, its files read and written.
 
-    Source: dlrm_input_profiler of FAE: rows are keyed (table, row) in a dictionary, samples become tuples, and the two
-    groups are object arrays in compressed npz. Rows never drawn are left out of the ranking here, in its favour.
+    Count the rows of a 5 % draw in one list of (table, row, count) per table; sort them all and keep the hottest;
+    number those in a dictionary per table keyed (table, row); walk over the samples until a row is not hot; write hot
+    and cold samples as arrays of objects in compressed npz. The budget is a share of the rows, as for slipstream.
+    Source: the single-process dlrm_input_profiler of FAE, after the loading of DLRM's CriteoDataset.
     """
     import numpy as np
 
     def work() -> int:
         with np.load(folder / "head.npz") as arrays:
-            X_int, X_cat, y = arrays["X_int"], arrays["X_cat"], arrays["y"]
-        counts: dict[tuple[int, Any], int] = {}
-        for position in np.random.default_rng(0).integers(0, len(y), len(y) // 20):
-            for table in range(NUM_TABLES):
-                key = (table, X_cat[position][table])
-                counts[key] = counts.get(key, 0) + 1
-        ranked = sorted(counts, key=lambda key: counts[key], reverse=True)
-        hot_rows = {key: np.float32(rank) for rank, key in enumerate(ranked[: int(len(ranked) * HOT_SHARE)])}
+            X_int, X_cat, y, num_rows = arrays["X_int"], arrays["X_cat"], arrays["y"], arrays["counts"]
+        order = np.random.default_rng(0).permutation(len(y))
+        dense, sparse, labels = [X_int[at] for at in order], [X_cat[at] for at in order], [y[at] for at in order]
+        skew = count_draw(sparse, num_rows)
+        skew = skew[skew[:, 2].argsort()[::-1]][: int(len(skew) * HOT_SHARE)]
+        hot_rows: list[dict[tuple[Any, Any], np.float32]] = [{} for _ in num_rows]
+        for rank in range(len(skew)):
+            hot_rows[skew[rank][0]][skew[rank][0], skew[rank][1]] = np.float32(rank)
         hot, cold = [], []
-        for position in range(len(y)):
-            dense, rows, label = X_int[position], X_cat[position], y[position]
-            if all((table, rows[table]) in hot_rows for table in range(NUM_TABLES)):
-                ranks = np.array([hot_rows[table, rows[table]] for table in range(NUM_TABLES)])
-                hot.append((dense, ranks, label))
+        for X, rows, label in zip(dense, sparse, labels, strict=True):
+            ranks = []
+            for table, row in enumerate(rows):
+                if (table, int(row)) not in hot_rows[table]:
+                    break
+                ranks.append(hot_rows[table][table, int(row)])
+            if len(ranks) == len(rows):
+                hot.append((X, np.array(ranks).astype(np.float32), label))
             else:
-                cold.append((dense, rows, label))
-        for name, samples in (("hot", hot), ("normal", cold)):
-            objects = np.empty(len(samples), object)
-            objects[:] = samples
-            np.savez_compressed(folder / f"fae-{name}.npz", objects)
+                cold.append((X, rows, label))
+        for name, samples in (("hot", hot), ("normal", cold), ("dict", hot_rows)):
+            np.savez_compressed(folder / f"fae-{name}.npz", np.array(samples, dtype=object))
         return len(y)
+
+    def count_draw(sparse: list[Any], num_rows: Any) -> Any:
+        tables = [np.zeros((rows, 3), dtype=int) for rows in num_rows]
+        for table, skew in enumerate(tables):
+            for row in range(len(skew)):
+                skew[row][0] = table
+        for skew in tables:
+            for row in range(len(skew)):
+                skew[row][1] = row
+        for at in np.random.default_rng(1).integers(0, len(sparse), len(sparse) // 20):
+            for table, row in enumerate(sparse[at]):
+                tables[table][int(row)][2] += 1
+        return np.vstack(tables)
 
     return timed(work)
 
