@@ -36,6 +36,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(dir=args.work) as folder:
         prepare(args, Path(folder))
+        os.sync()  # nobody's clock runs while the input is still on its way to the disk
         rounds: dict[str, list[dict[str, Any]]] = {label: [] for label in CONTENDERS}
         for _ in range(args.rounds):
             for label in CONTENDERS:

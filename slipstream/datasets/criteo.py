@@ -41,7 +41,7 @@ class CriteoSource(Source):
 
     def parse(self, data: bytes) -> ParsedBlock:
         """Turn whole lines into samples and rejects."""
-        text, sound = read_fields(data, separator="\t", names=_NAMES)
+        text, sound = read_fields(data, separator="\t", names=_NAMES, integers=_DENSE)
         label = pl.col(LABEL).replace_strict({"0": 0, "1": 1}, default=None, return_dtype=pl.UInt8)
         ids = [pl.col(name).str.to_integer(base=16, dtype=pl.UInt32, strict=False) for name in _TABLES]
         numbers = text.select(label, pl.col(_DENSE).cast(pl.Int64, strict=False), *ids)

@@ -189,7 +189,7 @@ def read_blocks(
                 if not cut:
                     _check_line_length(pieces, path)
             else:
-                block = b"".join((*pieces, data[:place]))
+                block = b"".join((*pieces, memoryview(data)[:place]))
                 pieces = [data[place:]]
                 offset += len(block)
                 yield RawBlock(file_index=file_index, block_index=index, data=block, end=offset)

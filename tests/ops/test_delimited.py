@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import polars as pl
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -61,3 +62,27 @@ def test_every_line_counts_however_broken():
     assert frame.height == 6
     assert sound.to_list() == [True, False, False, False, True, True]
     assert frame.row(5) == ("1", None)
+
+
+_NUMBERS = ["", "0", "-0", "+5", "007", "-12", "--5", "-", "5.", "1e3", "0x5", "1_000", " 5", "5 ", "\t5", "5\x00", "\u0663"]
+_NUMBERS += ["\x0b5", str(2**63 - 1), str(2**63), str(-(2**63)), str(-(2**63) - 1), "9" * 40, "NULL", "nan", "true", '"5"']
+
+
+@pytest.mark.parametrize("separator", ["\t", ","])
+@given(lines=st.lists(st.tuples(st.sampled_from(_NUMBERS), st.sampled_from(["a", "7", ""])), min_size=1, max_size=5))
+def test_integers_read_at_once_equal_text_that_is_cast(separator: str, lines: list[tuple[str, str]]):
+    data = "".join(f"{number}{separator}{other}\n" for number, other in lines).encode()
+    names = ["number", "other"]
+    text, expected_sound = read_fields(data, separator=separator, names=names)
+    frame, sound = read_fields(data, separator=separator, names=names, integers=["number"])
+    assert sound.equals(expected_sound)
+    assert frame["other"].equals(text["other"])
+    if frame["number"].dtype == pl.Int64:
+        assert frame["number"].equals(text["number"].cast(pl.Int64))
+    else:
+        assert frame["number"].equals(text["number"])
+
+
+def test_clean_integers_are_read_as_such():
+    frame, sound = read_fields(b"5\tx\n\ty\n-3\t\n", separator="\t", names=["a", "b"], integers=["a"])
+    assert sound.all() and frame["a"].to_list() == [5, None, -3] and frame["a"].dtype == pl.Int64
