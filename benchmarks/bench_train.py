@@ -4,9 +4,11 @@
     python benchmarks/bench_train.py --config cached-embedding         # CachedEmbedding's configuration
     python benchmarks/bench_train.py --rows 20000 --steps 4 --batch 64 --rounds 1   # toy size
 
-Each contender runs in its own process, several times in turn with the others; medians are shown. Samples come through
-the real input path: shuffled windows, batches, look-ahead. What the figures do not show: reading shards from disk
-(in memory here) and quality, which exact modes share to the bit (tests) and skipping changes (`slipstream compare`).
+Each contender has a process of its own, which warms up with one pass over the samples and then waits; passes are timed
+in turn, so that the passes of one round stand next to each other in time. Shown are medians over the rounds, ratios being
+taken within each round. Samples come through the real input path: shuffled windows, batches, look-ahead. What the figures
+do not show: reading shards from disk (in memory here) and quality, which exact modes share to the bit (tests) and
+skipping changes (`slipstream compare`).
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -55,6 +57,8 @@ CONTENDERS = [
     "fae 0.001", "fae 0.01", "fae 0.1", "cached 0.01", "cached 0.1", "slipstream 0.1",
 ]  # fmt: skip
 NUM_DENSE = 13
+Pass = Callable[[], dict[str, float]]
+"""Trains over all samples once and says how that went."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,7 +146,7 @@ class CeilingStep(TrainStep):
 
     def _compute(self, batch: StagedBatch) -> None:
         width = self.rows.embedding_dim
-        constant = torch.zeros(len(batch), len(batch.positions) // len(batch), width, device=batch.dense.device)
+        constant = torch.zeros(len(batch), len(batch.inverse) // len(batch), width, device=batch.dense.device)
         logits = self.model(batch.dense, constant)
         loss = nn.functional.binary_cross_entropy_with_logits(logits, batch.labels)
         self.dense_optimizer.zero_grad()
@@ -151,7 +155,7 @@ class CeilingStep(TrainStep):
         self._loss_sum += loss.detach()
 
 
-def run_engine(case: Case, device: torch.device) -> dict[str, float]:
+def make_engine(case: Case, device: torch.device) -> Pass:
     """Our modes, and the ceiling."""
     args = case.args
     dim = CONFIGS[args.config]["dim"]
@@ -196,24 +200,29 @@ def run_engine(case: Case, device: torch.device) -> dict[str, float]:
         ),
         log_every=10**9,
     )
-    with ThreadPoolExecutor(2) as pool:
-        for _ in range(2):  # the first pass warms up
-            trainer.position, trainer.totals.seconds = Position(), 0.0
-            seen, dropped = trainer.totals.samples_seen, skipper.dropped
+
+    def run_pass() -> dict[str, float]:
+        trainer.position, trainer.totals.seconds = Position(), 0.0
+        totals = trainer.totals
+        before = (totals.samples_seen, skipper.dropped, totals.steps, totals.hot_steps)
+        with ThreadPoolExecutor(2) as pool:
             trainer.train(lambda epoch: open_streams(case, pool))
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-    seen, dropped = trainer.totals.samples_seen - seen, skipper.dropped - dropped
-    return {
-        "seconds": trainer.totals.seconds,
-        "samples": seen + dropped,
-        "dropped_share": dropped / (seen + dropped),
-        "hot_sample_share": trainer.totals.hot_steps / trainer.totals.steps,
-        "table_bytes_on_device": rows.buffer.nbytes,
-    }
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        after = (totals.samples_seen, skipper.dropped, totals.steps, totals.hot_steps)
+        seen, dropped, steps, hot_steps = (now - then for now, then in zip(after, before, strict=True))
+        return {
+            "seconds": totals.seconds,
+            "samples": seen + dropped,
+            "dropped_share": dropped / (seen + dropped),
+            "hot_batch_share": hot_steps / steps,
+            "table_bytes_on_device": rows.buffer.nbytes,
+        }
+
+    return run_pass
 
 
-def run_plain(case: Case, device: torch.device, *, use_fbgemm: bool) -> dict[str, float]:
+def make_plain(case: Case, device: torch.device, *, use_fbgemm: bool) -> Pass:
     """A loop in the manner of DLRM's reference: one sparse EmbeddingBag a table, torch.optim.SGD."""
     args = case.args
     dim = CONFIGS[args.config]["dim"]
@@ -223,28 +232,29 @@ def run_plain(case: Case, device: torch.device, *, use_fbgemm: bool) -> dict[str
     dense_optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     row_optimizer = torch.optim.SGD(tables, lr=0.01) if tables else None
     maker = BatchMaker(batch_size=args.batch, order="interleaved")
-    with ThreadPoolExecutor(2) as pool:
-        for _ in range(2):
-            started = time.perf_counter()
-            streams = open_streams(case, pool)
-            samples = streams["cold"].take(len(case.samples))
-            batches = maker.make(None, samples, rng=np.random.default_rng(0), last=True)
-            for batch in batches:
-                rows = torch.from_numpy(batch.slots).to(device).long()
-                logits = model(torch.from_numpy(batch.dense).to(device), look_up(rows))
-                labels = torch.from_numpy(batch.labels).to(device)
-                loss = nn.functional.binary_cross_entropy_with_logits(logits, labels)
-                dense_optimizer.zero_grad()
-                if row_optimizer is not None:
-                    row_optimizer.zero_grad()
-                loss.backward()
-                dense_optimizer.step()
-                if row_optimizer is not None:
-                    row_optimizer.step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds = time.perf_counter() - started
-    return {"seconds": seconds, "samples": len(case.samples), "table_bytes_on_device": 4 * dim * sum(sizes)}
+
+    def run_pass() -> dict[str, float]:
+        started = time.perf_counter()
+        with ThreadPoolExecutor(2) as pool:
+            samples = open_streams(case, pool)["cold"].take(len(case.samples))
+        for batch in maker.make(None, samples, rng=np.random.default_rng(0), last=True):
+            rows = torch.from_numpy(batch.slots).to(device).long()
+            logits = model(torch.from_numpy(batch.dense).to(device), look_up(rows))
+            labels = torch.from_numpy(batch.labels).to(device)
+            loss = nn.functional.binary_cross_entropy_with_logits(logits, labels)
+            dense_optimizer.zero_grad()
+            if row_optimizer is not None:
+                row_optimizer.zero_grad()
+            loss.backward()
+            dense_optimizer.step()
+            if row_optimizer is not None:
+                row_optimizer.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+        return {"seconds": seconds, "samples": len(case.samples), "table_bytes_on_device": 4 * dim * sum(sizes)}
+
+    return run_pass
 
 
 def make_bags(sizes: list[int], dim: int, device: torch.device):
@@ -281,36 +291,57 @@ def make_fbgemm(sizes: list[int], dim: int, device: torch.device):
     return look_up, []
 
 
-def measure(contender: str, args: argparse.Namespace) -> dict[str, float]:
-    """Run one contender in this process."""
+def serve(contender: str, args: argparse.Namespace) -> None:
+    """Warm up, then run a pass and print its figures for every line read."""
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     case = make_case(contender, args)
     if case.name in ("plain", "torchrec"):
-        figures = run_plain(case, device, use_fbgemm=case.name == "torchrec")
+        run_pass = make_plain(case, device, use_fbgemm=case.name == "torchrec")
     else:
-        figures = run_engine(case, device)
-    figures["samples_per_second"] = figures["samples"] / figures["seconds"]
-    figures["steps_per_second"] = figures["samples_per_second"] / args.batch
-    figures["peak_host_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    figures["peak_device_bytes"] = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-    return figures
+        run_pass = make_engine(case, device)
+    run_pass()
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        figures = run_pass()
+        figures["samples_per_second"] = figures["samples"] / figures["seconds"]
+        figures["steps_per_second"] = figures["samples_per_second"] / args.batch
+        figures["peak_host_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        figures["peak_device_bytes"] = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+        print(json.dumps(figures), flush=True)
 
 
 def measure_in_turn(contenders: list[str], args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
-    """Run every contender `rounds` times, in turn, each in its own process."""
-    figures: dict[str, list[dict[str, float]]] = {contender: [] for contender in contenders}
+    """Time `rounds` passes of every contender, in turn."""
+    servers: dict[str, subprocess.Popen[str]] = {}
+    for contender in contenders:
+        command = [sys.executable, __file__, *sys.argv[1:], "--contender", contender]
+        pipe = subprocess.PIPE
+        server = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+        assert server.stdout is not None and server.stderr is not None
+        if server.stdout.readline().strip() == "ready":
+            servers[contender] = server
+        else:
+            reason = server.stderr.read().strip().splitlines()[-1:] or ["no output"]
+            print(f"{contender}: not measured: {reason[0]}", file=sys.stderr)
+    figures: dict[str, list[dict[str, float]]] = {contender: [] for contender in servers}
     for _ in range(args.rounds):
-        for contender in contenders:
-            command = [sys.executable, __file__, *sys.argv[1:], "--contender", contender]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                reason = done.stderr.strip().splitlines()[-1:] or ["no output"]
-                print(f"{contender}: not measured: {reason[0]}", file=sys.stderr)
-            else:
-                figures[contender].append(json.loads(done.stdout.splitlines()[-1]))
-    return {contender: runs for contender, runs in figures.items() if runs}
+        for contender, server in servers.items():
+            assert server.stdin is not None and server.stdout is not None
+            server.stdin.write("go\n")
+            server.stdin.flush()
+            figures[contender].append(json.loads(server.stdout.readline()))
+    for server in servers.values():
+        server.communicate()
+    for runs in figures.values():
+        for place, run in enumerate(runs):
+            for base in ("ceiling", "plain"):
+                if base in figures:
+                    run[f"x_{base}"] = run["samples_per_second"] / figures[base][place]["samples_per_second"]
+            if "fae 0.1" in figures:
+                run["time_to_fae"] = run["seconds"] / figures["fae 0.1"][place]["seconds"]
+    return figures
 
 
 def medians(runs: list[dict[str, float]]) -> dict[str, float]:
@@ -324,18 +355,16 @@ def show(results: dict[str, dict[str, float]], args: argparse.Namespace) -> Iter
         f"{'contender':<16}{'samples/s':>11}{'steps/s':>9}{'x ceiling':>10}{'x plain':>9}"
         f"{'tables on device':>18}{'host MiB':>10}"
     )
-    ceiling = results.get("ceiling", {}).get("samples_per_second")
-    plain = results.get("plain", {}).get("samples_per_second")
     for name, figures in results.items():
-        speed = figures["samples_per_second"]
-        ratios = [f"{speed / base:.2f}" if base else "-" for base in (ceiling, plain)]
+        ratios = [f"{figures[key]:.2f}" if key in figures else "-" for key in ("x_ceiling", "x_plain")]
         yield (
-            f"{name:<16}{speed:>11,.0f}{figures['steps_per_second']:>9.1f}{ratios[0]:>10}{ratios[1]:>9}"
-            f"{figures['table_bytes_on_device'] / 2**20:>14.1f} MiB{figures['peak_host_bytes'] / 2**20:>10,.0f}"
+            f"{name:<16}{figures['samples_per_second']:>11,.0f}{figures['steps_per_second']:>9.1f}{ratios[0]:>10}"
+            f"{ratios[1]:>9}{figures['table_bytes_on_device'] / 2**20:>14.1f} MiB"
+            f"{figures['peak_host_bytes'] / 2**20:>10,.0f}"
         )
-    same, dropping = results.get("fae 0.1"), results.get("slipstream 0.1")
-    if same and dropping and dropping["dropped_share"]:
-        saved = 1 - dropping["seconds"] / same["seconds"]
+    dropping = results.get("slipstream 0.1", {})
+    if dropping.get("dropped_share") and "time_to_fae" in dropping:
+        saved = 1 - dropping["time_to_fae"]
         yield (
             f"slipstream dropped {dropping['dropped_share']:.1%} of all samples and saved {saved:.1%} of the time: "
             f"{saved / dropping['dropped_share']:.2f} of the share dropped"
@@ -347,20 +376,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", choices=CONFIGS, default="kaggle")
     parser.add_argument("--contenders", default=",".join(CONTENDERS))
-    parser.add_argument("--contender", help="measure this one in this process and print JSON")
+    parser.add_argument("--contender", help="serve passes of this one")
     parser.add_argument("--rows", type=int, default=2_000_000, help="rows of all tables")
-    parser.add_argument("--steps", type=int, default=70)
+    parser.add_argument("--steps", type=int, default=70, help="batches of one pass")
     parser.add_argument("--batch", type=int, default=0, help="0 takes the configuration's")
     parser.add_argument("--zipf", type=float, default=1.1)
     parser.add_argument("--drop", type=float, default=0.5, help="D of contender slipstream")
     parser.add_argument("--optimizer", choices=["sgd", "rowwise_adagrad"], default="sgd")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
     args.batch = args.batch or CONFIGS[args.config]["batch"]
     if args.contender:
-        print(json.dumps(measure(args.contender, args)))
+        serve(args.contender, args)
         return
     runs = measure_in_turn([name.strip() for name in args.contenders.split(",")], args)
     results = {contender: medians(measured) for contender, measured in runs.items()}

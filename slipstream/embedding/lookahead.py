@@ -14,14 +14,15 @@ Shape suffixes: B batch, T tables, L = B·T lookups, U unique positions.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from slipstream.embedding.placement import Deduplicator, Placement, Plan
+from slipstream.embedding.placement import Deduplicator, Placement, Plan, Request
 from slipstream.embedding.tiers import TieredRows
 from slipstream.embedding.transfer import RowMover
 
@@ -48,16 +49,14 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StagedBatch:
-    """A batch whose slots are positions in the device buffer."""
+    """A batch whose slots are positions in the device buffer: that of lookup l is `unique[inverse[l]]`."""
 
     dense: Tensor
     labels: Tensor
-    positions: Tensor
-    """Shape (L,), int64, sample by sample."""
     unique: Tensor
     """Distinct positions, in the order of their first lookup. Shape (U,), int64."""
     inverse: Tensor
-    """Index into `unique` of each lookup. Shape (L,), int64."""
+    """Index into `unique` of each lookup, sample by sample. Shape (L,), int32."""
     is_hot: bool
     weights: Tensor | None = None
     outside: Tensor | None = None
@@ -69,8 +68,19 @@ class StagedBatch:
 
     def tensors(self) -> list[Tensor]:
         """Everything on the device."""
-        given = (self.dense, self.labels, self.positions, self.unique, self.inverse, self.weights, self.outside)
+        given = (self.dense, self.labels, self.unique, self.inverse, self.weights, self.outside)
         return [tensor for tensor in given if tensor is not None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Lookups:
+    """A batch with its duplicates found."""
+
+    batch: Batch
+    unique: np.ndarray
+    """Distinct slots, in the order of their first lookup. Shape (U,)."""
+    inverse: np.ndarray
+    """Index into `unique` of each lookup. Shape (L,), int32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,17 +99,26 @@ class LookAhead:
         placement: Decides where cold rows sit.
         chunk_batches: Batches per chunk, at most; a chunk that does not fit is split.
         columns: Columns of a batch's slots whose rows have tiers; None for all. The others only travel along.
+        in_thread: Whether moves are made by a thread of their own; None where the device is no CPU. On a CPU that
+            thread takes its time from the computation, and makes the threads of a step wait for one another.
     """
 
     def __init__(
-        self, rows: TieredRows, placement: Placement, *, chunk_batches: int, columns: np.ndarray | None = None
+        self,
+        rows: TieredRows,
+        placement: Placement,
+        *,
+        chunk_batches: int,
+        columns: np.ndarray | None = None,
+        in_thread: bool | None = None,
     ) -> None:
         if chunk_batches < 1:
             raise ValueError(f"expected chunks of at least 1 batch, found {chunk_batches}")
+        self._in_thread = rows.device.type != "cpu" if in_thread is None else in_thread
         self._rows, self._placement, self._chunk_batches = rows, placement, chunk_batches
         self._columns = columns
         self._mover = RowMover(rows)
-        self._distinct = Deduplicator(len(rows.buffer))
+        self._distinct = Deduplicator(rows.num_rows)
         self.lookups = 0
         """Lookups of all batches so far."""
         self.cold_lookups = 0
@@ -125,7 +144,7 @@ class LookAhead:
         """Call `step` with every batch in order, its rows staged.
 
         Rows stay staged between calls until `flush`. All batches must be known when asked for: none may
-        depend on a step of the same call.
+        depend on a step of the same call. The first chunks are short, so that the first step does not wait long.
 
         Args:
             batches: In training order.
@@ -135,13 +154,15 @@ class LookAhead:
         Raises:
             StagingOverflowError: A single batch has more cold rows than fit.
         """
-        pending = _Pending(batches)
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="look-ahead") as host:
-            following: Future[_Chunk | None] = host.submit(self._prepare, pending)
-            while (chunk := following.result()) is not None:
+        pending = _Pending(self._find_duplicates(batch) for batch in batches)
+        with self._make_host() as host:
+            following = host.submit(self._prepare, pending, 1)
+            for chunk_batches in self._chunk_sizes():
+                if (chunk := following.result()) is None:
+                    break
                 between_chunks()
                 self._activate(chunk)
-                following = host.submit(self._leave_and_prepare, chunk.plan, pending)
+                following = host.submit(self._leave_and_prepare, chunk.plan, pending, chunk_batches)
                 for batch in chunk.batches:
                     step(batch)
             self._mover.mark_computed()
@@ -175,47 +196,64 @@ class LookAhead:
             copies.append(latest)
         return copies
 
+    def _chunk_sizes(self) -> Iterator[int]:
+        """Batches of the second chunk, the third, …"""
+        size = 1
+        while True:
+            size = min(2 * size, self._chunk_batches)
+            yield size
+
+    def _make_host(self) -> Executor:
+        return ThreadPoolExecutor(max_workers=1, thread_name_prefix="look-ahead") if self._in_thread else _SameThread()
+
     # --- host thread ---
 
-    def _leave_and_prepare(self, current: Plan, pending: _Pending) -> _Chunk | None:
-        self._mover.write_back(*current.leaving)
-        return self._prepare(pending)
+    def _find_duplicates(self, batch: Batch) -> _Lookups:
+        slots = batch.slots if self._columns is None else batch.slots[:, self._columns]
+        unique, _, inverse = self._distinct(slots.ravel())
+        return _Lookups(batch, unique, inverse)
 
-    def _prepare(self, pending: _Pending) -> _Chunk | None:
-        offered = pending.take(self._chunk_batches)
+    def _leave_and_prepare(self, current: Plan, pending: _Pending, chunk_batches: int) -> _Chunk | None:
+        self._mover.write_back(*current.leaving)
+        return self._prepare(pending, chunk_batches)
+
+    def _prepare(self, pending: _Pending, chunk_batches: int) -> _Chunk | None:
+        offered = pending.take(chunk_batches)
         if not offered:
             return None
-        num_hot = self._rows.num_hot
-        flat = [self._inside(batch.slots).ravel() for batch in offered]
-        cold = [slots[slots >= num_hot] - num_hot for slots in flat]
-        plan = self._placement.plan(cold)
+        plan = self._placement.plan(self._request(offered))
         pending.put_back(offered[plan.num_batches :])
         self._mover.write_back(*plan.evicted)
         self._mover.fetch(*plan.fetched)
-        fitting = zip(offered[: plan.num_batches], flat, cold, strict=False)
-        return _Chunk(plan, [self._stage(*parts) for parts in fitting])
+        return _Chunk(plan, [self._stage(lookups) for lookups in offered[: plan.num_batches]])
 
-    def _stage(self, batch: Batch, slots: np.ndarray, cold: np.ndarray) -> StagedBatch:
-        positions = slots.astype(np.int64)
-        if len(cold):
-            positions[slots >= self._rows.num_hot] = self._placement.positions_of(cold)
-        self.lookups += len(slots)
-        self.cold_lookups += len(cold)
-        unique, _, inverse = self._distinct(positions)
+    def _request(self, offered: list[_Lookups]) -> Request:
+        num_hot = self._rows.num_hot
+        cold, counts = [], []
+        for lookups in offered:
+            is_cold = lookups.unique >= num_hot
+            cold.append(lookups.unique[is_cold] - num_hot)
+            counts.append(np.bincount(lookups.inverse, minlength=len(lookups.unique))[is_cold])
+        distinct, seen_at, _ = self._distinct(np.concatenate(cold))
+        needed = np.searchsorted(seen_at, np.cumsum([len(rows) for rows in cold]))
+        return Request(rows=distinct, needed=needed, rows_of_batch=cold, lookups_of_batch=counts)
+
+    def _stage(self, lookups: _Lookups) -> StagedBatch:
+        batch, positions = lookups.batch, lookups.unique.astype(np.int64)
+        is_cold = positions >= self._rows.num_hot
+        positions[is_cold] = self._placement.positions_of(positions[is_cold] - self._rows.num_hot)
+        self.lookups += len(lookups.inverse)
+        self.cold_lookups += int(np.count_nonzero(is_cold[lookups.inverse]))
         move = self._mover.to_device
         return StagedBatch(
             dense=move(batch.dense),
             labels=move(batch.labels),
-            positions=move(positions),
-            unique=move(unique),
-            inverse=move(inverse.astype(np.int64)),
+            unique=move(positions),
+            inverse=move(lookups.inverse),
             is_hot=batch.is_hot,
             weights=None if batch.weights is None else move(batch.weights),
             outside=None if self._columns is None else move(_outside(batch.slots, self._columns)),
         )
-
-    def _inside(self, slots: np.ndarray) -> np.ndarray:
-        return slots if self._columns is None else slots[:, self._columns]
 
     # --- main thread ---
 
@@ -231,20 +269,32 @@ def _outside(slots: np.ndarray, columns: np.ndarray) -> np.ndarray:
     return np.delete(slots, columns, axis=1).astype(np.int64)
 
 
+class _SameThread(Executor):
+    """Does what it is given at once; what goes wrong comes out with the result, as from a thread."""
+
+    def submit(self, work: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        try:
+            done.set_result(work(*args, **kwargs))
+        except Exception as exc:
+            done.set_exception(exc)
+        return done
+
+
 class _Pending:
     """Batches not yet planned; those a full staging half turned away come first."""
 
-    def __init__(self, batches: Iterator[Batch]) -> None:
+    def __init__(self, batches: Iterator[_Lookups]) -> None:
         self._batches = batches
-        self._returned: list[Batch] = []
+        self._returned: list[_Lookups] = []
 
-    def take(self, count: int) -> list[Batch]:
+    def take(self, count: int) -> list[_Lookups]:
         """Up to `count` batches."""
         taken, self._returned = self._returned[:count], self._returned[count:]
         while len(taken) < count and (batch := next(self._batches, None)) is not None:
             taken.append(batch)
         return taken
 
-    def put_back(self, batches: list[Batch]) -> None:
+    def put_back(self, batches: list[_Lookups]) -> None:
         """Return batches to the front."""
         self._returned = batches + self._returned

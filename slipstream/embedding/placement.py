@@ -43,11 +43,36 @@ class Plan:
     """(cold rows, positions) of the chunk before that this one does not need: written back after it."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """The cold rows that a chunk of batches looks up."""
+
+    rows: np.ndarray
+    """Distinct rows of the chunk, in the order of their first lookup. Shape (U,)."""
+    needed: np.ndarray
+    """How many of them the batches up to each one need. Shape (batches,)."""
+    rows_of_batch: Sequence[np.ndarray]
+    """Distinct rows of each batch."""
+    lookups_of_batch: Sequence[np.ndarray]
+    """How often each batch looks each of them up."""
+
+    def count_fitting(self, room: int) -> int:
+        """How many leading batches need at most `room` rows.
+
+        Raises:
+            StagingOverflowError: Not even the first.
+        """
+        fitting = int(np.searchsorted(self.needed, room, side="right"))
+        if fitting == 0:
+            raise StagingOverflowError(int(self.needed[0]), room)
+        return fitting
+
+
 class Placement(Protocol):
     """Decides which cold rows sit where in the buffer."""
 
-    def plan(self, cold: Sequence[np.ndarray]) -> Plan:
-        """Place the cold rows of as many leading batches as fit; `cold` holds each batch's lookups."""
+    def plan(self, request: Request) -> Plan:
+        """Place the cold rows of as many leading batches as fit."""
         ...
 
     def positions_of(self, cold: np.ndarray) -> np.ndarray:
@@ -90,23 +115,19 @@ class StagingHalves:
     def __init__(self, rows: TieredRows) -> None:
         self._num_hot = rows.num_hot
         self._half_rows = rows.num_staged // 2
-        self._distinct = Deduplicator(rows.num_cold)
         self._position = np.full(rows.num_cold, -1, np.int32)
         self._current = _NONE
         self._before: tuple[np.ndarray, np.ndarray] = (_NONE, _NONE)
         self._num_chunks = 0
 
-    def plan(self, cold: Sequence[np.ndarray]) -> Plan:
+    def plan(self, request: Request) -> Plan:
         """Place the cold rows of as many leading batches as fit a half.
 
         Raises:
             StagingOverflowError: Not even the first fits.
         """
-        staged, seen_at, _ = self._distinct(np.concatenate(cold))
-        fitting, needed = _count_fitting(cold, seen_at, self._half_rows)
-        if fitting == 0:
-            raise StagingOverflowError(needed, self._half_rows)
-        staged = staged[:needed].astype(np.int64)
+        fitting = request.count_fitting(self._half_rows)
+        staged = request.rows[: request.needed[fitting - 1]].astype(np.int64)
         start = self._num_hot + (self._num_chunks % 2) * self._half_rows
         self._num_chunks += 1
         places = np.arange(start, start + len(staged))
@@ -160,19 +181,18 @@ class CachedRows:
                 f"found {cache.capacity} over {cache.num_rows}"
             )
         self._num_hot, self.cache = rows.num_hot, cache
-        self._distinct = Deduplicator(rows.num_cold)
 
-    def plan(self, cold: Sequence[np.ndarray]) -> Plan:
+    def plan(self, request: Request) -> Plan:
         """Admit the rows of as many leading batches as fit half the cache; the other half is the chunk before's.
 
         Raises:
             StagingOverflowError: Not even the first fits.
         """
-        _, seen_at, _ = self._distinct(np.concatenate(cold))
-        fitting, needed = _count_fitting(cold, seen_at, self.cache.capacity // 2)
-        if fitting == 0:
-            raise StagingOverflowError(needed, self.cache.capacity // 2)
-        admitted = self.cache.admit(np.concatenate(cold[:fitting]), keep_admits=1)
+        fitting = request.count_fitting(self.cache.capacity // 2)
+        rows, lookups = (
+            np.concatenate(pieces[:fitting]) for pieces in (request.rows_of_batch, request.lookups_of_batch)
+        )
+        admitted = self.cache.admit(rows, lookups=lookups, keep_admits=1)
         self.cache.mark_dirty(admitted.distinct_positions)
         return Plan(
             num_batches=fitting,
@@ -194,9 +214,3 @@ class CachedRows:
         dirty, positions = self.cache.take_dirty()
         return dirty, positions + self._num_hot
 
-
-def _count_fitting(cold: Sequence[np.ndarray], seen_at: np.ndarray, room: int) -> tuple[int, int]:
-    """How many leading batches need at most `room` rows, and how many rows they need; of the first if none fits."""
-    needed = np.searchsorted(seen_at, np.cumsum([len(lookups) for lookups in cold]))
-    fitting = int(np.searchsorted(needed, room, side="right"))
-    return fitting, int(needed[max(fitting - 1, 0)])

@@ -183,12 +183,20 @@ class RowCache:
         positions = self._position_of_row[self._checked_rows(rows)]
         return positions, positions < 0
 
-    def admit(self, rows: ArrayLike, *, keep_admits: int = 0, is_announced: bool = False) -> CachePlan:
+    def admit(
+        self,
+        rows: ArrayLike,
+        *,
+        lookups: NDArray[np.integer[Any]] | None = None,
+        keep_admits: int = 0,
+        is_announced: bool = False,
+    ) -> CachePlan:
         """Make every row of a request resident and say what has to move for it.
 
         Args:
             rows: Row numbers in [0, num_rows), duplicates allowed, any shape. Several batches at once
                 (look-ahead) are one request: their rows stay together until the next admit.
+            lookups: How many lookups each of `rows` stands for, of the same size; None: one each.
             keep_admits: Rows of that many admits before this one may not be evicted either; 1 when the batch
                 before is still computing.
             is_announced: A look-ahead admit has counted these lookups already. They are not counted again,
@@ -219,11 +227,13 @@ class RowCache:
         distinct_positions, inverse = self.distinct(positions)
         num_hits = distinct_positions.size - fetch_rows.size
         if fetch_rows.size or not is_announced:
-            self._raise_counts(distinct_positions, inverse)
+            num_lookups = flat.size if lookups is None else int(lookups.sum())
+            num_missed = missing_at.size if lookups is None else int(lookups.take(missing_at).sum())
+            self._raise_counts(distinct_positions, inverse, lookups, num_lookups)
             self.stats.hits += num_hits
             self.stats.misses += fetch_rows.size
-            self.stats.hit_lookups += flat.size - missing_at.size
-            self.stats.miss_lookups += missing_at.size
+            self.stats.hit_lookups += num_lookups - num_missed
+            self.stats.miss_lookups += num_missed
         self.stats.evictions += victims.size
         self.stats.write_backs += dirty.size
         return CachePlan(
@@ -425,11 +435,17 @@ class RowCache:
         limit = np.int64(1) << (61 - self._shift)  # far above any real count, and the sum cannot overflow
         return np.minimum(counts.astype(np.int64), limit) << self._shift
 
-    def _raise_counts(self, distinct_positions: Int32, inverse: Int32) -> None:
+    def _raise_counts(
+        self,
+        distinct_positions: Int32,
+        inverse: Int32,
+        lookups: NDArray[np.integer[Any]] | None,
+        num_lookups: int,
+    ) -> None:
         if self.policy == "lfu":
-            lookups = np.bincount(inverse, minlength=distinct_positions.size)
-            self._score[distinct_positions] += lookups << self._shift
-            self._lookups_since_halving += inverse.size
+            raised = np.bincount(inverse, weights=lookups, minlength=distinct_positions.size).astype(np.int64)
+            self._score[distinct_positions] += raised << self._shift
+            self._lookups_since_halving += num_lookups
             if 0 < self.ageing_lookups * self.capacity <= self._lookups_since_halving:
                 self._halve_counts()
 

@@ -139,7 +139,7 @@ def sum_duplicates(gradients: Tensor, inverse: Tensor, num_unique: int, *, deter
 
     Args:
         gradients: One per lookup. Shape (L, D).
-        inverse: Unique row of each lookup. Shape (L,), int64.
+        inverse: Unique row of each lookup. Shape (L,), int32 or int64.
         num_unique: U.
         deterministic: On CUDA, False adds in the order the threads arrive: faster, and it can be captured in a graph.
 
@@ -157,6 +157,7 @@ def update_rows(
     weights: Tensor,
     state: Tensor | None,
     positions: Tensor,
+    values: Tensor,
     gradients: Tensor,
     *,
     lr: Tensor,
@@ -171,6 +172,7 @@ def update_rows(
         weights: Shape (P, D).
         state: Accumulator of row-wise Adagrad. Shape (P,).
         positions: Distinct rows to change. Shape (U,), int64.
+        values: Their weights, as the step has read them already; used up. Shape (U, D).
         gradients: Summed over duplicates; used up. Shape (U, D).
         lr: Learning rate, without dimensions, on the same device.
         eps: Added to the root of the accumulator.
@@ -182,4 +184,4 @@ def update_rows(
         moved = state.index_select(0, positions).add_(gradients.square().mean(dim=1))
         state.index_copy_(0, positions, moved)
         gradients = gradients.div_(moved.sqrt_().add_(eps).unsqueeze(1))
-    weights.index_copy_(0, positions, weights.index_select(0, positions).sub_(gradients.mul_(lr)))
+    weights.index_copy_(0, positions, values.sub_(gradients.mul_(lr)))

@@ -91,8 +91,9 @@ class TrainStep:
 
     def _compute(self, batch: StagedBatch) -> None:
         rows = self.rows
-        looked_up = rows.buffer.index_select(0, batch.positions).requires_grad_()
-        pooled = looked_up.view(len(batch), len(batch.positions) // len(batch), rows.embedding_dim)
+        values = rows.buffer.index_select(0, batch.unique)
+        looked_up = values.index_select(0, batch.inverse).requires_grad_()
+        pooled = looked_up.view(len(batch), len(batch.inverse) // len(batch), rows.embedding_dim)
         if self.representations is not None:
             pooled = self.representations.train(pooled, batch.outside)
         with self._autocast():
@@ -101,10 +102,10 @@ class TrainStep:
         self.dense_optimizer.zero_grad()
         loss.backward()
         self.dense_optimizer.step(self._lr)
-        self._update(looked_up.grad, batch)
+        self._update(values, looked_up.grad, batch)
         self._loss_sum += loss.detach()
 
-    def _update(self, gradients: Tensor | None, batch: StagedBatch) -> None:
+    def _update(self, values: Tensor, gradients: Tensor | None, batch: StagedBatch) -> None:
         assert gradients is not None
         rows = self.rows
         summed = sum_duplicates(gradients, batch.inverse, len(batch.unique), deterministic=self._deterministic)
@@ -113,6 +114,7 @@ class TrainStep:
             rows.buffer,
             rows.buffer_state,
             batch.unique,
+            values,
             summed,
             lr=self._lr,
             eps=self._eps,
@@ -146,9 +148,8 @@ class FixedShapeStep(TrainStep):
         self._static = StagedBatch(
             dense=torch.zeros(batch_size, num_dense, device=device),
             labels=torch.zeros(batch_size, device=device),
-            positions=torch.zeros(num_lookups, dtype=torch.int64, device=device),
             unique=torch.zeros(num_lookups, dtype=torch.int64, device=device),
-            inverse=torch.zeros(num_lookups, dtype=torch.int64, device=device),
+            inverse=torch.zeros(num_lookups, dtype=torch.int32, device=device),
             is_hot=False,
             weights=torch.ones(batch_size, device=device),
         )
@@ -177,7 +178,6 @@ class FixedShapeStep(TrainStep):
         static, num_unique = self._static, len(batch.unique)
         static.dense.copy_(batch.dense)
         static.labels.copy_(batch.labels)
-        static.positions.copy_(batch.positions)
         static.inverse.copy_(batch.inverse)
         static.unique[:num_unique].copy_(batch.unique)
         static.unique[num_unique:].fill_(self.rows.spare_position)

@@ -54,11 +54,17 @@ def make_tiers(num_rows: int, num_hot: int, num_staged: int, optimizer: str) -> 
     return rows
 
 
-def make_lookahead(rows: TieredRows, *, chunk_batches: int, placement: str = "halves") -> LookAhead:
+def make_lookahead(
+    rows: TieredRows, *, chunk_batches: int, placement: str = "halves", in_thread: bool = True
+) -> LookAhead:
     if placement == "halves":
-        return LookAhead(rows, StagingHalves(rows), chunk_batches=chunk_batches)
+        return LookAhead(rows, StagingHalves(rows), chunk_batches=chunk_batches, in_thread=in_thread)
     cache = RowCache(rows.num_cold, rows.num_staged, policy=placement)  # type: ignore[arg-type]
-    return LookAhead(rows, CachedRows(rows, cache), chunk_batches=chunk_batches)
+    return LookAhead(rows, CachedRows(rows, cache), chunk_batches=chunk_batches, in_thread=in_thread)
+
+
+def positions_of(batch: StagedBatch) -> Tensor:
+    return batch.unique[batch.inverse]
 
 
 def gradients_of(looked_up: Tensor, labels: Tensor) -> Tensor:
@@ -69,9 +75,10 @@ def gradients_of(looked_up: Tensor, labels: Tensor) -> Tensor:
 
 def trainer_of(rows: TieredRows):
     def step(batch: StagedBatch) -> None:
-        gradients = gradients_of(rows.buffer[batch.positions], batch.labels)
+        values = rows.buffer[batch.unique]
+        gradients = gradients_of(values[batch.inverse], batch.labels)
         summed = sum_duplicates(gradients, batch.inverse, len(batch.unique))
-        update_rows(rows.optimizer, rows.buffer, rows.buffer_state, batch.unique, summed, lr=LR, eps=EPS)
+        update_rows(rows.optimizer, rows.buffer, rows.buffer_state, batch.unique, values, summed, lr=LR, eps=EPS)
 
     return step
 
@@ -85,11 +92,13 @@ def plain_loop(num_rows: int, batches: Sequence[Batch], optimizer: str) -> tuple
         sums: dict[int, Tensor] = {}
         for slot, gradient in zip(slots, gradients, strict=True):
             sums[slot] = sums[slot] + gradient if slot in sums else gradient
+        distinct = torch.tensor(list(sums))
         update_rows(
             optimizer,  # type: ignore[arg-type]
             weights,
             state if optimizer == "rowwise_adagrad" else None,
-            torch.tensor(list(sums)),
+            distinct,
+            weights[distinct],
             torch.stack(list(sums.values())),
             lr=LR,
             eps=EPS,
@@ -121,7 +130,8 @@ def test_any_placement_equals_a_plain_loop_to_the_bit(placement: str, optimizer:
     cut = data.draw(st.integers(0, len(batches)), label="second call from")
     flushes = data.draw(st.booleans(), label="flush between")
     rows = make_tiers(num_rows, num_hot, num_staged, optimizer)
-    lookahead = make_lookahead(rows, chunk_batches=chunk_batches, placement=placement)
+    in_thread = data.draw(st.booleans(), label="in a thread")
+    lookahead = make_lookahead(rows, chunk_batches=chunk_batches, placement=placement, in_thread=in_thread)
     fits = largest <= rows.num_staged // 2
     try:
         lookahead.run(iter(batches[:cut]), trainer_of(rows))
@@ -155,8 +165,7 @@ def test_steps_see_every_batch_once_in_order_and_their_own_rows(placement: str, 
     def look(batch: StagedBatch) -> None:
         slots_of = batches[len(seen)].slots
         seen.append(batch.labels.tolist())
-        assert torch.equal(rows.buffer[batch.positions], weights[slots_of.ravel()])
-        assert torch.equal(batch.unique[batch.inverse], batch.positions)
+        assert torch.equal(rows.buffer[positions_of(batch)], weights[slots_of.ravel()])
         assert len(batch.unique) == len(np.unique(slots_of))
 
     try:
@@ -190,8 +199,10 @@ def test_a_row_that_the_next_chunk_needs_too_stays_on_the_device(drawn, data):
     lookahead.run(iter(batches), trainer_of(rows))
     lookahead.flush()
     chunks: list[set[int]] = [set()]
-    for start in range(0, len(batches), chunk_batches):
-        chunks.append(set().union(*(cold_rows_of(b, num_hot) for b in batches[start : start + chunk_batches])))
+    start, size = 0, 1  # the first chunks are short
+    while start < len(batches):
+        chunks.append(set().union(*(cold_rows_of(b, num_hot) for b in batches[start : start + size])))
+        start, size = start + size, min(2 * size, chunk_batches)
     moved = sum(len(after - before) for before, after in pairwise(chunks))
     row_bytes = 4 * DIM + (4 if optimizer == "rowwise_adagrad" else 0)
     assert rows.row_bytes == row_bytes

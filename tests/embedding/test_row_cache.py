@@ -357,3 +357,21 @@ def test_announced_lookups_count_once_unless_a_row_has_left() -> None:
     cache.admit([5, 6])  # row 1 had one lookup, row 2 two
     assert cache.admit([1], is_announced=True).num_misses == 1
     assert cache.stats.misses == 5
+
+
+@pytest.mark.parametrize("policy", ["lfu", "rank"])
+@given(
+    requests=st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=12), min_size=1, max_size=12),
+    ageing=st.sampled_from([0.0, 2.0]),
+)
+def test_rows_with_their_numbers_of_lookups_equal_repeated_rows(policy: str, requests: list[list[int]], ageing: float):
+    options = {"policy": policy, "ageing_lookups": ageing}
+    counted, repeated = (RowCache(10, 10 if policy == "rank" else 8, **options) for _ in range(2))  # type: ignore[arg-type]
+    for request in requests:
+        if len(set(request)) > repeated.capacity:
+            continue
+        rows, lookups = np.unique(request, return_counts=True)
+        repeated.admit(request)
+        counted.admit(rows, lookups=lookups)
+        assert counted.resident_rows().tolist() == repeated.resident_rows().tolist()
+        assert counted.stats == repeated.stats

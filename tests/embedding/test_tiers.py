@@ -74,7 +74,8 @@ def test_an_update_is_its_formula_and_leaves_other_rows_alone(optimizer: str):
     before_weights, before_state = weights.clone().double(), state.clone().double()
     positions, gradients = torch.tensor([4, 1]), torch.randn(2, 4)
     wide = gradients.double()
-    update_rows(optimizer, weights, state, positions, gradients.clone(), lr=torch.tensor(0.1), eps=1e-8)  # type: ignore[arg-type]
+    values = weights[positions]
+    update_rows(optimizer, weights, state, positions, values, gradients.clone(), lr=torch.tensor(0.1), eps=1e-8)  # type: ignore[arg-type]
     if optimizer == "rowwise_adagrad":
         before_state[positions] += (wide**2).mean(dim=1)
         before_weights[positions] -= 0.1 * wide / (before_state[positions].sqrt() + 1e-8).unsqueeze(1)
@@ -96,7 +97,7 @@ def test_sgd_over_tiers_equals_an_embedding_bag_of_torch():
     gradients = (2 * pooled).repeat_interleave(2, dim=0)
     unique, inverse = torch.unique(slots.flatten(), return_inverse=True)
     summed = sum_duplicates(gradients, inverse, len(unique))
-    update_rows("sgd", weights, None, unique, summed, lr=torch.tensor(0.5), eps=0)
+    update_rows("sgd", weights, None, unique, weights[unique], summed, lr=torch.tensor(0.5), eps=0)
     with torch.no_grad():
         bag.weight -= 0.5 * bag.weight.grad
     torch.testing.assert_close(weights, bag.weight.detach())

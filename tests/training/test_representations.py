@@ -274,7 +274,6 @@ def make_batch(layout: SlotLayout, seed: int, size: int = BATCH) -> tuple[Staged
     batch = StagedBatch(
         dense=torch.from_numpy(rng.random((size, DENSE), np.float32)),
         labels=torch.from_numpy((rng.random(size) < 0.5).astype(np.float32)),
-        positions=torch.from_numpy(positions.ravel().astype(np.int64)),
         unique=torch.from_numpy(unique.astype(np.int64)),
         inverse=torch.from_numpy(inverse),
         is_hot=True,

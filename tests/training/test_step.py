@@ -29,7 +29,6 @@ def make_batch(size: int, seed: int, *, weighted: bool) -> StagedBatch:
     return StagedBatch(
         dense=torch.from_numpy(rng.random((size, DENSE), np.float32)),
         labels=torch.from_numpy((rng.random(size) < 0.5).astype(np.float32)),
-        positions=torch.from_numpy(positions),
         unique=torch.from_numpy(unique),
         inverse=torch.from_numpy(inverse),
         is_hot=True,
