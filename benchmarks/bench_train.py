@@ -4,11 +4,11 @@
     python benchmarks/bench_train.py --config cached-embedding         # CachedEmbedding's configuration
     python benchmarks/bench_train.py --rows 20000 --steps 4 --batch 64 --rounds 1   # toy size
 
-Each contender has a process of its own, which warms up with one pass over the samples and then waits; passes are timed
-in turn, so that the passes of one round stand next to each other in time. Shown are medians over the rounds, ratios being
-taken within each round. Samples come through the real input path: shuffled windows, batches, look-ahead. What the figures
-do not show: reading shards from disk (in memory here) and quality, which exact modes share to the bit (tests) and
-skipping changes (`slipstream compare`).
+Each contender has a process of its own, which warms up with one pass over the samples and then waits. Passes are
+timed in turn, so that those of one round stand next to each other in time; shown are medians over the rounds, ratios
+being taken within each round. Samples come through the real input path: shuffled windows, batches, look-ahead. What the
+figures do not show: reading shards from disk (in memory here) and quality, which exact modes share to the bit (tests)
+and skipping changes (`slipstream compare`).
 """
 
 from __future__ import annotations

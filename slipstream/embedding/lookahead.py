@@ -15,14 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from slipstream.embedding.placement import Deduplicator, Placement, Plan, Request
+from slipstream.embedding.duplicates import SortedLookups, sort_lookups
+from slipstream.embedding.placement import Placement, Plan, Request
 from slipstream.embedding.tiers import TieredRows
 from slipstream.embedding.transfer import RowMover
 
@@ -54,10 +55,14 @@ class StagedBatch:
     dense: Tensor
     labels: Tensor
     unique: Tensor
-    """Distinct positions, in the order of their first lookup. Shape (U,), int64."""
+    """Distinct positions. Shape (U,), int64."""
     inverse: Tensor
     """Index into `unique` of each lookup, sample by sample. Shape (L,), int32."""
     is_hot: bool
+    order: Tensor | None = None
+    """Lookups by position, on a CPU only. Shape (L,), int64."""
+    starts: Tensor | None = None
+    """Where in `order` each of `unique` begins. Shape (U,), int64."""
     weights: Tensor | None = None
     outside: Tensor | None = None
     """Slots of the columns whose rows have no tier. Shape (B, J), int64."""
@@ -68,8 +73,8 @@ class StagedBatch:
 
     def tensors(self) -> list[Tensor]:
         """Everything on the device."""
-        given = (self.dense, self.labels, self.unique, self.inverse, self.weights, self.outside)
-        return [tensor for tensor in given if tensor is not None]
+        given = (getattr(self, part.name) for part in fields(self))
+        return [value for value in given if isinstance(value, Tensor)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +82,9 @@ class _Lookups:
     """A batch with its duplicates found."""
 
     batch: Batch
-    unique: np.ndarray
-    """Distinct slots, in the order of their first lookup. Shape (U,)."""
-    inverse: np.ndarray
-    """Index into `unique` of each lookup. Shape (L,), int32."""
+    slots: SortedLookups
+    cold: slice
+    """Those of the distinct slots that are cold: the last ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +122,6 @@ class LookAhead:
         self._rows, self._placement, self._chunk_batches = rows, placement, chunk_batches
         self._columns = columns
         self._mover = RowMover(rows)
-        self._distinct = Deduplicator(rows.num_rows)
         self.lookups = 0
         """Lookups of all batches so far."""
         self.cold_lookups = 0
@@ -197,7 +200,7 @@ class LookAhead:
         return copies
 
     def _chunk_sizes(self) -> Iterator[int]:
-        """Batches of the second chunk, the third, …"""
+        """Batches of the second chunk and of those after it."""
         size = 1
         while True:
             size = min(2 * size, self._chunk_batches)
@@ -209,9 +212,9 @@ class LookAhead:
     # --- host thread ---
 
     def _find_duplicates(self, batch: Batch) -> _Lookups:
-        slots = batch.slots if self._columns is None else batch.slots[:, self._columns]
-        unique, _, inverse = self._distinct(slots.ravel())
-        return _Lookups(batch, unique, inverse)
+        slots = sort_lookups((batch.slots if self._columns is None else batch.slots[:, self._columns]).ravel())
+        first_cold = int(np.searchsorted(slots.unique, self._rows.num_hot))
+        return _Lookups(batch, slots, slice(first_cold, None))
 
     def _leave_and_prepare(self, current: Plan, pending: _Pending, chunk_batches: int) -> _Chunk | None:
         self._mover.write_back(*current.leaving)
@@ -228,28 +231,28 @@ class LookAhead:
         return _Chunk(plan, [self._stage(lookups) for lookups in offered[: plan.num_batches]])
 
     def _request(self, offered: list[_Lookups]) -> Request:
-        num_hot = self._rows.num_hot
-        cold, counts = [], []
-        for lookups in offered:
-            is_cold = lookups.unique >= num_hot
-            cold.append(lookups.unique[is_cold] - num_hot)
-            counts.append(np.bincount(lookups.inverse, minlength=len(lookups.unique))[is_cold])
-        distinct, seen_at, _ = self._distinct(np.concatenate(cold))
-        needed = np.searchsorted(seen_at, np.cumsum([len(rows) for rows in cold]))
-        return Request(rows=distinct, needed=needed, rows_of_batch=cold, lookups_of_batch=counts)
+        cold = [lookups.slots.unique[lookups.cold] - self._rows.num_hot for lookups in offered]
+        counts = [lookups.slots.counts()[lookups.cold] for lookups in offered]
+        chunk = sort_lookups(np.concatenate(cold))
+        first_sights = chunk.order[chunk.starts]
+        by_first_sight = np.argsort(first_sights)
+        needed = np.searchsorted(first_sights[by_first_sight], np.cumsum([len(rows) for rows in cold]))
+        return Request(rows=chunk.unique[by_first_sight], needed=needed, rows_of_batch=cold, lookups_of_batch=counts)
 
     def _stage(self, lookups: _Lookups) -> StagedBatch:
-        batch, positions = lookups.batch, lookups.unique.astype(np.int64)
-        is_cold = positions >= self._rows.num_hot
-        positions[is_cold] = self._placement.positions_of(positions[is_cold] - self._rows.num_hot)
-        self.lookups += len(lookups.inverse)
-        self.cold_lookups += int(np.count_nonzero(is_cold[lookups.inverse]))
-        move = self._mover.to_device
+        batch, slots = lookups.batch, lookups.slots
+        positions = slots.unique.astype(np.int64)
+        positions[lookups.cold] = self._placement.positions_of(positions[lookups.cold] - self._rows.num_hot)
+        self.lookups += len(slots.order)
+        self.cold_lookups += int(slots.counts()[lookups.cold].sum())
+        move, on_cpu = self._mover.to_device, self._rows.device.type == "cpu"
         return StagedBatch(
             dense=move(batch.dense),
             labels=move(batch.labels),
             unique=move(positions),
-            inverse=move(lookups.inverse),
+            inverse=move(slots.inverse),
+            order=move(slots.order) if on_cpu else None,
+            starts=move(slots.starts) if on_cpu else None,
             is_hot=batch.is_hot,
             weights=None if batch.weights is None else move(batch.weights),
             outside=None if self._columns is None else move(_outside(batch.slots, self._columns)),

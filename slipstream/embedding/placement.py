@@ -88,23 +88,6 @@ class Placement(Protocol):
         ...
 
 
-class Deduplicator:
-    """Finds the distinct keys among many without sorting; 4 bytes of scratch per possible key."""
-
-    def __init__(self, num_keys: int) -> None:
-        self._first = np.empty(num_keys, np.int32)
-
-    def __call__(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Distinct keys in order of first sight, index of each one's first sight, and the inverse."""
-        order = np.arange(len(keys), dtype=np.int32)
-        self._first[keys[::-1]] = order[::-1]  # the last write wins: the first sight
-        first = self._first[keys]
-        is_first = first == order
-        rank = np.cumsum(is_first, dtype=np.int32) - 1
-        seen_at = np.flatnonzero(is_first)
-        return keys[seen_at], seen_at, rank[first]
-
-
 class StagingHalves:
     """Chunks take the two halves of the staging area in turn.
 
@@ -213,4 +196,3 @@ class CachedRows:
         """The changed rows; they stay cached, now clean."""
         dirty, positions = self.cache.take_dirty()
         return dirty, positions + self._num_hot
-

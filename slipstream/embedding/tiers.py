@@ -134,24 +134,6 @@ class TieredRows:
         return state
 
 
-def sum_duplicates(gradients: Tensor, inverse: Tensor, num_unique: int, *, deterministic: bool = True) -> Tensor:
-    """Sum the gradients of each unique row, in batch order, so the result does not depend on where rows sit.
-
-    Args:
-        gradients: One per lookup. Shape (L, D).
-        inverse: Unique row of each lookup. Shape (L,), int32 or int64.
-        num_unique: U.
-        deterministic: On CUDA, False adds in the order the threads arrive: faster, and it can be captured in a graph.
-
-    Returns:
-        Shape (U, D).
-    """
-    if gradients.is_cuda and not deterministic:
-        return gradients.new_zeros(num_unique, gradients.shape[1]).index_add_(0, inverse, gradients)
-    summed: Tensor = torch.ops.aten.embedding_dense_backward(gradients, inverse, num_unique, -1, False)
-    return summed
-
-
 def update_rows(
     optimizer: RowOptimizer,
     weights: Tensor,

@@ -75,8 +75,8 @@ def _separators_add_up(data: bytes, separator: str, num_fields: int) -> bool:
     num_lines = num_separators = 0
     for start in range(0, len(characters), _COUNTED_AT_ONCE):
         piece = characters[start : start + _COUNTED_AT_ONCE]
-        num_lines += np.count_nonzero(piece == ord("\n"))
-        num_separators += np.count_nonzero(piece == ord(separator))
+        num_lines += int(np.count_nonzero(piece == ord("\n")))
+        num_separators += int(np.count_nonzero(piece == ord(separator)))
     return num_separators == num_lines * (num_fields - 1)
 
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from slipstream.embedding.duplicates import sum_duplicates
 from slipstream.embedding.lookahead import StagedBatch
-from slipstream.embedding.tiers import TieredRows, sum_duplicates, update_rows
+from slipstream.embedding.tiers import TieredRows, update_rows
 from slipstream.training.dense_optimizer import DenseOptimizer
 from slipstream.training.representations import Representations
 
@@ -108,7 +109,14 @@ class TrainStep:
     def _update(self, values: Tensor, gradients: Tensor | None, batch: StagedBatch) -> None:
         assert gradients is not None
         rows = self.rows
-        summed = sum_duplicates(gradients, batch.inverse, len(batch.unique), deterministic=self._deterministic)
+        summed = sum_duplicates(
+            gradients,
+            batch.inverse,
+            len(batch.unique),
+            order=batch.order,
+            starts=batch.starts,
+            deterministic=self._deterministic,
+        )
         update_rows(
             rows.optimizer,
             rows.buffer,

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from strategies import slot_batches
 from torch import Tensor
 
+from slipstream.embedding.duplicates import sum_duplicates
 from slipstream.embedding.lookahead import Batch, LookAhead, StagedBatch
 from slipstream.embedding.placement import CachedRows, StagingHalves, StagingOverflowError
 from slipstream.embedding.row_cache import RowCache
-from slipstream.embedding.tiers import TieredRows, sum_duplicates, update_rows
+from slipstream.embedding.tiers import TieredRows, update_rows
 
 DIM, LR, EPS = 3, torch.tensor(0.1), 1e-8
 
@@ -77,7 +78,7 @@ def trainer_of(rows: TieredRows):
     def step(batch: StagedBatch) -> None:
         values = rows.buffer[batch.unique]
         gradients = gradients_of(values[batch.inverse], batch.labels)
-        summed = sum_duplicates(gradients, batch.inverse, len(batch.unique))
+        summed = sum_duplicates(gradients, batch.inverse, len(batch.unique), order=batch.order, starts=batch.starts)
         update_rows(rows.optimizer, rows.buffer, rows.buffer_state, batch.unique, values, summed, lr=LR, eps=EPS)
 
     return step

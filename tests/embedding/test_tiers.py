@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slipstream.embedding.tiers import TieredRows, sum_duplicates, update_rows
+from slipstream.embedding.duplicates import sum_duplicates
+from slipstream.embedding.tiers import TieredRows, update_rows
 
 
 def make_tiers(num_rows: int, num_hot: int, optimizer: str = "rowwise_adagrad", dim: int = 2) -> TieredRows:
@@ -55,17 +55,6 @@ def test_bytes_add_up_over_the_tiers(optimizer: str, per_row: int):
     tensors = [tensor for pair in rows.pairs for tensor in pair]
     held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     assert sum(rows.bytes_per_tier().values()) == held - per_row  # all but the spare position
-
-
-@given(st.lists(st.integers(0, 4), min_size=1, max_size=30))
-def test_duplicates_are_summed_in_batch_order(inverse: list[int]):
-    distinct = list(dict.fromkeys(inverse))
-    ranks = torch.tensor([distinct.index(item) for item in inverse])
-    gradients = torch.randn(len(inverse), 3)
-    expected = np.zeros((len(distinct), 3), np.float32)
-    for rank, gradient in zip(ranks.tolist(), gradients.numpy(), strict=True):
-        expected[rank] += gradient
-    assert sum_duplicates(gradients, ranks, len(distinct)).numpy().tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "rowwise_adagrad"])

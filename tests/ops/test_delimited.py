@@ -64,8 +64,9 @@ def test_every_line_counts_however_broken():
     assert frame.row(5) == ("1", None)
 
 
-_NUMBERS = ["", "0", "-0", "+5", "007", "-12", "--5", "-", "5.", "1e3", "0x5", "1_000", " 5", "5 ", "\t5", "5\x00", "\u0663"]
-_NUMBERS += ["\x0b5", str(2**63 - 1), str(2**63), str(-(2**63)), str(-(2**63) - 1), "9" * 40, "NULL", "nan", "true", '"5"']
+_NUMBERS = ["", "0", "-0", "+5", "007", "-12", "--5", "-", "5.", "1e3", "0x5", "1_000", " 5", "5 ", "\t5", "5\x00"]
+_NUMBERS += ["\u0663", "\x0b5", "9" * 40, "NULL", "nan", "true", '"5"']
+_NUMBERS += [str(number) for number in (2**63 - 1, 2**63, -(2**63), -(2**63) - 1)]
 
 
 @pytest.mark.parametrize("separator", ["\t", ","])
