@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from slipstream.config import PipelineConfig, load_pipeline, to_dict
+from slipstream.embedding.duplicates import sort_lookups
 from slipstream.embedding.lookahead import StagedBatch
 from slipstream.embedding.quantized import quantize_linears
 from slipstream.embedding.tiers import TieredRows
@@ -49,6 +50,7 @@ def contenders(options: argparse.Namespace) -> dict[str, list[str]]:
     tt_rows, tt_rank = options.tt_rows, options.tt_rank
     every = {
         "fp32": [],
+        **{f"fp32, {epochs} epochs": [f"train.epochs={epochs}"] for epochs in range(2, options.max_epochs + 1)},
         "int8": ["tables.representation=int8"],
         "int4": ["tables.representation=int4"],
         "int4 + int8 layers": ["tables.representation=int4", "tables.quantize_linears=8"],
@@ -88,6 +90,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--pipeline", type=Path, default=ROOT / "pipelines/tiny.toml")
     parser.add_argument("--raw", default="", help="dataset.raw of the pipeline")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--max-epochs", type=int, default=1, help="fp32 is also trained for 2, 3, … up to this")
     parser.add_argument("--steps", type=int, default=400, help="timed steps; half as many warm up")
     parser.add_argument("--tt-rows", type=int, default=1000, help="tables from this size on are cores in `tt`")
     parser.add_argument("--tt-rank", type=int, default=16)
@@ -109,6 +112,8 @@ def quality_of_all(
             trained, counts = result.stages["train"].artifact, result.counts("train")
             auc = (counts["test"]["auc"] + counts["val"]["auc"]) / 2
             note(rows, name, auc, trained.path, result.counts("segregate"))
+            if name.startswith("fp32") and options.max_epochs > 1:
+                stop_early(rows, seed, counts, trained.path, result.counts("segregate"))
             if name == "fp32":
                 out = scratch / f"packed-{seed}"
                 export_model(trained.path, representation="int4", out_dir=out)
@@ -119,6 +124,24 @@ def quality_of_all(
         row["change"] = statistics.mean(changes)
         row["change_error"] = statistics.stdev(changes) / len(changes) ** 0.5 if len(changes) > 1 else 0.0
     return rows
+
+
+def stop_early(
+    rows: dict[str, dict[str, Any]],
+    seed: int,
+    counts: dict[str, Any],
+    folder: Path,
+    segregated: dict[str, Any],
+) -> None:
+    """Keep, of the numbers of epochs of a seed, the one best on validation."""
+    best = rows.setdefault("fp32, stopped early", {"auc": [], "val_auc": [], "test_auc": []})
+    val, test = counts["val"]["auc"], counts["test"]["auc"]
+    if len(best["auc"]) <= seed:
+        note(rows, "fp32, stopped early", (val + test) / 2, folder, segregated)
+        best["val_auc"].append(val)
+        best["test_auc"].append(test)
+    elif val > best["val_auc"][seed]:
+        best["auc"][seed], best["val_auc"][seed], best["test_auc"][seed] = (val + test) / 2, val, test
 
 
 def note(rows: dict[str, dict[str, Any]], name: str, auc: float, folder: Path, segregated: dict[str, Any]) -> None:
@@ -208,15 +231,15 @@ def make_step(config: PipelineConfig, segregated: Artifact) -> tuple[TrainStep, 
 
 def stage(samples: Any, layout: SlotLayout) -> StagedBatch:
     """A batch whose positions are its slots."""
-    inside = samples.X_cat[:, layout.columns].astype(np.int64)
-    unique, inverse = np.unique(inside.ravel(), return_inverse=True)
+    lookups = sort_lookups(samples.X_cat[:, layout.columns].ravel())
     outside = np.delete(samples.X_cat, layout.columns, axis=1).astype(np.int64)
     return StagedBatch(
         dense=torch.from_numpy(samples.X_int),
         labels=torch.from_numpy(samples.y),
-        positions=torch.from_numpy(inside.ravel()),
-        unique=torch.from_numpy(unique),
-        inverse=torch.from_numpy(inverse.ravel()),
+        unique=torch.from_numpy(lookups.unique.astype(np.int64)),
+        inverse=torch.from_numpy(lookups.inverse),
+        order=torch.from_numpy(lookups.order),
+        starts=torch.from_numpy(lookups.starts),
         is_hot=True,
         outside=None if layout.is_whole else torch.from_numpy(outside),
     )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from slipstream.embedding.abs_max import CHUNK_ROWS
+from slipstream.embedding.duplicates import sum_duplicates
 from slipstream.embedding.quantization import check_bits, check_choice, check_finite, float_dtype
 
 Mode = Literal["sum", "mean", "max"]
@@ -156,7 +157,7 @@ class _Pool(torch.autograd.Function):
             return None, None, None, grad_weights, None, None, None
         if weights is not None:
             per_lookup = per_lookup * weights.unsqueeze(1)
-        grad_table = torch.zeros_like(table).index_add_(0, inverse, per_lookup)
+        grad_table = sum_duplicates(per_lookup, inverse, table.shape[0])
         if ctx.padding is not None:
             grad_table[ctx.padding] = 0
         return grad_table, None, None, grad_weights, None, None, None

@@ -24,6 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from slipstream.embedding.duplicates import sum_duplicates
 from slipstream.embedding.host_tables import HostTables, Tables, index_on
 from slipstream.embedding.row_cache import CachePlan, RowCache, most_frequent_rows
 from slipstream.errors import CapacityError
@@ -463,7 +464,7 @@ class CachedEmbeddingBag(nn.Module):
             if gradient is None:
                 continue
             if gradient.is_sparse:
-                total.index_add_(0, place[gradient._indices()[0]], gradient._values().to(dtype))
+                total += sum_duplicates(gradient._values().to(dtype), place[gradient._indices()[0]], positions.size)
             else:
                 total += gradient.index_select(0, index)
         return positions, total

@@ -32,6 +32,7 @@ from slipstream.embedding.bag import (
     row_chunks,
     unique_rows,
 )
+from slipstream.embedding.duplicates import sum_duplicates
 from slipstream.embedding.packed import PackedEmbeddingBag
 from slipstream.embedding.quantization import (
     check_choice,
@@ -340,7 +341,7 @@ class QuantizedEmbeddingBag(Bag):
             )
         check_finite(delta, "delta")
         rows, inverse = unique_rows(rows.to(torch.int64), self.num_embeddings)
-        delta = delta.new_zeros(rows.shape[0], self.embedding_dim).index_add_(0, inverse, delta)
+        delta = sum_duplicates(delta, inverse, rows.shape[0])
         if self.padding_idx is not None:
             keep = rows != self.padding_idx
             rows, delta = rows[keep], delta[keep]
@@ -387,7 +388,7 @@ class QuantizedEmbeddingBag(Bag):
             return
         looked_up, grads = (torch.cat(parts) for parts in zip(*self._gradients, strict=True))
         rows, inverse = unique_rows(looked_up, self.num_embeddings)
-        grad = grads.new_zeros(rows.shape[0], self.embedding_dim).index_add_(0, inverse, grads)
+        grad = sum_duplicates(grads, inverse, rows.shape[0])
         self._gradients.clear()
         check_finite(grad, "gradient")
         if rule == "sgd":
