@@ -401,6 +401,8 @@ class TrainConfig:
     """Of matrix products: `tf32` on CUDA only, `bf16` by autocast; weights and updates stay fp32."""
     deterministic: bool = False
     """Repeat to the bit on CUDA too, without graph capture; on CPU results always repeat."""
+    kernels: Literal["torch", "triton"] = "torch"
+    """What looks rows up and updates them; `triton` needs a GPU, and computes the same up to rounding."""
     weight_decay: float = 0.0
     """L2 penalty on the dense layers' weights."""
     order: Literal["interleaved", "mixed"] = "interleaved"

@@ -8,6 +8,7 @@ Costs   one pass over the training shards an epoch; device memory for hot rows, 
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -84,6 +85,7 @@ def run(
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     device = resolve_device(config.device)
+    check_kernels(config.kernels, device)
     num_dense: int = segregated.counts["num_dense"]
     padding_rows: Mapping[str, int] = segregated.counts.get("padding_rows", {})
     specs = choose_tables(tables_config, segregated.counts["tables"], padding_rows)
@@ -182,6 +184,20 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
+
+
+def check_kernels(name: str, device: torch.device) -> None:
+    """Check that what looks up and updates rows can run.
+
+    Raises:
+        ConfigError: `triton` without a GPU, or without the package.
+    """
+    if name == "triton" and device.type != "cuda":
+        raise ConfigError("`train.kernels` is triton, and training runs on the CPU", hint="use torch, or a GPU")
+    if name == "triton" and importlib.util.find_spec("triton") is None:
+        raise ConfigError(
+            "`train.kernels` is triton, and the package is not installed", hint="use torch, or pip install triton"
+        )
 
 
 def choose_tables(config: TablesConfig, tables: Mapping[str, int], padding_rows: Mapping[str, int]) -> list[TableSpec]:
@@ -310,6 +326,7 @@ def _make_step(
             dense_optimizer=optimizer,
             eps=config.eps,
             precision=config.precision,
+            kernels=config.kernels,
             representations=representations,
         )
     return TrainStep(
@@ -319,6 +336,7 @@ def _make_step(
         eps=config.eps,
         precision=config.precision,
         deterministic=config.deterministic,
+        kernels=config.kernels,
         representations=representations,
     )
 

@@ -21,6 +21,7 @@ from slipstream.training.dense_optimizer import DenseOptimizer
 from slipstream.training.representations import Representations
 
 Precision = Literal["fp32", "tf32", "bf16"]
+Kernels = Literal["torch", "triton"]
 _EAGER_STEPS = 3
 """Batches trained before the capture, so that every library has set itself up."""
 
@@ -35,6 +36,7 @@ class TrainStep:
         eps: Of row-wise Adagrad.
         precision: Of the matrix products: `tf32` on CUDA only, `bf16` by autocast; weights and updates stay fp32.
         deterministic: Whether results on CUDA must repeat to the bit.
+        kernels: What looks rows up and updates them: plain `torch`, or one `triton` kernel each.
         representations: What the model sees of rows; None for the rows themselves.
     """
 
@@ -47,9 +49,11 @@ class TrainStep:
         eps: float,
         precision: Precision = "fp32",
         deterministic: bool = False,
+        kernels: Kernels = "torch",
         representations: Representations | None = None,
     ) -> None:
         self.representations = representations
+        self._kernels = kernels
         self.model, self.rows, self.dense_optimizer = model, rows, dense_optimizer
         self._eps, self._precision, self._deterministic = eps, precision, deterministic
         self._lr = torch.zeros((), device=rows.device)
@@ -71,6 +75,7 @@ class TrainStep:
             eps=self._eps,
             precision=self._precision,
             deterministic=self._deterministic,
+            kernels=self._kernels,
             representations=self.representations,
         )
 
@@ -91,10 +96,9 @@ class TrainStep:
             self.representations.begin_step(lr)
 
     def _compute(self, batch: StagedBatch) -> None:
-        rows = self.rows
-        values = rows.buffer.index_select(0, batch.unique)
-        looked_up = values.index_select(0, batch.inverse).requires_grad_()
-        pooled = looked_up.view(len(batch), len(batch.inverse) // len(batch), rows.embedding_dim)
+        values, looked_up = self._look_up(batch)
+        looked_up.requires_grad_()
+        pooled = looked_up.view(len(batch), len(batch.inverse) // len(batch), self.rows.embedding_dim)
         if self.representations is not None:
             pooled = self.representations.train(pooled, batch.outside)
         with self._autocast():
@@ -103,30 +107,37 @@ class TrainStep:
         self.dense_optimizer.zero_grad()
         loss.backward()
         self.dense_optimizer.step(self._lr)
-        self._update(values, looked_up.grad, batch)
-        self._loss_sum += loss.detach()
-
-    def _update(self, values: Tensor, gradients: Tensor | None, batch: StagedBatch) -> None:
-        assert gradients is not None
-        rows = self.rows
+        assert looked_up.grad is not None
         summed = sum_duplicates(
-            gradients,
+            looked_up.grad,
             batch.inverse,
             len(batch.unique),
             order=batch.order,
             starts=batch.starts,
             deterministic=self._deterministic,
         )
-        update_rows(
-            rows.optimizer,
-            rows.buffer,
-            rows.buffer_state,
-            batch.unique,
-            values,
-            summed,
-            lr=self._lr,
-            eps=self._eps,
-        )
+        self._update(values, summed, batch)
+        self._loss_sum += loss.detach()
+
+    def _look_up(self, batch: StagedBatch) -> tuple[Tensor | None, Tensor]:
+        """(distinct rows (U, D), where the update needs them; rows of all lookups (L, D))."""
+        buffer = self.rows.buffer
+        if self._kernels == "triton":
+            from slipstream.embedding.row_kernels import gather_rows
+
+            return None, gather_rows(buffer, batch.unique, batch.inverse)
+        values = buffer.index_select(0, batch.unique)
+        return values, values.index_select(0, batch.inverse)
+
+    def _update(self, values: Tensor | None, summed: Tensor, batch: StagedBatch) -> None:
+        rows = self.rows
+        place = (rows.optimizer, rows.buffer, rows.buffer_state, batch.unique)
+        if values is None:
+            from slipstream.embedding import row_kernels
+
+            row_kernels.update_rows(*place, summed, lr=self._lr, eps=self._eps)
+        else:
+            update_rows(*place, values, summed, lr=self._lr, eps=self._eps)
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self._precision != "bf16":

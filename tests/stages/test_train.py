@@ -344,6 +344,11 @@ def test_cuda_that_is_not_there_is_a_configuration_error(tiny_runs: Path, monkey
         train(tiny_runs, train__device="cuda")
 
 
+def test_triton_kernels_without_a_gpu_are_a_configuration_error(tiny_runs: Path):
+    with pytest.raises(ConfigError, match="training runs on the CPU"):
+        train(tiny_runs, train__device="cpu", train__kernels="triton")
+
+
 def test_staging_that_is_too_small_says_how_much_it_takes(tiny_runs: Path):
     with pytest.raises(CapacityError, match="cold rows") as caught:
         train(tiny_runs, train__mode="fae", train__staging_rows=10)

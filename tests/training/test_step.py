@@ -97,8 +97,36 @@ def test_the_dense_optimizer_equals_torchs(kind: str, weight_decay: float) -> No
         torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, not interpreted")
+@pytest.mark.parametrize("make", [TrainStep, FixedShapeStep])
+@pytest.mark.parametrize("optimizer", ["sgd", "rowwise_adagrad"])
+def test_steps_by_triton_equal_those_by_torch_but_for_rounding(optimizer: str, make: type[TrainStep]) -> None:
+    pytest.importorskip("triton", reason="needs triton: pip install triton")
+    kind = "sgd" if optimizer == "sgd" else "adagrad"
+    buffers = []
+    for kernels in ("torch", "triton"):
+        rows, model = make_rows(optimizer), make_model()
+        options = {
+            "model": model,
+            "rows": rows,
+            "dense_optimizer": DenseOptimizer(model.parameters(), kind=kind, eps=1e-8),
+            "eps": 1e-8,
+            "kernels": kernels,
+        }
+        if make is FixedShapeStep:
+            options |= {"batch_size": BATCH, "num_dense": DENSE, "num_tables": TABLES}
+        step = make(**options)
+        for seed in range(4):
+            step(make_batch(BATCH, seed, weighted=False), 0.1)
+        buffers.append(rows.buffer[:ROWS])
+
+    torch.testing.assert_close(*buffers, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(buffers[0], make_rows(optimizer).buffer[:ROWS])
+
+
 @pytest.mark.gpu
-def test_a_captured_graph_equals_the_plain_step_on_cuda() -> None:
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_a_captured_graph_equals_the_plain_step_on_cuda(kernels: str) -> None:
     device = torch.device("cuda")
     results = []
     for make in (TrainStep, FixedShapeStep):
@@ -112,15 +140,14 @@ def test_a_captured_graph_equals_the_plain_step_on_cuda() -> None:
             "rows": rows,
             "dense_optimizer": DenseOptimizer(model.parameters(), kind="adagrad", eps=1e-8),
             "eps": 1e-8,
+            "kernels": kernels,
         }
         if make is FixedShapeStep:
             options |= {"batch_size": BATCH, "num_dense": DENSE, "num_tables": TABLES}
         step = make(**options)
         for seed in range(8):
             batch = make_batch(BATCH, seed, weighted=False)
-            moved = {
-                name: getattr(batch, name).to(device) for name in ("dense", "labels", "positions", "unique", "inverse")
-            }
+            moved = {name: getattr(batch, name).to(device) for name in ("dense", "labels", "unique", "inverse")}
             step(StagedBatch(is_hot=True, **moved), 0.1)
         results.append(rows.buffer[:ROWS].cpu())
 
