@@ -6,9 +6,10 @@
 
 Each contender has a process of its own, which warms up with one pass over the samples and then waits. Passes are
 timed in turn, so that those of one round stand next to each other in time; shown are medians over the rounds, ratios
-being taken within each round. Samples come through the real input path: shuffled windows, batches, look-ahead. What the
-figures do not show: reading shards from disk (in memory here) and quality, which exact modes share to the bit (tests)
-and skipping changes (`slipstream compare`).
+being taken within each round. Samples come through the real input path: shuffled windows, batches, look-ahead; from
+memory, except for `input`, which reads shards from disk and does nothing else, so that it shows what a step can be fed
+with. What the figures do not show: quality, which exact modes share to the bit (tests) and skipping changes
+(`slipstream compare`).
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -34,7 +38,7 @@ from slipstream.embedding.lookahead import LookAhead, StagedBatch
 from slipstream.embedding.placement import CachedRows, Placement, StagingHalves
 from slipstream.embedding.row_cache import RowCache
 from slipstream.embedding.tiers import TieredRows
-from slipstream.io.samples import Samples
+from slipstream.io.samples import Samples, read_shard, write_shard
 from slipstream.models.dlrm import DLRM
 from slipstream.ops.hot_set import assign_slots, rank_rows, table_offsets, take_hot_rows
 from slipstream.training.dense_optimizer import DenseOptimizer
@@ -53,10 +57,13 @@ CONFIGS = {
     "cached-embedding": {"dim": 128, "bottom": [512, 256, 128], "top": [1024, 1024, 512, 256, 1], "batch": 16384},
 }
 CONTENDERS = [
-    "ceiling", "plain", "torchrec", "resident", "baseline",
+    "input", "ceiling", "plain", "torchrec", "resident", "baseline",
     "fae 0.001", "fae 0.01", "fae 0.1", "cached 0.01", "cached 0.1", "slipstream 0.1",
 ]  # fmt: skip
 NUM_DENSE = 13
+ON_DEVICE = {"input", "ceiling", "plain", "torchrec", "resident"}
+"""Contenders with every row on the device."""
+SAMPLES_PER_SHARD = 1 << 16
 Pass = Callable[[], dict[str, float]]
 """Trains over all samples once and says how that went."""
 
@@ -89,9 +96,7 @@ def make_case(contender: str, args: argparse.Namespace) -> Case:
         ranks = np.searchsorted(np.cumsum(weights) / weights.sum(), rng.random(num_samples))
         rows[:, table] = np.minimum(ranks, size - 1) + offsets[table]
     counts = np.bincount(rows.ravel(), minlength=offsets[-1])
-    num_hot = {"resident": offsets[-1], "plain": offsets[-1], "ceiling": offsets[-1], "torchrec": offsets[-1]}.get(
-        name, max(len(sizes), int(offsets[-1] * float(share or 0)))
-    )
+    num_hot = offsets[-1] if name in ON_DEVICE else max(len(sizes), int(offsets[-1] * float(share or 0)))
     chosen = take_hot_rows(rank_rows(counts, offsets[:-1]), counts, num_rows=int(num_hot), num_oov=len(sizes))
     is_hot = chosen.is_hot if num_hot < offsets[-1] else np.ones(offsets[-1], bool)
     slots = assign_slots(is_hot)
@@ -130,7 +135,7 @@ def make_model(case: Case, device: torch.device) -> DLRM:
 
 def open_streams(case: Case, pool: ThreadPoolExecutor) -> dict[str, SampleStream]:
     """Hot and cold samples of an epoch."""
-    if case.name in ("plain", "ceiling", "torchrec", "resident", "cached", "baseline"):
+    if case.name in (*ON_DEVICE, "cached", "baseline"):
         is_hot = np.zeros(len(case.samples), bool)
     else:
         is_hot = (case.samples.X_cat < case.num_hot).all(axis=1)
@@ -139,6 +144,36 @@ def open_streams(case: Case, pool: ThreadPoolExecutor) -> dict[str, SampleStream
         name: SampleStream([lambda group=group: group], [len(group)], seed=(0,), window_samples=1 << 21, workers=pool)
         for name, group in groups.items()
     }
+
+
+def keep_shards(case: Case) -> tuple[tempfile.TemporaryDirectory[str], list[int]]:
+    """All samples as shards on disk."""
+    folder = tempfile.TemporaryDirectory()
+    starts = range(0, len(case.samples), SAMPLES_PER_SHARD)
+    pieces = [case.samples.take(slice(start, start + SAMPLES_PER_SHARD)) for start in starts]
+    for number, piece in enumerate(pieces):
+        write_shard(Path(folder.name) / f"{number}.npz", piece)
+    return folder, [len(piece) for piece in pieces]
+
+
+def open_shards(
+    shards: tuple[tempfile.TemporaryDirectory[str], list[int]], pool: ThreadPoolExecutor
+) -> dict[str, SampleStream]:
+    """All samples, read from disk again."""
+    folder, sizes = shards
+    paths = [Path(folder.name) / f"{number}.npz" for number in range(len(sizes))]
+    loaders = [partial(read_shard, path) for path in paths]
+    streams = {"hot": ([], []), "cold": (loaders, sizes)}
+    return {
+        name: SampleStream(*given, seed=(0,), window_samples=1 << 18, workers=pool) for name, given in streams.items()
+    }
+
+
+class InputStep(TrainStep):
+    """No step at all."""
+
+    def _compute(self, batch: StagedBatch) -> None:
+        pass
 
 
 class CeilingStep(TrainStep):
@@ -179,10 +214,14 @@ def make_engine(case: Case, device: torch.device) -> Pass:
     if case.name == "cached":
         placement = CachedRows(rows, RowCache(case.num_rows, num_staged, policy="rank", row_counts=case.counts))
     kind = "sgd" if args.optimizer == "sgd" else "adagrad"
-    step_class = CeilingStep if case.name == "ceiling" else TrainStep
-    step = step_class(
-        model=model, rows=rows, dense_optimizer=DenseOptimizer(model.parameters(), kind=kind, eps=1e-8), eps=1e-8
+    step = {"ceiling": CeilingStep, "input": InputStep}.get(case.name, TrainStep)(
+        model=model,
+        rows=rows,
+        dense_optimizer=DenseOptimizer(model.parameters(), kind=kind, eps=1e-8),
+        eps=1e-8,
+        kernels=args.kernels,
     )
+    shards = keep_shards(case) if case.name == "input" else None
     lookahead = LookAhead(rows, placement, chunk_batches=1 if case.name == "baseline" else 16)
     rule = SkipRule(criterion="stale" if case.name == "slipstream" else "none", target_drop=args.drop)
     skipper = Skipper(rule)
@@ -206,7 +245,7 @@ def make_engine(case: Case, device: torch.device) -> Pass:
         totals = trainer.totals
         before = (totals.samples_seen, skipper.dropped, totals.steps, totals.hot_steps)
         with ThreadPoolExecutor(2) as pool:
-            trainer.train(lambda epoch: open_streams(case, pool))
+            trainer.train(lambda epoch: open_streams(case, pool) if shards is None else open_shards(shards, pool))
         if device.type == "cuda":
             torch.cuda.synchronize()
         after = (totals.samples_seen, skipper.dropped, totals.steps, totals.hot_steps)
@@ -385,6 +424,7 @@ def main() -> None:
     parser.add_argument("--optimizer", choices=["sgd", "rowwise_adagrad"], default="sgd")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--kernels", choices=["torch", "triton"], default="torch", help="of our own contenders")
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
     args.batch = args.batch or CONFIGS[args.config]["batch"]
