@@ -13,10 +13,8 @@ Each finished chunk, table and part is kept, so a killed run goes on where it st
 
 from __future__ import annotations
 
-import collections
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +31,7 @@ from slipstream.io.capacity import require_disk, require_memory
 from slipstream.io.parallel import in_order
 from slipstream.io.parsed import ParsedChunk, ParsedStore, dictionary_of
 from slipstream.io.raw import RawBlock, estimate_text_bytes, is_parquet, raw_size, read_blocks
+from slipstream.io.split_layout import Piece, SplitLayout
 from slipstream.ops import split as splits
 from slipstream.ops.dense import transform_dense
 from slipstream.ops.vocabulary import (
@@ -47,7 +46,6 @@ from slipstream.schema import LABEL, SPLITS, dense_name, table_name
 
 _REJECTS_PER_PART = 65_536
 _HOPELESS_LINES = 100_000
-_KEPT_CODES = 64
 # Measured on Criteo text: bytes on disk per byte of text, and of memory per worker and byte of a chunk.
 _DISK_PER_TEXT_BYTE = 0.95
 _MEMORY_PER_WORKER = 8
@@ -90,7 +88,7 @@ def run(
     store = ParsedStore(scratch / "work" / "parsed")
     chunks = _parse(config, source=source, files=files, store=store, workers=workers, progress=progress)
     rejected = _check_rejects(chunks, files, store, config.max_reject_ratio)
-    layout = _SplitLayout(config.split, chunks, store=store, seed=seed, negative_keep_ratio=negative_keep_ratio)
+    layout = SplitLayout(config.split, chunks, store=store, seed=seed, negative_keep_ratio=negative_keep_ratio)
     vocabularies, minima = _count(
         config, source=source, layout=layout, scratch=scratch, workers=workers, progress=progress
     )
@@ -282,123 +280,6 @@ def _write_rejects(chunks: Sequence[ParsedChunk], files: Sequence[str], store: P
         _write_parquet(pl.concat(pieces, rechunk=True).to_arrow(), out_dir / f"part-{number:05d}.parquet")
 
 
-# --- which sample goes where ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """Samples of one chunk that belong to one part."""
-
-    chunk_index: int
-    first: int
-    stop: int
-
-
-class _SplitLayout:
-    """Assigns every sample to a split by its position, chunk by chunk."""
-
-    def __init__(
-        self,
-        rule: str,
-        chunks: Sequence[ParsedChunk],
-        *,
-        store: ParsedStore,
-        seed: int,
-        negative_keep_ratio: float,
-    ) -> None:
-        self.chunks, self.store = chunks, store
-        self._rule, self._seed, self._keep_ratio = rule, seed, negative_keep_ratio
-        sizes = [chunk.num_samples for chunk in chunks]
-        self._starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-        self._bounds = splits.chronological_bounds(int(self._starts[-1]))
-        self._held_out = self._find_held_out_days() if rule in ("by_day", "by_time") else None
-        self._recent_codes: dict[int, np.ndarray] = {}
-        counts = [[self._count(index, code) for code in range(len(SPLITS))] for index in range(len(chunks))]
-        self._ends = np.cumsum(np.array(counts, np.int64), axis=0)
-        self.totals = {name: int(self._ends[-1][code]) for code, name in enumerate(SPLITS)}
-        self.num_left_out = int(self._starts[-1]) - sum(self.totals.values())
-        if min(self.totals.values()) == 0:
-            raise DataError(
-                f"split `{rule}` leaves a split without samples: {self.totals}",
-                hint="give more samples, or choose another `preprocess.split`",
-            )
-
-    def members(self, chunk_index: int, code: int) -> slice | np.ndarray:
-        """Which samples of a chunk belong to a split, in order: a slice where they are neighbours."""
-        start, stop = int(self._starts[chunk_index]), int(self._starts[chunk_index + 1])
-        if self._rule == "chronological" and self._keep_ratio == 1:
-            train_end, test_end = self._bounds
-            ranges = {splits.TRAIN: (0, train_end), splits.TEST: (train_end, test_end), splits.VAL: (test_end, stop)}
-            first, last = (min(max(bound, start), stop) - start for bound in ranges[code])
-            return slice(first, max(first, last))
-        return np.flatnonzero(self._codes(chunk_index) == code)
-
-    def _count(self, chunk_index: int, code: int) -> int:
-        members = self.members(chunk_index, code)
-        return members.stop - members.start if isinstance(members, slice) else len(members)
-
-    def _codes(self, chunk_index: int) -> np.ndarray:
-        codes = self._recent_codes.get(chunk_index)
-        if codes is None:
-            if len(self._recent_codes) >= _KEPT_CODES:
-                self._recent_codes.clear()
-            codes = self._recent_codes[chunk_index] = self._assign(chunk_index)
-        return codes
-
-    def _assign(self, chunk_index: int) -> np.ndarray:
-        start, stop = int(self._starts[chunk_index]), int(self._starts[chunk_index + 1])
-        if self._rule == "chronological":
-            codes = splits.assign_by_bounds(start, stop, *self._bounds)
-        elif self._rule == "random":
-            codes = splits.assign_randomly(start, stop, seed=self._seed)
-        else:
-            codes = self._assign_by_day(chunk_index)
-        if self._keep_ratio < 1:
-            labels = self.store.open(self.chunks[chunk_index], [LABEL]).column(LABEL).to_numpy()
-            kept = splits.sample_negatives(start, labels, keep_ratio=self._keep_ratio, seed=self._seed)
-            codes[(codes == splits.TRAIN) & ~kept] = splits.LEFT_OUT
-        return codes
-
-    def _assign_by_day(self, chunk_index: int) -> np.ndarray:
-        assert self._held_out is not None
-        first_day, num_held_out, seen_before = self._held_out
-        is_late = (self._days_of(chunk_index) >= first_day).astype(np.int64)
-        ranks = np.cumsum(is_late) - 1 + seen_before[chunk_index]
-        return splits.assign_by_day(is_late, ranks, last_day=1, last_count=num_held_out)
-
-    def pieces(self, code: int, first: int, stop: int) -> Iterator[_Piece]:
-        """Where the samples first..stop-1 of a split lie."""
-        ends = self._ends[:, code]
-        for index in range(int(np.searchsorted(ends, first, side="right")), len(ends)):
-            before = int(ends[index - 1]) if index else 0
-            if before >= stop:
-                return
-            yield _Piece(index, max(first - before, 0), min(stop, int(ends[index])) - before)
-
-    def _find_held_out_days(self) -> tuple[int, int, list[int]]:
-        """(first day held out, samples held out, those of them before each chunk)."""
-        per_day: collections.Counter[int] = collections.Counter()
-        for chunk in self.chunks:
-            per_day.update({int(day): count for day, count in chunk.day_counts.items()})
-        if len(per_day) < 2:
-            raise DataError(
-                f"split `{self._rule}` needs samples of at least two days, found {len(per_day)}",
-                hint="list one raw file per day, or set preprocess.split = 'chronological'",
-            )
-        first_day = max(per_day) if self._rule == "by_day" else splits.latest_seventh(per_day)
-        in_chunk = [
-            sum(count for day, count in chunk.day_counts.items() if int(day) >= first_day) for chunk in self.chunks
-        ]
-        seen_before = [int(value) for value in np.cumsum(in_chunk) - in_chunk]
-        return first_day, sum(in_chunk), seen_before
-
-    def _days_of(self, chunk_index: int) -> np.ndarray:
-        chunk = self.chunks[chunk_index]
-        if len(chunk.day_counts) == 1:
-            return np.full(chunk.num_samples, int(next(iter(chunk.day_counts))))
-        return self.store.open(chunk, ["day"]).column("day").to_numpy()  # type: ignore[no-any-return]
-
-
 # --- pass 2: count -------------------------------------------------------------------------------------------
 
 
@@ -406,7 +287,7 @@ def _count(
     config: PreprocessConfig,
     *,
     source: Source,
-    layout: _SplitLayout,
+    layout: SplitLayout,
     scratch: Path,
     workers: int,
     progress: Progress,
@@ -426,7 +307,7 @@ def _count(
 
 
 def _count_table(
-    index: int, config: PreprocessConfig, source: Source, layout: _SplitLayout, scratch: Path
+    index: int, config: PreprocessConfig, source: Source, layout: SplitLayout, scratch: Path
 ) -> Vocabulary:
     name = table_name(index)
     limits = config.limits_of(name)
@@ -468,7 +349,7 @@ def _count_table(
     return vocabulary
 
 
-def _training_minimum(name: str, layout: _SplitLayout) -> int:
+def _training_minimum(name: str, layout: SplitLayout) -> int:
     least = 0
     for chunk_index, chunk in enumerate(layout.chunks):
         values = layout.store.open(chunk, [name]).column(name).to_numpy()
@@ -484,7 +365,7 @@ def _encode(
     config: PreprocessConfig,
     *,
     source: Source,
-    layout: _SplitLayout,
+    layout: SplitLayout,
     vocabularies: Sequence[Vocabulary],
     minima: Sequence[int],
     out_dir: Path,
@@ -517,7 +398,7 @@ class _Encoder:
         self,
         config: PreprocessConfig,
         source: Source,
-        layout: _SplitLayout,
+        layout: SplitLayout,
         lookups: Sequence[RowLookup],
         minima: Sequence[int],
     ) -> None:
@@ -538,7 +419,7 @@ class _Encoder:
         pieces = [self._encode_piece(code, piece) for piece in self._layout.pieces(code, first, stop)]
         return pa.concat_tables(pieces).combine_chunks()
 
-    def _encode_piece(self, code: int, piece: _Piece) -> pa.Table:
+    def _encode_piece(self, code: int, piece: Piece) -> pa.Table:
         chunk = self._layout.chunks[piece.chunk_index]
         table = self._layout.store.open(chunk, [LABEL, *self._dense, *self._columns, *self._extra])
         members = self._layout.members(piece.chunk_index, code)
