@@ -44,7 +44,10 @@ class CriteoSource(Source):
         text, sound = read_fields(data, separator="\t", names=_NAMES, integers=_DENSE)
         label = pl.col(LABEL).replace_strict({"0": 0, "1": 1}, default=None, return_dtype=pl.UInt8)
         ids = [pl.col(name).str.to_integer(base=16, dtype=pl.UInt32, strict=False) for name in _TABLES]
-        numbers = text.select(label, pl.col(_DENSE).cast(pl.Int64, strict=False), *ids)
+        dense = [
+            name if text.schema[name].is_integer() else pl.col(name).cast(pl.Int64, strict=False) for name in _DENSE
+        ]
+        numbers = text.select(label, *dense, *ids)
         empty, unread = text.null_count().row(0), numbers.null_count().row(0)
         suspects = [name for name, was, now in zip(_NAMES, empty, unread, strict=True) if was != now]
         bad = ~sound | numbers[LABEL].is_null()

@@ -18,8 +18,8 @@ class ParsedBlock:
     """The samples of a block, and the lines that are none."""
 
     samples: pl.DataFrame
-    """`label` UInt8; `int_*` Int64, missing null; `cat_*` Int64 raw ids, missing MISSING_ID. Also `day`, Int64, where
-    the format tells one, for splits by time; and the source's extra columns."""
+    """`label` UInt8; `int_*` Int32 or Int64, missing null; `cat_*` Int64 raw ids, missing MISSING_ID. Also `day`,
+    Int64, where the format tells one, for splits by time; and the source's extra columns."""
     rejected_lines: np.ndarray
     """Positions of rejected lines in the block, ascending. Shape (R,), int64."""
     num_lines: int

@@ -130,6 +130,8 @@ def _encode(samples: pl.DataFrame, dense: list[str]) -> pa.Table:
 
 def _narrow(values: pl.Series) -> pl.Series:
     """As 32 bits where they suffice."""
+    if values.dtype == pl.Int32:
+        return values
     least, most = values.min(), values.max()
     fits = isinstance(least, int) and isinstance(most, int) and -(2**31) <= least and most < 2**31
     return values.cast(pl.Int32) if fits else values

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import glob as globbing
 import gzip
+import io
 import re
 import zipfile
 import zlib
@@ -29,6 +30,8 @@ from slipstream.errors import DataError
 from slipstream.ops.npz import NpzLines
 
 _BOM = b"\xef\xbb\xbf"
+_LINE_WINDOW = 1 << 16
+"""A line end is looked for in so many bytes before a block is read."""
 _LONGEST_LINE = 256 << 20
 _PARQUET_ROW_BYTES = 512
 _ESTIMATE_BYTES = 8 << 20
@@ -173,9 +176,17 @@ def read_blocks(
     if is_parquet(path):
         yield from _read_columns(path, file_index, max(1, block_bytes // _PARQUET_ROW_BYTES), skip, skip_blocks)
         return
+    offset, index = skip, skip_blocks
     with _open_stored(path) as stored, open_raw(path, stored) as stream:
-        _skip_to(stream, path, skip)
-        offset, index = skip, skip_blocks
+        if cut is None and stream is stored and stream.seekable() and "://" not in path:
+            for block in _read_whole_lines(stream, path, offset, block_bytes):
+                offset += len(block)
+                block = block.removeprefix(_BOM) if offset == len(block) else block
+                if block:
+                    yield RawBlock(file_index=file_index, block_index=index, data=block, end=offset)
+                    index += 1
+            stream.seek(0)
+        _skip_to(stream, path, offset)
         data = _read(stream, path, max(block_bytes, len(_BOM)))
         if offset == 0 and data.startswith(_BOM):
             data, offset = data[len(_BOM) :] or _read(stream, path, block_bytes), len(_BOM)
@@ -199,6 +210,25 @@ def read_blocks(
         block = b"".join(pieces)
         if block:
             yield RawBlock(file_index=file_index, block_index=index, data=block, end=offset + len(block))
+
+
+def _read_whole_lines(stream: IO[bytes], path: str, offset: int, block_bytes: int) -> Iterator[bytes]:
+    """Lines of a file that can be sought in, read once and never copied; ends early where a line is very long."""
+    size = stream.seek(0, io.SEEK_END)
+    while offset < size:
+        stop = min(offset + block_bytes, size)
+        if stop < size:
+            seen_from = max(offset, stop - _LINE_WINDOW)
+            stream.seek(seen_from)
+            stop = seen_from + _read(stream, path, stop - seen_from).rfind(b"\n") + 1
+            if stop == seen_from:
+                return
+        stream.seek(offset)
+        block = _read(stream, path, stop - offset)
+        if len(block) < stop - offset:
+            raise DataError(f"`{path}` became shorter while it was read", hint="run again when nothing writes to it")
+        yield block
+        offset = stop
 
 
 def _check_line_length(pieces: Sequence[bytes], path: str) -> None:

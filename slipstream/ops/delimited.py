@@ -7,7 +7,8 @@ which shows exactly which lines have too few or too many. Quoting is off: click 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -33,7 +34,7 @@ def read_fields(
         data: Whole lines; the last may lack its newline.
         separator: One ASCII character.
         names: Names of the fields every line must have.
-        integers: Those that should be Int64; they are, all of them, where that loses nothing.
+        integers: Those that should be integers; they are, all of them, Int32 or Int64, where that loses nothing.
 
     Returns:
         One column per name, String unless said otherwise, empty fields null, one row per line in order; and a
@@ -51,9 +52,9 @@ def read_fields(
     if _separators_add_up(data, separator, len(names)):
         # Polars takes blanks before a number for part of it
         spaced = b" " in data or (separator != "\t" and b"\t" in data)
-        for chosen in [integers, ()] if integers and not spaced else [()]:
+        for dtype in [pl.Int32, pl.Int64, None] if integers and not spaced else [None]:
             try:
-                frame = _read(data, separator, names, "raise", integers=chosen)
+                frame = _read(data, separator, names, "raise", dtypes=dict.fromkeys(integers, dtype) if dtype else {})
             except (pl.exceptions.ComputeError, pl.exceptions.SchemaError):
                 continue  # no integer, too many fields in one line, or invalid UTF-8: the long way tells
             return frame, pl.repeat(True, frame.height, dtype=pl.Boolean, eager=True)
@@ -86,14 +87,14 @@ def _read(
     columns: list[str],
     extra_columns: Literal["raise", "ignore"],
     encoding: str = "utf8",
-    integers: Sequence[str] = (),
+    dtypes: Mapping[str, type[pl.DataType]] = MappingProxyType({}),
 ) -> pl.DataFrame:
     return pl.read_csv(
         data,
         separator=separator,
         has_header=False,
         quote_char=None,
-        schema={name: pl.Int64 if name in integers else pl.String for name in columns},
+        schema={name: dtypes.get(name, pl.String) for name in columns},
         encoding=encoding,
         missing_columns="insert",
         extra_columns=extra_columns,

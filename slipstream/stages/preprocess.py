@@ -456,7 +456,7 @@ def _write_parquet(table: pa.Table, path: Path) -> None:
             table,
             partial,
             compression="zstd",
-            compression_level=1,
+            compression_level=-3,  # written in two thirds of the time of level 1, and a third larger
             use_dictionary=[name for name in table.column_names if name.startswith("int_")],
             column_encoding=split_bytes or None,
             write_statistics=False,
