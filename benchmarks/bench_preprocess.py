@@ -52,7 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=2_000_000)
     parser.add_argument("--slow-rows", type=int, default=None, help="rows for TorchRec and the plain loop")
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=0, help="of slipstream; 0 takes one per core")
+    parser.add_argument("--threads", type=int, default=0, help="of slipstream; 0 takes its default")
     parser.add_argument("--torchrec-python", default=sys.executable, help="a Python that has torchrec")
     parser.add_argument("--memory", action="store_true", help="peak memory at --rows and five times as many")
     parser.add_argument("--max-table-rows", type=int, default=100_000, help="largest vocabulary with --memory")

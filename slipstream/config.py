@@ -157,7 +157,7 @@ class PreprocessConfig:
     chunk_bytes: str | int = _execution("32MiB")
     """Raw text parsed at once; memory grows with it, results do not change."""
     num_threads: int = _execution(0)
-    """Chunks worked on at once; 0 takes one per core."""
+    """Chunks worked on at once; 0 takes one more than cores."""
 
     def __post_init__(self) -> None:
         """Check ranges."""

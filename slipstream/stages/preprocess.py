@@ -48,7 +48,7 @@ _REJECTS_PER_PART = 65_536
 _HOPELESS_LINES = 100_000
 # Measured on Criteo text: bytes on disk per byte of text, and of memory per worker and byte of a chunk.
 _DISK_PER_TEXT_BYTE = 0.95
-_MEMORY_PER_WORKER = 8
+_MEMORY_PER_WORKER = 9
 _BASE_BYTES = 128 << 20
 _LOOKUP_BYTES_PER_ROW = 12
 
@@ -83,7 +83,8 @@ def run(
     """
     _check_table_names(config, source)
     _check_columns(files, source)
-    workers = config.num_threads or os.cpu_count() or 1
+    # one more than cores: there is always one that waits for the disk or for its turn in Python
+    workers = config.num_threads or (os.cpu_count() or 1) + 1
     _check_capacity(config, files, scratch, workers)
     store = ParsedStore(scratch / "work" / "parsed")
     chunks = _parse(config, source=source, files=files, store=store, workers=workers, progress=progress)
