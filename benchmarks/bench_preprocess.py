@@ -22,14 +22,14 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from processes import run_apart, timed
 
 NUM_DENSE, NUM_TABLES = 13, 26
 FREQ_THRESHOLD = 3
@@ -69,7 +69,7 @@ def measure_speed(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     rounds: dict[str, list[dict[str, Any]]] = {label: [] for label in CONTENDERS}
     for _ in range(args.rounds):
         for label in CONTENDERS:
-            rounds[label].append(run_apart(args, label, folder))
+            rounds[label].append(measure_apart(args, label, folder))
     results = {label: min(measured, key=lambda one: one["seconds"]) for label, measured in rounds.items()}
     text_mb = (folder / "log.tsv").stat().st_size / 1e6
     print(f"{args.rows:,} rows, {text_mb:,.0f} MB of text, {os.cpu_count()} cores, {platform.machine()}")
@@ -100,7 +100,7 @@ def measure_memory(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         here = folder / str(rows)
         here.mkdir()
         write_input(here, rows, args.slow_rows, sizes)
-        results[str(rows)] = result = run_apart(args, "slipstream", here)
+        results[str(rows)] = result = measure_apart(args, "slipstream", here)
         (here / "log.tsv").unlink()
         print(
             f"{rows:12,} rows, {result['vocabulary']:,} rows of tables: {result['peak_mb']:,.0f} MB peak, "
@@ -120,35 +120,10 @@ def write_input(folder: Path, rows: int, slow_rows: int | None, table_sizes: tup
         head.writelines(islice(log, slow_rows))
 
 
-def run_apart(args: argparse.Namespace, label: str, folder: Path) -> dict[str, Any]:
+def measure_apart(args: argparse.Namespace, label: str, folder: Path) -> dict[str, Any]:
     """Run a contender in a process of its own."""
     python = args.torchrec_python if label == "torchrec" else sys.executable
-    command = [python, __file__, "--contender", label, "--folder", str(folder), "--threads", str(args.threads)]
-    root = str(Path(__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
-    answer = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if answer.returncode:
-        raise SystemExit(f"{label} failed:\n{answer.stderr}")
-    result: dict[str, Any] = json.loads(answer.stdout.splitlines()[-1])
-    return result
-
-
-def timed(work: Callable[[], int]) -> dict[str, Any]:
-    """Time work that returns the number of rows it read."""
-    started, cpu = time.perf_counter(), time.process_time()
-    rows = work()
-    return {
-        "rows": rows,
-        "seconds": time.perf_counter() - started,
-        "cpu_seconds": time.process_time() - cpu,
-        "peak_mb": peak_mb(),
-    }
-
-
-def peak_mb() -> float:
-    """Most memory this process ever held; unlike ru_maxrss it starts from nothing at exec."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
+    return run_apart(__file__, label, ["--folder", str(folder), "--threads", str(args.threads)], python=python)
 
 
 def run_slipstream(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -173,7 +148,7 @@ def run_slipstream(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
             counts.update(run_pipeline(config, Path(runs), stages=["preprocess"]).counts("preprocess"))
         return int(counts["lines"])
 
-    return {**timed(work), "vocabulary": sum(counts["rows_per_table"].values())}
+    return {**timed(work, unit="rows"), "vocabulary": sum(counts["rows_per_table"].values())}
 
 
 def run_torchrec(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -189,7 +164,7 @@ def run_torchrec(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         BinaryCriteoUtils.sparse_to_contiguous([names[1]], str(folder), frequency_threshold=FREQ_THRESHOLD)
         return count_lines(folder / "head.tsv")
 
-    return timed(work)
+    return timed(work, unit="rows")
 
 
 def run_plain_loop(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -255,7 +230,7 @@ def run_plain_loop(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         X_int[X_int < 0] = 0
         np.savez_compressed(folder / f"loop_{day}_processed.npz", X_cat=np.transpose(X_cat_t), X_int=X_int, y=y)
 
-    return timed(work)
+    return timed(work, unit="rows")
 
 
 def run_bare_read(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -271,7 +246,7 @@ def run_bare_read(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         cast = frame.with_columns(pl.col(tokens).str.to_integer(base=16, dtype=pl.UInt32, strict=False))
         return cast.height
 
-    return timed(work)
+    return timed(work, unit="rows")
 
 
 def count_lines(path: Path) -> int:

@@ -16,13 +16,12 @@ import argparse
 import json
 import os
 import platform
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from processes import run_apart, timed
 
 NUM_DENSE, NUM_TABLES = 13, 26
 HOT_SHARE = 0.1
@@ -40,7 +39,7 @@ def main() -> None:
         rounds: dict[str, list[dict[str, Any]]] = {label: [] for label in CONTENDERS}
         for _ in range(args.rounds):
             for label in CONTENDERS:
-                rounds[label].append(run_apart(label, Path(folder)))
+                rounds[label].append(run_apart(__file__, label, ["--folder", folder]))
     results = {label: min(measured, key=lambda one: one["seconds"]) for label, measured in rounds.items()}
     report(args, results)
 
@@ -76,42 +75,12 @@ def prepare(args: argparse.Namespace, folder: Path) -> None:
     np.savez_compressed(folder / "head.npz", **arrays, counts=list(processed.counts["rows_per_table"].values()))
 
 
-def run_apart(label: str, folder: Path) -> dict[str, Any]:
-    """Run a contender in a process of its own."""
-    root = str(Path(__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, __file__, "--contender", label, "--folder", str(folder)]
-    answer = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if answer.returncode:
-        raise SystemExit(f"{label} failed:\n{answer.stderr}")
-    result: dict[str, Any] = json.loads(answer.stdout.splitlines()[-1])
-    return result
-
-
-def timed(work: Callable[[], int]) -> dict[str, Any]:
-    """Time work that returns the number of samples it read."""
-    started, cpu = time.perf_counter(), time.process_time()
-    samples = work()
-    return {
-        "samples": samples,
-        "seconds": time.perf_counter() - started,
-        "cpu_seconds": time.process_time() - cpu,
-        "peak_mb": peak_mb(),
-    }
-
-
 def find_preprocessed(folder: Path) -> Any:
     """The published preprocess artifact."""
     from slipstream.io.artifacts import open_artifact
 
     [path] = (folder / "runs" / "bench" / "preprocess").glob("[0-9a-f]*")
     return open_artifact(path)
-
-
-def peak_mb() -> float:
-    """Most memory this process ever held; unlike ru_maxrss it starts from nothing at exec."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
 
 
 def run_slipstream(folder: Path) -> dict[str, Any]:
@@ -142,7 +111,7 @@ def run_slipstream(folder: Path) -> dict[str, Any]:
             )
         return sum(written["samples"].values())
 
-    return timed(work)
+    return timed(work, unit="samples")
 
 
 def run_fae_loop(folder: Path) -> dict[str, Any]:
@@ -193,7 +162,7 @@ def run_fae_loop(folder: Path) -> dict[str, Any]:
                 tables[table][int(row)][2] += 1
         return np.vstack(tables)
 
-    return timed(work)
+    return timed(work, unit="samples")
 
 
 def run_copy(folder: Path) -> dict[str, Any]:
@@ -210,7 +179,7 @@ def run_copy(folder: Path) -> dict[str, Any]:
                     samples += len(arrays["y"])
         return samples
 
-    return timed(work)
+    return timed(work, unit="samples")
 
 
 def read_arrays(part: Path) -> dict[str, Any]:
