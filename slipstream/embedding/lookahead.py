@@ -85,6 +85,8 @@ class _Lookups:
     slots: SortedLookups
     cold: slice
     """Those of the distinct slots that are cold: the last ones."""
+    cold_counts: np.ndarray
+    """How often each of the cold ones is looked up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,8 +215,8 @@ class LookAhead:
 
     def _find_duplicates(self, batch: Batch) -> _Lookups:
         slots = sort_lookups((batch.slots if self._columns is None else batch.slots[:, self._columns]).ravel())
-        first_cold = int(np.searchsorted(slots.unique, self._rows.num_hot))
-        return _Lookups(batch, slots, slice(first_cold, None))
+        cold = slice(int(np.searchsorted(slots.unique, self._rows.num_hot)), None)
+        return _Lookups(batch, slots, cold, slots.counts()[cold])
 
     def _leave_and_prepare(self, current: Plan, pending: _Pending, chunk_batches: int) -> _Chunk | None:
         self._mover.write_back(*current.leaving)
@@ -232,7 +234,7 @@ class LookAhead:
 
     def _request(self, offered: list[_Lookups]) -> Request:
         cold = [lookups.slots.unique[lookups.cold] - self._rows.num_hot for lookups in offered]
-        counts = [lookups.slots.counts()[lookups.cold] for lookups in offered]
+        counts = [lookups.cold_counts for lookups in offered]
         chunk = sort_lookups(np.concatenate(cold))
         first_sights = chunk.order[chunk.starts]
         by_first_sight = np.argsort(first_sights)
@@ -244,7 +246,7 @@ class LookAhead:
         positions = slots.unique.astype(np.int64)
         positions[lookups.cold] = self._placement.positions_of(positions[lookups.cold] - self._rows.num_hot)
         self.lookups += len(slots.order)
-        self.cold_lookups += int(slots.counts()[lookups.cold].sum())
+        self.cold_lookups += int(lookups.cold_counts.sum())
         move, on_cpu = self._mover.to_device, self._rows.device.type == "cpu"
         return StagedBatch(
             dense=move(batch.dense),

@@ -8,6 +8,7 @@ is how the tests prove it.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
 from typing import Literal
 
 import torch
@@ -54,6 +55,8 @@ class TrainStep:
     ) -> None:
         self.representations = representations
         self._kernels = kernels
+        # needs Triton, which only a GPU brings along
+        self._row_kernels = import_module("slipstream.embedding.row_kernels") if kernels == "triton" else None
         self.model, self.rows, self.dense_optimizer = model, rows, dense_optimizer
         self._eps, self._precision, self._deterministic = eps, precision, deterministic
         self._lr = torch.zeros((), device=rows.device)
@@ -122,21 +125,18 @@ class TrainStep:
     def _look_up(self, batch: StagedBatch) -> tuple[Tensor | None, Tensor]:
         """(distinct rows (U, D), where the update needs them; rows of all lookups (L, D))."""
         buffer = self.rows.buffer
-        if self._kernels == "triton":
-            from slipstream.embedding.row_kernels import gather_rows
-
-            return None, gather_rows(buffer, batch.unique, batch.inverse)
+        if self._row_kernels is not None:
+            return None, self._row_kernels.gather_rows(buffer, batch.unique, batch.inverse)
         values = buffer.index_select(0, batch.unique)
         return values, values.index_select(0, batch.inverse)
 
     def _update(self, values: Tensor | None, summed: Tensor, batch: StagedBatch) -> None:
         rows = self.rows
         place = (rows.optimizer, rows.buffer, rows.buffer_state, batch.unique)
-        if values is None:
-            from slipstream.embedding import row_kernels
-
-            row_kernels.update_rows(*place, summed, lr=self._lr, eps=self._eps)
+        if self._row_kernels is not None:
+            self._row_kernels.update_rows(*place, summed, lr=self._lr, eps=self._eps)
         else:
+            assert values is not None
             update_rows(*place, values, summed, lr=self._lr, eps=self._eps)
 
     def _autocast(self) -> AbstractContextManager[object]:

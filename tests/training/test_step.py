@@ -41,6 +41,19 @@ def make_model() -> DLRM:
     return DLRM(num_dense=DENSE, num_tables=TABLES, embedding_dim=DIM, bottom_mlp=[5, DIM], top_mlp=[6, 1])
 
 
+def make_step(make: type[TrainStep], model: DLRM, rows: TieredRows, *, kind: str, kernels: str) -> TrainStep:
+    options = {
+        "model": model,
+        "rows": rows,
+        "dense_optimizer": DenseOptimizer(model.parameters(), kind=kind, eps=1e-8),
+        "eps": 1e-8,
+        "kernels": kernels,
+    }
+    if make is FixedShapeStep:
+        options |= {"batch_size": BATCH, "num_dense": DENSE, "num_tables": TABLES}
+    return make(**options)
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "rowwise_adagrad"])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_a_fixed_shape_step_equals_the_plain_one_to_the_bit(optimizer: str, weighted: bool) -> None:
@@ -106,16 +119,7 @@ def test_steps_by_triton_equal_those_by_torch_but_for_rounding(optimizer: str, m
     buffers = []
     for kernels in ("torch", "triton"):
         rows, model = make_rows(optimizer), make_model()
-        options = {
-            "model": model,
-            "rows": rows,
-            "dense_optimizer": DenseOptimizer(model.parameters(), kind=kind, eps=1e-8),
-            "eps": 1e-8,
-            "kernels": kernels,
-        }
-        if make is FixedShapeStep:
-            options |= {"batch_size": BATCH, "num_dense": DENSE, "num_tables": TABLES}
-        step = make(**options)
+        step = make_step(make, model, rows, kind=kind, kernels=kernels)
         for seed in range(4):
             step(make_batch(BATCH, seed, weighted=False), 0.1)
         buffers.append(rows.buffer[:ROWS])
@@ -135,16 +139,7 @@ def test_a_captured_graph_equals_the_plain_step_on_cuda(kernels: str) -> None:
         )
         rows.load(torch.arange(ROWS), torch.randn(ROWS, DIM, generator=torch.Generator().manual_seed(1)))
         model = make_model().to(device)
-        options = {
-            "model": model,
-            "rows": rows,
-            "dense_optimizer": DenseOptimizer(model.parameters(), kind="adagrad", eps=1e-8),
-            "eps": 1e-8,
-            "kernels": kernels,
-        }
-        if make is FixedShapeStep:
-            options |= {"batch_size": BATCH, "num_dense": DENSE, "num_tables": TABLES}
-        step = make(**options)
+        step = make_step(make, model, rows, kind="adagrad", kernels=kernels)
         for seed in range(8):
             batch = make_batch(BATCH, seed, weighted=False)
             moved = {name: getattr(batch, name).to(device) for name in ("dense", "labels", "unique", "inverse")}
