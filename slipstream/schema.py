@@ -18,6 +18,8 @@ SPLITS: Final = ("train", "val", "test")
 SHARD_GROUPS: Final = ("hot", "cold", "val", "test")
 STAGES: Final = ("preprocess", "profile", "segregate", "train")
 
+MISSING_ID: Final = -(2**63)
+"""The raw id of an empty field: a value like any other, and the first in raw-id order."""
 OOV_ROW: Final = 0
 """The row of unknown and rare values, in every table; always hot."""
 

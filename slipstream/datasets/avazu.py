@@ -21,9 +21,9 @@ import re
 import numpy as np
 import polars as pl
 
-from slipstream.datasets.source import MISSING_ID, ParsedBlock, Source, SourceOptions
+from slipstream.datasets.source import ParsedBlock, Source, SourceOptions
 from slipstream.ops.delimited import read_fields
-from slipstream.schema import LABEL, dense_name, table_name
+from slipstream.schema import LABEL, MISSING_ID, dense_name, table_name
 
 FIELDS = (
     *("id", "click", "hour", "C1", "banner_pos", "site_id", "site_domain", "site_category"),
@@ -149,7 +149,7 @@ class AvazuSource(Source):
             raw_id = raw_id + _DECIMAL_BASE
         elif self._max_ind_range:
             raw_id = raw_id % self._max_ind_range
-        return raw_id.fill_null(MISSING_ID)
+        return raw_id
 
 
 def build(options: SourceOptions) -> AvazuSource:

@@ -12,9 +12,8 @@ from collections.abc import Callable
 import numpy as np
 import polars as pl
 
-from slipstream.datasets.source import MISSING_ID
 from slipstream.errors import DataError
-from slipstream.schema import LABEL, dense_name, table_name
+from slipstream.schema import LABEL, MISSING_ID, dense_name, table_name
 
 _EXACT_FLOATS = 2.0**53
 

@@ -13,9 +13,9 @@ import polars as pl
 import pyarrow as pa
 
 from slipstream.datasets.columns import columns_to_lines
-from slipstream.datasets.source import MISSING_ID, ParsedBlock, Source, SourceOptions
+from slipstream.datasets.source import ParsedBlock, Source, SourceOptions
 from slipstream.ops.delimited import read_fields
-from slipstream.schema import LABEL, dense_name, table_name
+from slipstream.schema import LABEL, MISSING_ID, dense_name, table_name
 
 _NUM_DENSE, _NUM_TABLES = 13, 26
 _DENSE = [dense_name(index) for index in range(_NUM_DENSE)]
@@ -63,8 +63,10 @@ class CriteoSource(Source):
         rejected = bad.arg_true().to_numpy().astype(np.int64)
         if rejected.size:
             numbers = numbers.filter(~bad)
+        if self._max_ind_range:
+            numbers = numbers.with_columns(pl.col(_TABLES).cast(pl.Int64) % self._max_ind_range)
         return ParsedBlock(
-            samples=numbers.with_columns(self._raw_id(name) for name in _TABLES),
+            samples=numbers,
             rejected_lines=rejected,
             num_lines=text.height,
         )
@@ -106,12 +108,6 @@ class CriteoSource(Source):
             len(raw_ids), pa.py_buffer(ends.astype(np.int64)), pa.py_buffer(digits[known].tobytes())
         )
         return pl.Series(text)
-
-    def _raw_id(self, name: str) -> pl.Expr:
-        raw_id = pl.col(name).cast(pl.Int64)
-        if self._max_ind_range:
-            raw_id = raw_id % self._max_ind_range
-        return raw_id.fill_null(MISSING_ID)
 
 
 def build(options: SourceOptions) -> CriteoSource:

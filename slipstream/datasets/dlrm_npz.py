@@ -16,11 +16,11 @@ import fsspec
 import numpy as np
 import polars as pl
 
-from slipstream.datasets.source import MISSING_ID, ParsedBlock, Source, SourceOptions
+from slipstream.datasets.source import ParsedBlock, Source, SourceOptions
 from slipstream.errors import DataError
 from slipstream.ops.delimited import read_fields
 from slipstream.ops.npz import npz_widths
-from slipstream.schema import LABEL, dense_name, table_name
+from slipstream.schema import LABEL, MISSING_ID, dense_name, table_name
 
 _INT = re.compile(rb"-?[0-9]+")
 

@@ -9,17 +9,14 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import polars as pl
 
-MISSING_ID = -(2**63)
-"""The raw id of an empty field: a value like any other, and the first in raw-id order."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParsedBlock:
     """The samples of a block, and the lines that are none."""
 
     samples: pl.DataFrame
-    """`label` UInt8; `int_*` Int32 or Int64, missing null; `cat_*` Int64 raw ids, missing MISSING_ID. Also `day`,
-    Int64, where the format tells one, for splits by time; and the source's extra columns."""
+    """`label` UInt8; `int_*` Int32 or Int64, missing null; `cat_*` raw ids, integers within int64, missing null or
+    MISSING_ID. Also `day`, Int64, where the format tells one, for splits by time; and the source's extra columns."""
     rejected_lines: np.ndarray
     """Positions of rejected lines in the block, ascending. Shape (R,), int64."""
     num_lines: int

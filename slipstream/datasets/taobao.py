@@ -28,10 +28,10 @@ import re
 import numpy as np
 import polars as pl
 
-from slipstream.datasets.source import MISSING_ID, ParsedBlock, Source, SourceOptions
+from slipstream.datasets.source import ParsedBlock, Source, SourceOptions
 from slipstream.ops.delimited import read_fields
 from slipstream.ops.split import mix64
-from slipstream.schema import LABEL, dense_name, table_name
+from slipstream.schema import LABEL, MISSING_ID, dense_name, table_name
 
 BEHAVIOURS = ("pv", "cart", "fav", "buy")
 """What a user may do: look, put in the cart, mark, buy."""

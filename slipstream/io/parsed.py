@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from slipstream.errors import ArtifactError
 from slipstream.io.artifacts import write_atomically, write_json
+from slipstream.schema import MISSING_ID
 
 _REJECT_SCHEMA = pa.schema({"position": pa.int64(), "reason": pa.string(), "content": pa.binary()})
 
@@ -122,10 +123,17 @@ def _encode(samples: pl.DataFrame, dense: list[str]) -> pa.Table:
         if column.name in dense:
             columns[column.name] = _narrow(column.fill_null(0)).to_arrow()
         elif column.name.startswith("cat_"):
-            columns[column.name] = column.to_arrow().dictionary_encode()
+            columns[column.name] = _encode_raw_ids(column.to_arrow())
         else:
             columns[column.name] = column.to_arrow()
     return pa.table(columns)
+
+
+def _encode_raw_ids(raw_ids: pa.Array) -> pa.DictionaryArray:
+    """Each distinct raw id once, as int64, a missing one as MISSING_ID; and per sample the place it stands at."""
+    encoded = raw_ids.dictionary_encode(null_encoding="encode")
+    distinct = encoded.dictionary.cast(pa.int64()).fill_null(MISSING_ID)
+    return pa.DictionaryArray.from_arrays(encoded.indices, distinct)
 
 
 def _narrow(values: pl.Series) -> pl.Series:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import polars as pl
 
 from slipstream.ops.split import mix64
 from slipstream.schema import OOV_ROW
@@ -22,28 +21,34 @@ class RawIdCounter:
     """
 
     def __init__(self) -> None:
-        self._merged = _counts_frame(np.empty(0, np.int64), np.empty(0, np.int64))
-        self._pieces: list[pl.DataFrame] = []
+        self._raw_ids = [np.empty(0, np.int64)]
+        self._counts = [np.empty(0, np.int64)]
         self._waiting = 0
 
     def add(self, raw_ids: np.ndarray, counts: np.ndarray) -> None:
-        """Add counts of distinct raw ids. Both of shape (n,), int64; zero counts are left out."""
+        """Add counts of raw ids. Both of shape (n,), int64; zero counts are left out."""
         seen = counts > 0
-        self._pieces.append(_counts_frame(raw_ids[seen], counts[seen]))
-        self._waiting += int(seen.sum())
-        if self._waiting > max(self._merged.height, 1 << 20):
+        self._raw_ids.append(raw_ids[seen])
+        self._counts.append(counts[seen])
+        self._waiting += len(self._raw_ids[-1])
+        if self._waiting > max(len(self._raw_ids[0]), 1 << 20):
             self._merge()
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
         """Distinct raw ids in ascending order, and their counts. Both of shape (n,), int64."""
         self._merge()
-        merged = self._merged.sort("raw_id")
-        return merged["raw_id"].to_numpy(), merged["count"].to_numpy()
+        return self._raw_ids[0], self._counts[0]
 
     def _merge(self) -> None:
-        stacked = pl.concat([self._merged, *self._pieces])
-        self._merged = stacked.group_by("raw_id").agg(pl.col("count").sum())
-        self._pieces, self._waiting = [], 0
+        raw_ids, counts = np.concatenate(self._raw_ids), np.concatenate(self._counts)
+        order = np.argsort(raw_ids)
+        raw_ids = raw_ids[order]
+        is_first = np.ones(len(raw_ids), bool)
+        np.not_equal(raw_ids[1:], raw_ids[:-1], out=is_first[1:])
+        starts = np.flatnonzero(is_first)
+        self._raw_ids = [raw_ids[starts]]
+        self._counts = [np.add.reduceat(counts[order], starts) if starts.size else counts]
+        self._waiting = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,7 +126,3 @@ def build_vocabulary(
 def hash_to_buckets(raw_ids: np.ndarray, num_buckets: int) -> np.ndarray:
     """Hash raw ids into 0..num_buckets-1; the same on every machine. Shape (n,), int64."""
     return (mix64(raw_ids.view(np.uint64)) % np.uint64(num_buckets)).astype(np.int64)
-
-
-def _counts_frame(raw_ids: np.ndarray, counts: np.ndarray) -> pl.DataFrame:
-    return pl.DataFrame({"raw_id": raw_ids.astype(np.int64), "count": counts.astype(np.int64)})

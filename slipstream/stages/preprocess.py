@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from slipstream.config import PreprocessConfig, parse_bytes
-from slipstream.datasets.source import MISSING_ID, ColumnarSource, Source
+from slipstream.datasets.source import ColumnarSource, Source
 from slipstream.errors import ConfigError, DataError
 from slipstream.io.artifacts import write_atomically
 from slipstream.io.capacity import require_disk, require_memory
@@ -42,7 +42,7 @@ from slipstream.ops.vocabulary import (
     hash_to_buckets,
 )
 from slipstream.progress import Progress
-from slipstream.schema import LABEL, SPLITS, dense_name, table_name
+from slipstream.schema import LABEL, MISSING_ID, SPLITS, dense_name, table_name
 
 _REJECTS_PER_PART = 65_536
 _HOPELESS_LINES = 100_000

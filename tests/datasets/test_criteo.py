@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from slipstream.config import build_pipeline
 from slipstream.datasets.criteo import CriteoSource
 from slipstream.datasets.registry import SOURCES
-from slipstream.datasets.source import MISSING_ID
 from slipstream.pipeline import run_pipeline
+from slipstream.schema import MISSING_ID
 
 KAGGLE = (
     b"0\t1\t1\t4\t17\t108\t22\t1\t24\t22\t1\t1\t\t22\t05db9164\td833535f\t77f2f2e5\td16679b9\t4cf72387\t7e0ccccf\tdef4a4d4"
@@ -44,7 +44,7 @@ def parse_plainly(data: bytes) -> tuple[list[list[Any]], list[int]]:
         )
         if is_sample:
             numbers = [int(field) if field else None for field in integers]
-            samples.append([int(fields[0]), *numbers, *[int(i, 16) if i else MISSING_ID for i in ids]])
+            samples.append([int(fields[0]), *numbers, *[int(i, 16) if i else None for i in ids]])
         else:
             rejected.append(position)
     return samples, rejected

@@ -15,12 +15,12 @@ from safetensors.numpy import load_file
 
 from slipstream.config import build_pipeline
 from slipstream.datasets import taobao
-from slipstream.datasets.source import MISSING_ID
 from slipstream.datasets.taobao import TaobaoSource, read_events
 from slipstream.errors import ConfigError
 from slipstream.io.raw import read_blocks
 from slipstream.ops.split import latest_seventh
 from slipstream.pipeline import run_pipeline
+from slipstream.schema import MISSING_ID
 
 LINE = b"1,2268318,2520377,pv,1511544070"
 HISTORY, POINTS = 3, 2
