@@ -42,15 +42,15 @@ class CriteoSource(Source):
     def parse(self, data: bytes) -> ParsedBlock:
         """Turn whole lines into samples and rejects."""
         text, sound = read_fields(data, separator="\t", names=_NAMES, integers=_DENSE)
-        label = pl.col(LABEL).replace_strict({"0": 0, "1": 1}, default=None, return_dtype=pl.UInt8)
+        is_one, is_zero = text[LABEL] == "1", text[LABEL] == "0"
         ids = [pl.col(name).str.to_integer(base=16, dtype=pl.UInt32, strict=False) for name in _TABLES]
         dense = [
             name if text.schema[name].is_integer() else pl.col(name).cast(pl.Int64, strict=False) for name in _DENSE
         ]
-        numbers = text.select(label, *dense, *ids)
+        numbers = text.select(is_one.cast(pl.UInt8), *dense, *ids)
         empty, unread = text.null_count().row(0), numbers.null_count().row(0)
         suspects = [name for name, was, now in zip(_NAMES, empty, unread, strict=True) if was != now]
-        bad = ~sound | numbers[LABEL].is_null()
+        bad = ~(sound & (is_one | is_zero)).fill_null(value=False)
         for name in suspects:
             bad |= numbers[name].is_null() & text[name].is_not_null()
         if b"+" in data:

@@ -58,7 +58,7 @@ class ParsedStore:
             chunk: Its figures.
             samples: Its samples; every column that starts with `cat_` is dictionary-encoded.
             rejects: (position in the chunk, reason, line) of each rejected line.
-            dense: Dense columns; missing values become 0, and 32 bits where they suffice.
+            dense: Dense columns; missing values become 0, in as few bytes as hold them.
         """
         stem = self._stem(chunk.file_index, chunk.block_index)
         with write_atomically(stem.with_suffix(".arrow")) as path:
@@ -111,7 +111,7 @@ class ParsedStore:
 
 
 def dictionary_of(table: pa.Table, column: str) -> tuple[np.ndarray, np.ndarray]:
-    """(distinct raw ids int64, code of each sample int32) of a sparse column of a mapped chunk."""
+    """(distinct raw ids int64, code of each sample, an integer) of a sparse column of a mapped chunk."""
     array = table.column(column)
     array = array.chunk(0) if array.num_chunks == 1 else array.combine_chunks()
     return array.dictionary.to_numpy(zero_copy_only=False), array.indices.to_numpy(zero_copy_only=False)
@@ -121,7 +121,7 @@ def _encode(samples: pl.DataFrame, dense: list[str]) -> pa.Table:
     columns = {}
     for column in samples.rechunk().iter_columns():
         if column.name in dense:
-            columns[column.name] = _narrow(column.fill_null(0)).to_arrow()
+            columns[column.name] = column.fill_null(0).shrink_dtype().to_arrow()
         elif column.name.startswith("cat_"):
             columns[column.name] = _encode_raw_ids(column.to_arrow())
         else:
@@ -133,13 +133,9 @@ def _encode_raw_ids(raw_ids: pa.Array) -> pa.DictionaryArray:
     """Each distinct raw id once, as int64, a missing one as MISSING_ID; and per sample the place it stands at."""
     encoded = raw_ids.dictionary_encode(null_encoding="encode")
     distinct = encoded.dictionary.cast(pa.int64()).fill_null(MISSING_ID)
-    return pa.DictionaryArray.from_arrays(encoded.indices, distinct)
+    codes = encoded.indices.cast(_smallest_type(len(distinct)))
+    return pa.DictionaryArray.from_arrays(codes, distinct)
 
 
-def _narrow(values: pl.Series) -> pl.Series:
-    """As 32 bits where they suffice."""
-    if values.dtype == pl.Int32:
-        return values
-    least, most = values.min(), values.max()
-    fits = isinstance(least, int) and isinstance(most, int) and -(2**31) <= least and most < 2**31
-    return values.cast(pl.Int32) if fits else values
+def _smallest_type(num_codes: int) -> pa.DataType:
+    return pa.uint8() if num_codes <= 1 << 8 else pa.uint16() if num_codes <= 1 << 16 else pa.int32()
