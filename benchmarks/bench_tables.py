@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from slipstream.config import PipelineConfig, load_pipeline, to_dict
-from slipstream.embedding.duplicates import sort_lookups
+from slipstream.embedding.duplicates import Distinct, sort_lookups
 from slipstream.embedding.lookahead import StagedBatch
 from slipstream.embedding.quantized import quantize_linears
 from slipstream.embedding.tiers import TieredRows
@@ -236,10 +236,12 @@ def stage(samples: Any, layout: SlotLayout) -> StagedBatch:
     return StagedBatch(
         dense=torch.from_numpy(samples.X_int),
         labels=torch.from_numpy(samples.y),
-        unique=torch.from_numpy(lookups.unique.astype(np.int64)),
-        inverse=torch.from_numpy(lookups.inverse),
-        order=torch.from_numpy(lookups.order),
-        starts=torch.from_numpy(lookups.starts),
+        distinct=Distinct(
+            *map(
+                torch.from_numpy,
+                (lookups.unique.astype(np.int64), lookups.inverse, lookups.order, lookups.starts),
+            )
+        ),
         is_hot=True,
         outside=None if layout.is_whole else torch.from_numpy(outside),
     )

@@ -181,7 +181,7 @@ class CeilingStep(TrainStep):
 
     def _compute(self, batch: StagedBatch) -> None:
         width = self.rows.embedding_dim
-        constant = torch.zeros(len(batch), len(batch.inverse) // len(batch), width, device=batch.dense.device)
+        constant = torch.zeros(len(batch), batch.num_lookups() // len(batch), width, device=batch.dense.device)
         logits = self.model(batch.dense, constant)
         loss = nn.functional.binary_cross_entropy_with_logits(logits, batch.labels)
         self.dense_optimizer.zero_grad()

@@ -1,5 +1,9 @@
 """Lookups that share a row: found by one sort, and their gradients summed by one more lookup.
 
+On a CPU the host thread sorts (`sort_lookups`), and so it does for rows that have to move; on a GPU the lookups of a
+batch are sorted there, within the step and in fixed shapes (`find_distinct`): 426,000 lookups a batch are a matter of
+tens of milliseconds for one host thread.
+
 Sorting the lookups by row shows the distinct rows, how often each is looked up and by which lookups. With that order
 at hand the sum of gradients is a lookup itself: the gradient of a row is the bag of the gradients of its lookups. On a
 CPU both together take a fifth of the time of PyTorch's own backward of an embedding (2,048 samples, 26 tables,
@@ -34,6 +38,39 @@ class SortedLookups:
     def counts(self) -> np.ndarray:
         """How often each distinct row is looked up. Shape (U,), int64."""
         return np.diff(self.starts, append=len(self.order))
+
+
+@dataclass(frozen=True, slots=True)
+class Distinct:
+    """The distinct rows of a batch, where they are computed with."""
+
+    rows: Tensor
+    """Shape (U,), int64."""
+    inverse: Tensor
+    """Index into `rows` of each lookup. Shape (L,), int32 or int64."""
+    order: Tensor | None = None
+    """Lookups by row, those of one row in batch order. Shape (L,), int64."""
+    starts: Tensor | None = None
+    """Where in `order` the lookups of each of `rows` begin. Shape (U,), int64."""
+
+
+def find_distinct(rows: Tensor, *, padding: int) -> Distinct:
+    """Find the distinct rows of lookups in shapes that depend on nothing but L, so that a CUDA graph can hold it.
+
+    Args:
+        rows: Of each lookup. Shape (L,), integer.
+        padding: A row that no lookup has.
+
+    Returns:
+        Distinct rows, ascending, followed by `padding` up to length L.
+    """
+    by_row, order = torch.sort(rows, stable=True)
+    is_first = torch.ones_like(by_row, dtype=torch.bool)
+    torch.ne(by_row[1:], by_row[:-1], out=is_first[1:])
+    ranks = is_first.cumsum(0) - 1
+    inverse = torch.empty_like(ranks).scatter_(0, order, ranks)
+    distinct = torch.full_like(ranks, padding).scatter_(0, ranks, by_row.long())
+    return Distinct(distinct, inverse)
 
 
 def sort_lookups(rows: np.ndarray) -> SortedLookups:

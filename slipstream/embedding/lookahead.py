@@ -8,21 +8,21 @@ chunk length, staging size and placement.
     host thread      write back k-2 | gather k          | write back k-1 | gather k+1
     device           compute k-1                        | forward k-1 -> k, compute k
 
-Shape suffixes: B batch, T tables, L = B·T lookups, U unique positions.
+Shape suffixes: B batch, T tables, L = B·T lookups, U distinct positions, C distinct cold rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from slipstream.embedding.duplicates import SortedLookups, sort_lookups
+from slipstream.embedding.duplicates import Distinct, SortedLookups, sort_lookups
 from slipstream.embedding.placement import Placement, Plan, Request
 from slipstream.embedding.tiers import TieredRows
 from slipstream.embedding.transfer import RowMover
@@ -50,19 +50,15 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StagedBatch:
-    """A batch whose slots are positions in the device buffer: that of lookup l is `unique[inverse[l]]`."""
+    """A batch whose slots are positions in the device buffer: as they are, or as distinct ones."""
 
     dense: Tensor
     labels: Tensor
-    unique: Tensor
-    """Distinct positions. Shape (U,), int64."""
-    inverse: Tensor
-    """Index into `unique` of each lookup, sample by sample. Shape (L,), int32."""
     is_hot: bool
-    order: Tensor | None = None
-    """Lookups by position, on a CPU only. Shape (L,), int64."""
-    starts: Tensor | None = None
-    """Where in `order` each of `unique` begins. Shape (U,), int64."""
+    positions: Tensor | None = None
+    """Of each lookup, sample by sample, where the device finds the duplicates. Shape (L,), int32 or int64."""
+    distinct: Distinct | None = None
+    """The distinct positions, where the host found them."""
     weights: Tensor | None = None
     outside: Tensor | None = None
     """Slots of the columns whose rows have no tier. Shape (B, J), int64."""
@@ -71,22 +67,40 @@ class StagedBatch:
         """B."""
         return len(self.labels)
 
+    def num_lookups(self) -> int:
+        """L."""
+        found = self.positions if self.distinct is None else self.distinct.inverse
+        return 0 if found is None else len(found)
+
+    def touched(self) -> Tensor:
+        """The positions looked up, each at least once. Shape (U,) or (L,), integer."""
+        if self.distinct is not None:
+            return self.distinct.rows
+        assert self.positions is not None
+        return self.positions
+
     def tensors(self) -> list[Tensor]:
-        """Everything on the device."""
-        given = (getattr(self, part.name) for part in fields(self))
-        return [value for value in given if isinstance(value, Tensor)]
+        """Everything that went to the device."""
+        given = (self.dense, self.labels, self.positions, self.weights, self.outside)
+        return [value for value in given if value is not None]
 
 
 @dataclass(frozen=True, slots=True)
 class _Lookups:
-    """A batch with its duplicates found."""
+    """A batch whose cold rows are known."""
 
     batch: Batch
-    slots: SortedLookups
-    cold: slice
-    """Those of the distinct slots that are cold: the last ones."""
+    slots: np.ndarray
+    """Of every lookup, or the distinct ones where `sorted` has them. Shape (L,) or (U,)."""
+    cold_places: slice | np.ndarray
+    """Where in `slots` the cold ones are."""
+    cold: np.ndarray
+    """Distinct cold rows, ascending. Shape (C,)."""
     cold_counts: np.ndarray
-    """How often each of the cold ones is looked up."""
+    """How often each of them is looked up. Shape (C,)."""
+    cold_inverse: np.ndarray | None
+    """Index into `cold` of each of `cold_places`; None where they are distinct already."""
+    sorted: SortedLookups | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +121,7 @@ class LookAhead:
         columns: Columns of a batch's slots whose rows have tiers; None for all. The others only travel along.
         in_thread: Whether moves are made by a thread of their own; None where the device is no CPU. On a CPU that
             thread takes its time from the computation, and makes the threads of a step wait for one another.
+        sorts_all: Whether the host finds the distinct positions of a batch, not only its cold rows; None on a CPU.
     """
 
     def __init__(
@@ -117,10 +132,13 @@ class LookAhead:
         chunk_batches: int,
         columns: np.ndarray | None = None,
         in_thread: bool | None = None,
+        sorts_all: bool | None = None,
     ) -> None:
         if chunk_batches < 1:
             raise ValueError(f"expected chunks of at least 1 batch, found {chunk_batches}")
-        self._in_thread = rows.device.type != "cpu" if in_thread is None else in_thread
+        on_cpu = rows.device.type == "cpu"
+        self._in_thread = not on_cpu if in_thread is None else in_thread
+        self._sorts_all = on_cpu if sorts_all is None else sorts_all
         self._rows, self._placement, self._chunk_batches = rows, placement, chunk_batches
         self._columns = columns
         self._mover = RowMover(rows)
@@ -159,7 +177,7 @@ class LookAhead:
         Raises:
             StagingOverflowError: A single batch has more cold rows than fit.
         """
-        pending = _Pending(self._find_duplicates(batch) for batch in batches)
+        pending = _Pending(self._find_cold(batch) for batch in batches)
         with self._make_host() as host:
             following = host.submit(self._prepare, pending, 1)
             for chunk_batches in self._chunk_sizes():
@@ -213,10 +231,18 @@ class LookAhead:
 
     # --- host thread ---
 
-    def _find_duplicates(self, batch: Batch) -> _Lookups:
-        slots = sort_lookups((batch.slots if self._columns is None else batch.slots[:, self._columns]).ravel())
-        cold = slice(int(np.searchsorted(slots.unique, self._rows.num_hot)), None)
-        return _Lookups(batch, slots, cold, slots.counts()[cold])
+    def _find_cold(self, batch: Batch) -> _Lookups:
+        slots = (batch.slots if self._columns is None else batch.slots[:, self._columns]).ravel()
+        num_hot = self._rows.num_hot
+        if self._sorts_all:
+            found = sort_lookups(slots)
+            places = slice(int(np.searchsorted(found.unique, num_hot)), None)
+            return _Lookups(
+                batch, found.unique, places, found.unique[places] - num_hot, found.counts()[places], None, found
+            )
+        at = np.flatnonzero(slots >= num_hot)
+        cold = sort_lookups(slots[at] - slots.dtype.type(num_hot))
+        return _Lookups(batch, slots, at, cold.unique, cold.counts(), cold.inverse, None)
 
     def _leave_and_prepare(self, current: Plan, pending: _Pending, chunk_batches: int) -> _Chunk | None:
         self._mover.write_back(*current.leaving)
@@ -233,7 +259,7 @@ class LookAhead:
         return _Chunk(plan, [self._stage(lookups) for lookups in offered[: plan.num_batches]])
 
     def _request(self, offered: list[_Lookups]) -> Request:
-        cold = [lookups.slots.unique[lookups.cold] - self._rows.num_hot for lookups in offered]
+        cold = [lookups.cold for lookups in offered]
         counts = [lookups.cold_counts for lookups in offered]
         chunk = sort_lookups(np.concatenate(cold))
         first_sights = chunk.order[chunk.starts]
@@ -242,20 +268,23 @@ class LookAhead:
         return Request(rows=chunk.unique[by_first_sight], needed=needed, rows_of_batch=cold, lookups_of_batch=counts)
 
     def _stage(self, lookups: _Lookups) -> StagedBatch:
-        batch, slots = lookups.batch, lookups.slots
-        positions = slots.unique.astype(np.int64)
-        positions[lookups.cold] = self._placement.positions_of(positions[lookups.cold] - self._rows.num_hot)
-        self.lookups += len(slots.order)
+        batch, found = lookups.batch, lookups.sorted
+        fits_32_bits = found is None and self._rows.spare_position < 2**31
+        positions = lookups.slots.astype(np.int32 if fits_32_bits else np.int64)
+        cold_positions = self._placement.positions_of(lookups.cold)
+        inverse = lookups.cold_inverse
+        positions[lookups.cold_places] = cold_positions if inverse is None else cold_positions[inverse]
+        self.lookups += len(lookups.slots if found is None else found.order)
         self.cold_lookups += int(lookups.cold_counts.sum())
-        move, on_cpu = self._mover.to_device, self._rows.device.type == "cpu"
+        move = self._mover.to_device
         return StagedBatch(
             dense=move(batch.dense),
             labels=move(batch.labels),
-            unique=move(positions),
-            inverse=move(slots.inverse),
-            order=move(slots.order) if on_cpu else None,
-            starts=move(slots.starts) if on_cpu else None,
             is_hot=batch.is_hot,
+            positions=move(positions) if found is None else None,
+            distinct=None
+            if found is None
+            else Distinct(*(move(part) for part in (positions, found.inverse, found.order, found.starts))),
             weights=None if batch.weights is None else move(batch.weights),
             outside=None if self._columns is None else move(_outside(batch.slots, self._columns)),
         )

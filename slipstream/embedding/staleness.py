@@ -31,7 +31,8 @@ class MovementTracker:
     def __init__(self, hot_rows: Tensor) -> None:
         self._hot_rows = hot_rows
         self._snapshot: Tensor | None = None
-        self._touched = torch.zeros(len(hot_rows), dtype=torch.bool, device=hot_rows.device)
+        # one more than there are rows: positions beyond the hot tier all end there, and nobody has to be waited for
+        self._touched = torch.zeros(len(hot_rows) + 1, dtype=torch.bool, device=hot_rows.device)
 
     @property
     def is_open(self) -> bool:
@@ -47,7 +48,7 @@ class MovementTracker:
         """What an open window holds, for a checkpoint; nothing when none is open."""
         if self._snapshot is None:
             return {}
-        return {"snapshot": self._snapshot.cpu().numpy(), "touched": self._touched.cpu().numpy()}
+        return {"snapshot": self._snapshot.cpu().numpy(), "touched": self._touched[:-1].cpu().numpy()}
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
         """Take over what `state` gave."""
@@ -55,12 +56,12 @@ class MovementTracker:
         if state:
             device = self._hot_rows.device
             self._snapshot = torch.from_numpy(state["snapshot"]).to(device)
-            self._touched = torch.from_numpy(state["touched"]).to(device)
+            self._touched[:-1] = torch.from_numpy(state["touched"]).to(device)
 
     def touch(self, positions: Tensor) -> None:
-        """Note the lookups of a step; positions beyond the hot tier are left out. Shape (U,), int64."""
+        """Note the lookups of a step; positions beyond the hot tier are left out. Shape (n,), integer."""
         if self._snapshot is not None:
-            self._touched[positions[positions < len(self._hot_rows)]] = True
+            self._touched.index_fill_(0, positions.clamp(max=len(self._hot_rows)).long(), True)
 
     def close_window(self) -> np.ndarray:
         """Movement of each hot row since the window opened: max_j |w2 - w1|; UNTOUCHED where not looked up.
@@ -71,7 +72,7 @@ class MovementTracker:
         if self._snapshot is None:
             raise ValueError("expected an open window; call open_window first")
         moved = (self._hot_rows - self._snapshot).abs_().amax(dim=1)
-        moved[~self._touched] = UNTOUCHED
+        moved[~self._touched[:-1]] = UNTOUCHED
         self._snapshot = None
         return moved.cpu().numpy()
 

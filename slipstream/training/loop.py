@@ -235,7 +235,7 @@ class Trainer:
 
     def _step(self, batch: StagedBatch, lr: float) -> None:
         self.step(batch, lr)
-        self.tracker.touch(batch.unique)
+        self.tracker.touch(batch.touched())
         totals = self.totals
         totals.losses_in_sum += 1
         totals.steps += 1

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from slipstream.embedding.duplicates import sum_duplicates
+from slipstream.embedding.duplicates import Distinct, find_distinct, sum_duplicates
 from slipstream.embedding.lookahead import StagedBatch
 from slipstream.embedding.tiers import TieredRows, update_rows
 from slipstream.training.dense_optimizer import DenseOptimizer
@@ -99,9 +99,13 @@ class TrainStep:
             self.representations.begin_step(lr)
 
     def _compute(self, batch: StagedBatch) -> None:
-        values, looked_up = self._look_up(batch)
+        distinct = batch.distinct
+        if distinct is None:
+            assert batch.positions is not None
+            distinct = find_distinct(batch.positions, padding=self.rows.spare_position)
+        values, looked_up = self._look_up(distinct)
         looked_up.requires_grad_()
-        pooled = looked_up.view(len(batch), len(batch.inverse) // len(batch), self.rows.embedding_dim)
+        pooled = looked_up.view(len(batch), batch.num_lookups() // len(batch), self.rows.embedding_dim)
         if self.representations is not None:
             pooled = self.representations.train(pooled, batch.outside)
         with self._autocast():
@@ -113,26 +117,26 @@ class TrainStep:
         assert looked_up.grad is not None
         summed = sum_duplicates(
             looked_up.grad,
-            batch.inverse,
-            len(batch.unique),
-            order=batch.order,
-            starts=batch.starts,
+            distinct.inverse,
+            len(distinct.rows),
+            order=distinct.order,
+            starts=distinct.starts,
             deterministic=self._deterministic,
         )
-        self._update(values, summed, batch)
+        self._update(values, summed, distinct)
         self._loss_sum += loss.detach()
 
-    def _look_up(self, batch: StagedBatch) -> tuple[Tensor | None, Tensor]:
+    def _look_up(self, distinct: Distinct) -> tuple[Tensor | None, Tensor]:
         """(distinct rows (U, D), where the update needs them; rows of all lookups (L, D))."""
         buffer = self.rows.buffer
         if self._row_kernels is not None:
-            return None, self._row_kernels.gather_rows(buffer, batch.unique, batch.inverse)
-        values = buffer.index_select(0, batch.unique)
-        return values, values.index_select(0, batch.inverse)
+            return None, self._row_kernels.gather_rows(buffer, distinct.rows, distinct.inverse)
+        values = buffer.index_select(0, distinct.rows)
+        return values, values.index_select(0, distinct.inverse)
 
-    def _update(self, values: Tensor | None, summed: Tensor, batch: StagedBatch) -> None:
+    def _update(self, values: Tensor | None, summed: Tensor, distinct: Distinct) -> None:
         rows = self.rows
-        place = (rows.optimizer, rows.buffer, rows.buffer_state, batch.unique)
+        place = (rows.optimizer, rows.buffer, rows.buffer_state, distinct.rows)
         if self._row_kernels is not None:
             self._row_kernels.update_rows(*place, summed, lr=self._lr, eps=self._eps)
         else:
@@ -167,8 +171,7 @@ class FixedShapeStep(TrainStep):
         self._static = StagedBatch(
             dense=torch.zeros(batch_size, num_dense, device=device),
             labels=torch.zeros(batch_size, device=device),
-            unique=torch.zeros(num_lookups, dtype=torch.int64, device=device),
-            inverse=torch.zeros(num_lookups, dtype=torch.int32, device=device),
+            positions=torch.zeros(num_lookups, dtype=torch.int64, device=device),
             is_hot=False,
             weights=torch.ones(batch_size, device=device),
         )
@@ -194,13 +197,11 @@ class FixedShapeStep(TrainStep):
         self._graph.replay()
 
     def _load(self, batch: StagedBatch) -> None:
-        static, num_unique = self._static, len(batch.unique)
+        static = self._static
+        assert batch.positions is not None and static.positions is not None and static.weights is not None
         static.dense.copy_(batch.dense)
         static.labels.copy_(batch.labels)
-        static.inverse.copy_(batch.inverse)
-        static.unique[:num_unique].copy_(batch.unique)
-        static.unique[num_unique:].fill_(self.rows.spare_position)
-        assert static.weights is not None
+        static.positions.copy_(batch.positions)
         if batch.weights is None:
             static.weights.fill_(1.0)
         else:

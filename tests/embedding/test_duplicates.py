@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slipstream.embedding.duplicates import sort_lookups, sum_duplicates
+from slipstream.embedding.duplicates import find_distinct, sort_lookups, sum_duplicates
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])
@@ -22,6 +22,17 @@ def test_sorted_lookups_equal_the_unique_rows_of_numpy(dtype: type, rows: list[i
     assert found.counts().tolist() == counts.tolist()
     assert found.order[found.starts].tolist() == first.tolist()
     assert found.order.tolist() == np.argsort(given_rows, kind="stable").tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@given(rows=st.lists(st.integers(0, 6), max_size=30))
+def test_distinct_rows_in_fixed_shapes_are_those_of_the_sort(dtype: torch.dtype, rows: list[int]):
+    expected = sort_lookups(np.array(rows, np.int64))
+    found = find_distinct(torch.tensor(rows, dtype=dtype), padding=9)
+    num_padding = len(rows) - len(expected.unique)
+    assert found.rows.dtype == torch.int64
+    assert found.rows.tolist() == [*expected.unique.tolist(), *[9] * num_padding]
+    assert found.inverse.tolist() == expected.inverse.tolist()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from strategies import slot_batches
 from torch import Tensor
 
-from slipstream.embedding.duplicates import sum_duplicates
+from slipstream.embedding.duplicates import Distinct, find_distinct, sum_duplicates
 from slipstream.embedding.lookahead import Batch, LookAhead, StagedBatch
 from slipstream.embedding.placement import CachedRows, StagingHalves, StagingOverflowError
 from slipstream.embedding.row_cache import RowCache
@@ -56,16 +56,25 @@ def make_tiers(num_rows: int, num_hot: int, num_staged: int, optimizer: str) -> 
 
 
 def make_lookahead(
-    rows: TieredRows, *, chunk_batches: int, placement: str = "halves", in_thread: bool = True
+    rows: TieredRows,
+    *,
+    chunk_batches: int,
+    placement: str = "halves",
+    in_thread: bool = True,
+    sorts_all: bool = True,
 ) -> LookAhead:
+    options = {"chunk_batches": chunk_batches, "in_thread": in_thread, "sorts_all": sorts_all}
     if placement == "halves":
-        return LookAhead(rows, StagingHalves(rows), chunk_batches=chunk_batches, in_thread=in_thread)
+        return LookAhead(rows, StagingHalves(rows), **options)  # type: ignore[arg-type]
     cache = RowCache(rows.num_cold, rows.num_staged, policy=placement)  # type: ignore[arg-type]
-    return LookAhead(rows, CachedRows(rows, cache), chunk_batches=chunk_batches, in_thread=in_thread)
+    return LookAhead(rows, CachedRows(rows, cache), **options)  # type: ignore[arg-type]
 
 
-def positions_of(batch: StagedBatch) -> Tensor:
-    return batch.unique[batch.inverse]
+def distinct_of(batch: StagedBatch, rows: TieredRows) -> Distinct:
+    if batch.distinct is not None:
+        return batch.distinct
+    assert batch.positions is not None
+    return find_distinct(batch.positions, padding=rows.spare_position)
 
 
 def gradients_of(looked_up: Tensor, labels: Tensor) -> Tensor:
@@ -76,10 +85,11 @@ def gradients_of(looked_up: Tensor, labels: Tensor) -> Tensor:
 
 def trainer_of(rows: TieredRows):
     def step(batch: StagedBatch) -> None:
-        values = rows.buffer[batch.unique]
-        gradients = gradients_of(values[batch.inverse], batch.labels)
-        summed = sum_duplicates(gradients, batch.inverse, len(batch.unique), order=batch.order, starts=batch.starts)
-        update_rows(rows.optimizer, rows.buffer, rows.buffer_state, batch.unique, values, summed, lr=LR, eps=EPS)
+        found = distinct_of(batch, rows)
+        values = rows.buffer[found.rows]
+        gradients = gradients_of(values[found.inverse], batch.labels)
+        summed = sum_duplicates(gradients, found.inverse, len(found.rows), order=found.order, starts=found.starts)
+        update_rows(rows.optimizer, rows.buffer, rows.buffer_state, found.rows, values, summed, lr=LR, eps=EPS)
 
     return step
 
@@ -132,7 +142,13 @@ def test_any_placement_equals_a_plain_loop_to_the_bit(placement: str, optimizer:
     flushes = data.draw(st.booleans(), label="flush between")
     rows = make_tiers(num_rows, num_hot, num_staged, optimizer)
     in_thread = data.draw(st.booleans(), label="in a thread")
-    lookahead = make_lookahead(rows, chunk_batches=chunk_batches, placement=placement, in_thread=in_thread)
+    lookahead = make_lookahead(
+        rows,
+        chunk_batches=chunk_batches,
+        placement=placement,
+        in_thread=in_thread,
+        sorts_all=data.draw(st.booleans(), label="the host sorts all"),
+    )
     fits = largest <= rows.num_staged // 2
     try:
         lookahead.run(iter(batches[:cut]), trainer_of(rows))
@@ -166,11 +182,20 @@ def test_steps_see_every_batch_once_in_order_and_their_own_rows(placement: str, 
     def look(batch: StagedBatch) -> None:
         slots_of = batches[len(seen)].slots
         seen.append(batch.labels.tolist())
-        assert torch.equal(rows.buffer[positions_of(batch)], weights[slots_of.ravel()])
-        assert len(batch.unique) == len(np.unique(slots_of))
+        found = distinct_of(batch, rows)
+        assert torch.equal(rows.buffer[found.rows][found.inverse], weights[slots_of.ravel()])
+        distinct = found.rows[found.rows != rows.spare_position]
+        assert len(distinct) == len(np.unique(slots_of))
+        assert batch.num_lookups() == slots_of.size and set(batch.touched().tolist()) == set(distinct.tolist())
 
     try:
-        make_lookahead(rows, chunk_batches=data.draw(st.integers(1, 4)), placement=placement).run(iter(batches), look)
+        lookahead = make_lookahead(
+            rows,
+            chunk_batches=data.draw(st.integers(1, 4)),
+            placement=placement,
+            sorts_all=data.draw(st.booleans(), label="the host sorts all"),
+        )
+        lookahead.run(iter(batches), look)
     except StagingOverflowError:
         assert placement == "rank"
         return

@@ -270,12 +270,10 @@ def make_batch(layout: SlotLayout, seed: int, size: int = BATCH) -> tuple[Staged
     rng = np.random.default_rng([7, seed])
     looked_up = np.stack([rng.integers(0, count, size) for count in ROWS], axis=1)
     positions = np.stack([layout.slot_maps[f"cat_{at}"][looked_up[:, at]] for at in range(len(ROWS))], axis=1)
-    unique, inverse = np.unique(positions.ravel(), return_inverse=True)
     batch = StagedBatch(
         dense=torch.from_numpy(rng.random((size, DENSE), np.float32)),
         labels=torch.from_numpy((rng.random(size) < 0.5).astype(np.float32)),
-        unique=torch.from_numpy(unique.astype(np.int64)),
-        inverse=torch.from_numpy(inverse),
+        positions=torch.from_numpy(positions.ravel()),
         is_hot=True,
     )
     return batch, looked_up

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from slipstream.embedding.duplicates import Distinct, sort_lookups
 from slipstream.embedding.lookahead import StagedBatch
 from slipstream.embedding.tiers import TieredRows
 from slipstream.models.dlrm import DLRM
@@ -22,15 +23,16 @@ def make_rows(optimizer: str) -> TieredRows:
     return rows
 
 
-def make_batch(size: int, seed: int, *, weighted: bool) -> StagedBatch:
+def make_batch(size: int, seed: int, *, weighted: bool, sorted_by_host: bool = False) -> StagedBatch:
     rng = np.random.default_rng(seed)
     positions = rng.integers(0, ROWS, size * TABLES)
-    unique, inverse = np.unique(positions, return_inverse=True)
+    found = sort_lookups(positions)
+    parts = (torch.from_numpy(part) for part in (found.unique, found.inverse, found.order, found.starts))
     return StagedBatch(
         dense=torch.from_numpy(rng.random((size, DENSE), np.float32)),
         labels=torch.from_numpy((rng.random(size) < 0.5).astype(np.float32)),
-        unique=torch.from_numpy(unique),
-        inverse=torch.from_numpy(inverse),
+        positions=None if sorted_by_host else torch.from_numpy(positions),
+        distinct=Distinct(*parts) if sorted_by_host else None,
         is_hot=True,
         weights=torch.from_numpy(rng.random(size, np.float32)) if weighted else None,
     )
@@ -78,7 +80,7 @@ def test_a_fixed_shape_step_equals_the_plain_one_to_the_bit(optimizer: str, weig
     )
     for seed, size in enumerate([BATCH, BATCH, 5, BATCH, BATCH]):
         batch = make_batch(size, seed, weighted=weighted)
-        plain(batch, 0.1 / (seed + 1))
+        plain(make_batch(size, seed, weighted=weighted, sorted_by_host=True), 0.1 / (seed + 1))
         fixed(batch, 0.1 / (seed + 1))
 
     assert torch.equal(plain_rows.buffer[:ROWS], fixed_rows.buffer[:ROWS])
@@ -142,7 +144,7 @@ def test_a_captured_graph_equals_the_plain_step_on_cuda(kernels: str) -> None:
         step = make_step(make, model, rows, kind="adagrad", kernels=kernels)
         for seed in range(8):
             batch = make_batch(BATCH, seed, weighted=False)
-            moved = {name: getattr(batch, name).to(device) for name in ("dense", "labels", "unique", "inverse")}
+            moved = {name: getattr(batch, name).to(device) for name in ("dense", "labels", "positions")}
             step(StagedBatch(is_hot=True, **moved), 0.1)
         results.append(rows.buffer[:ROWS].cpu())
 
