@@ -8,8 +8,9 @@ Each contender has a process of its own, which warms up with one pass over the s
 timed in turn, so that those of one round stand next to each other in time; shown are medians over the rounds, ratios
 being taken within each round. Samples come through the real input path: shuffled windows, batches, look-ahead; from
 memory, except for `input`, which reads shards from disk and does nothing else, so that it shows what a step can be fed
-with. What the figures do not show: quality, which exact modes share to the bit (tests) and skipping changes
-(`slipstream compare`).
+with. `look-ahead` is what the host does for a GPU at that share of hot rows: batches, cold rows found, gathered and
+written back, and no step; its steps/s are the most that a GPU can be kept busy with. What the figures do not show:
+quality, which exact modes share to the bit (tests) and skipping changes (`slipstream compare`).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,7 +47,7 @@ from slipstream.training.dense_optimizer import DenseOptimizer
 from slipstream.training.loop import Position, Schedule, Trainer
 from slipstream.training.schedule import BatchMaker
 from slipstream.training.skipping import Skipper, SkipRule
-from slipstream.training.step import TrainStep
+from slipstream.training.step import FixedShapeStep, TrainStep
 from slipstream.training.stream import SampleStream
 
 KAGGLE_SIZES = [
@@ -58,7 +60,7 @@ CONFIGS = {
 }
 CONTENDERS = [
     "input", "ceiling", "plain", "torchrec", "resident", "baseline",
-    "fae 0.001", "fae 0.01", "fae 0.1", "cached 0.01", "cached 0.1", "slipstream 0.1",
+    "fae 0.001", "fae 0.01", "fae 0.1", "cached 0.01", "cached 0.1", "slipstream 0.1", "look-ahead 0.01",
 ]  # fmt: skip
 NUM_DENSE = 13
 ON_DEVICE = {"input", "ceiling", "plain", "torchrec", "resident"}
@@ -169,15 +171,21 @@ def open_shards(
     }
 
 
-class InputStep(TrainStep):
+class NoStep(TrainStep):
     """No step at all."""
 
     def _compute(self, batch: StagedBatch) -> None:
         pass
 
 
-class CeilingStep(TrainStep):
-    """The step with embeddings left out: no gather, no sparse update."""
+class WithoutEmbeddings:
+    """Makes of a step one without gather and sparse update."""
+
+    model: nn.Module
+    rows: TieredRows
+    dense_optimizer: DenseOptimizer
+    _lr: torch.Tensor
+    _loss_sum: torch.Tensor
 
     def _compute(self, batch: StagedBatch) -> None:
         width = self.rows.embedding_dim
@@ -188,6 +196,34 @@ class CeilingStep(TrainStep):
         loss.backward()
         self.dense_optimizer.step(self._lr)
         self._loss_sum += loss.detach()
+
+
+class CeilingStep(WithoutEmbeddings, TrainStep):
+    """The ceiling on a CPU."""
+
+
+class FixedShapeCeilingStep(WithoutEmbeddings, FixedShapeStep):
+    """The ceiling on a GPU, captured as the others are."""
+
+
+def make_step(case: Case, model: DLRM, rows: TieredRows) -> TrainStep:
+    """The step that training takes on this device, or what stands for it."""
+    args = case.args
+    kind = "sgd" if args.optimizer == "sgd" else "adagrad"
+    options: dict[str, Any] = {
+        "model": model,
+        "rows": rows,
+        "dense_optimizer": DenseOptimizer(model.parameters(), kind=kind, eps=1e-8),
+        "eps": 1e-8,
+        "precision": args.precision,
+        "kernels": args.kernels,
+    }
+    if case.name in ("input", "look-ahead"):
+        return NoStep(**options)
+    if rows.device.type == "cpu":
+        return (CeilingStep if case.name == "ceiling" else TrainStep)(**options)
+    options |= {"batch_size": args.batch, "num_dense": NUM_DENSE, "num_tables": len(case.table_of)}
+    return (FixedShapeCeilingStep if case.name == "ceiling" else FixedShapeStep)(**options)
 
 
 def make_engine(case: Case, device: torch.device) -> Pass:
@@ -213,16 +249,14 @@ def make_engine(case: Case, device: torch.device) -> Pass:
     placement: Placement = StagingHalves(rows)
     if case.name == "cached":
         placement = CachedRows(rows, RowCache(case.num_rows, num_staged, policy="rank", row_counts=case.counts))
-    kind = "sgd" if args.optimizer == "sgd" else "adagrad"
-    step = {"ceiling": CeilingStep, "input": InputStep}.get(case.name, TrainStep)(
-        model=model,
-        rows=rows,
-        dense_optimizer=DenseOptimizer(model.parameters(), kind=kind, eps=1e-8),
-        eps=1e-8,
-        kernels=args.kernels,
-    )
+    step = make_step(case, model, rows)
     shards = keep_shards(case) if case.name == "input" else None
-    lookahead = LookAhead(rows, placement, chunk_batches=1 if case.name == "baseline" else 16)
+    lookahead = LookAhead(
+        rows,
+        placement,
+        chunk_batches=1 if case.name == "baseline" else 16,
+        sorts_all=False if case.name == "look-ahead" else None,
+    )
     rule = SkipRule(criterion="stale" if case.name == "slipstream" else "none", target_drop=args.drop)
     skipper = Skipper(rule)
     trainer = Trainer(
@@ -425,6 +459,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--kernels", choices=["torch", "triton"], default="torch", help="of our own contenders")
+    parser.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="likewise")
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
     args.batch = args.batch or CONFIGS[args.config]["batch"]
