@@ -33,10 +33,10 @@ all: setup ## set up, then run the shipped pipeline `tiny` from raw text to trai
 	$(BIN)/slipstream run --runs $(RUNS)
 
 test: setup ## run the tests that take seconds each
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 test-all: setup ## run the slow tests too
-	$(BIN)/python -m pytest -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not gpu"
 
 test-gpu: setup ## run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu

@@ -255,6 +255,7 @@ def make_engine(case: Case, device: torch.device) -> Pass:
         rows,
         placement,
         chunk_batches=1 if case.name == "baseline" else 16,
+        in_thread=True if case.name == "look-ahead" else None,
         sorts_all=False if case.name == "look-ahead" else None,
     )
     rule = SkipRule(criterion="stale" if case.name == "slipstream" else "none", target_drop=args.drop)

@@ -5,6 +5,7 @@ thread writes back the rows that left with chunk k - 2 and gathers the rows of c
 use stays on the device. So no row is ever read stale: the result equals the plain loop, to the bit on CPU, for any
 chunk length, staging size and placement.
 
+    finders          cold rows of the batches of k+1, k+2
     host thread      write back k-2 | gather k          | write back k-1 | gather k+1
     device           compute k-1                        | forward k-1 -> k, compute k
 
@@ -13,6 +14,7 @@ Shape suffixes: B batch, T tables, L = B·T lookups, U distinct positions, C dis
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,6 +28,9 @@ from slipstream.embedding.duplicates import Distinct, SortedLookups, sort_lookup
 from slipstream.embedding.placement import Placement, Plan, Request
 from slipstream.embedding.tiers import TieredRows
 from slipstream.embedding.transfer import RowMover
+
+_NUM_FINDERS = 4
+"""Threads that look for cold rows in the batches to come, where there is a GPU to be kept busy."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,8 +124,8 @@ class LookAhead:
         placement: Decides where cold rows sit.
         chunk_batches: Batches per chunk, at most; a chunk that does not fit is split.
         columns: Columns of a batch's slots whose rows have tiers; None for all. The others only travel along.
-        in_thread: Whether moves are made by a thread of their own; None where the device is no CPU. On a CPU that
-            thread takes its time from the computation, and makes the threads of a step wait for one another.
+        in_thread: Whether moves are made by a thread of their own, and cold rows found by a few more; None where the
+            device is no CPU. On a CPU they take their time from the computation, and a step's threads wait.
         sorts_all: Whether the host finds the distinct positions of a batch, not only its cold rows; None on a CPU.
     """
 
@@ -177,8 +182,8 @@ class LookAhead:
         Raises:
             StagingOverflowError: A single batch has more cold rows than fit.
         """
-        pending = _Pending(self._find_cold(batch) for batch in batches)
-        with self._make_host() as host:
+        with self._make_host() as host, self._make_finders() as finders:
+            pending = _Pending(self._find_all_cold(batches, finders))
             following = host.submit(self._prepare, pending, 1)
             for chunk_batches in self._chunk_sizes():
                 if (chunk := following.result()) is None:
@@ -229,7 +234,19 @@ class LookAhead:
     def _make_host(self) -> Executor:
         return ThreadPoolExecutor(max_workers=1, thread_name_prefix="look-ahead") if self._in_thread else _SameThread()
 
+    def _make_finders(self) -> Executor:
+        return ThreadPoolExecutor(_NUM_FINDERS, thread_name_prefix="cold-rows") if self._in_thread else _SameThread()
+
     # --- host thread ---
+
+    def _find_all_cold(self, batches: Iterator[Batch], finders: Executor) -> Iterator[_Lookups]:
+        found: deque[Future[_Lookups]] = deque()
+        for batch in batches:
+            found.append(finders.submit(self._find_cold, batch))
+            if len(found) > 2 * _NUM_FINDERS or not self._in_thread:
+                yield found.popleft().result()
+        while found:
+            yield found.popleft().result()
 
     def _find_cold(self, batch: Batch) -> _Lookups:
         slots = (batch.slots if self._columns is None else batch.slots[:, self._columns]).ravel()
