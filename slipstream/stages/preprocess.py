@@ -48,7 +48,7 @@ from slipstream.schema import LABEL, MISSING_ID, SPLITS, dense_name, table_name
 _REJECTS_PER_PART = 65_536
 _HOPELESS_LINES = 100_000
 # Measured on Criteo text: bytes on disk per byte of text, and of memory per worker and byte of a chunk.
-_DISK_PER_TEXT_BYTE = 0.95
+_DISK_PER_TEXT_BYTE = 0.8
 _MEMORY_PER_WORKER = 9
 _BASE_BYTES = 128 << 20
 _LOOKUP_BYTES_PER_ROW = 12

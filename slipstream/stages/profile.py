@@ -9,8 +9,10 @@ Costs   one pass over the training rows for the counts, and one for each budget 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import polars as pl
 from slipstream.config import ProfileConfig
 from slipstream.io.artifacts import Artifact, write_atomically
 from slipstream.io.counts import write_counts
+from slipstream.io.parallel import in_order
 from slipstream.io.samples import column_offsets, count_samples, read_rows, table_of_column
 from slipstream.ops.counting import count_accesses, sample_positions
 from slipstream.ops.hot_set import (
@@ -35,6 +38,9 @@ from slipstream.schema import table_name
 
 CURVE_SAMPLES = 500_000
 """Training samples the curve is measured on, at most, and validation samples likewise."""
+
+_MOST_WORKERS = 4
+"""Budgets measured at once, each with some 100 MB of its own."""
 
 _Blocks = Callable[[], Iterable[np.ndarray]]
 
@@ -76,23 +82,29 @@ def run(
         counts = count_accesses(sampled(), num_rows=int(offsets[-1]))
     write_counts(scratch / "counts.parquet", counts, rows_per_table)
     blocks = {name: _hold_rows(processed, name, columns, starts) for name in ("train", "val")}
+
+    def measure(choice: tuple[float, str]) -> list[dict[str, Any]]:
+        share, policy = choice
+        hot_set = _select(
+            policy,
+            counts,
+            offsets[:-1],
+            blocks["train"],
+            share=share,
+            power=sample_aware_power,
+            rounds=sample_aware_rounds,
+        )
+        return [
+            {"policy": policy, "split": split, **asdict(measure_hot_set(hot_set, held(), row_share=share))}
+            for split, held in blocks.items()
+        ]
+
+    choices = list(product(config.curve, ("frequency", "sample-aware")))
     curve = []
-    with progress.task("hot-set curve", 2 * len(config.curve), "budgets") as advance:
-        for share in config.curve:
-            for policy in ("frequency", "sample-aware"):
-                hot_set = _select(
-                    policy,
-                    counts,
-                    offsets[:-1],
-                    blocks["train"],
-                    share=share,
-                    power=sample_aware_power,
-                    rounds=sample_aware_rounds,
-                )
-                for split, held in blocks.items():
-                    point = measure_hot_set(hot_set, held(), row_share=share)
-                    curve.append({"policy": policy, "split": split, **asdict(point)})
-                advance(1, f"{share:.1%} {policy}")
+    with progress.task("hot-set curve", len(choices), "budgets") as advance:
+        for points in in_order(measure, choices, min(os.cpu_count() or 1, _MOST_WORKERS)):
+            curve += points
+            advance(1, f"{points[0]['row_share']:.1%} {points[0]['policy']}")
     with write_atomically(scratch / "curve.parquet") as path:
         pl.DataFrame(curve).write_parquet(path)
     return {
