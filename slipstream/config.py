@@ -154,7 +154,7 @@ class PreprocessConfig:
     """Share of lines that may be rejected before the run stops with an error."""
     samples_per_part: int = 262_144
     """Samples in each Parquet part; the last part of a split may be shorter."""
-    chunk_bytes: str | int = _execution("32MiB")
+    chunk_bytes: str | int = _execution("24MiB")
     """Raw text parsed at once; memory grows with it, results do not change."""
     num_threads: int = _execution(0)
     """Chunks worked on at once; 0 takes one more than cores."""
