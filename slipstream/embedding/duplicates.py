@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from slipstream.ops.runs import is_run_start
+
 
 @dataclass(frozen=True, slots=True)
 class SortedLookups:
@@ -77,9 +79,7 @@ def sort_lookups(rows: np.ndarray) -> SortedLookups:
     """Sort lookups by row. `rows` has shape (L,), integer."""
     by_row, order = torch.sort(torch.from_numpy(rows), stable=True)  # a radix sort, five times as fast as numpy's
     ordered = by_row.numpy()
-    is_first = np.empty(len(ordered), bool)
-    is_first[:1] = True
-    np.not_equal(ordered[1:], ordered[:-1], out=is_first[1:])
+    is_first = is_run_start(ordered)
     starts = np.flatnonzero(is_first)
     inverse = np.empty(len(ordered), np.int32)
     inverse[order.numpy()] = np.cumsum(is_first, dtype=np.int32) - 1

@@ -14,7 +14,6 @@ Shape suffixes: B batch, T tables, L = B·T lookups, U distinct positions, C dis
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,10 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slipstream.embedding.duplicates import Distinct, SortedLookups, sort_lookups
+from slipstream.embedding.duplicates import Distinct, SortedLookups, find_distinct, sort_lookups
 from slipstream.embedding.placement import Placement, Plan, Request
 from slipstream.embedding.tiers import TieredRows
 from slipstream.embedding.transfer import RowMover
+from slipstream.ops.parallel import in_order
 
 _NUM_FINDERS = 4
 """Threads that look for cold rows in the batches to come, where there is a GPU to be kept busy."""
@@ -76,6 +76,13 @@ class StagedBatch:
         """L."""
         found = self.positions if self.distinct is None else self.distinct.inverse
         return 0 if found is None else len(found)
+
+    def find_distinct(self, *, padding: int) -> Distinct:
+        """The distinct positions: those the host found, or else found here, followed by `padding`."""
+        if self.distinct is not None:
+            return self.distinct
+        assert self.positions is not None
+        return find_distinct(self.positions, padding=padding)
 
     def touched(self) -> Tensor:
         """The positions looked up, each at least once. Shape (U,) or (L,), integer."""
@@ -182,8 +189,8 @@ class LookAhead:
         Raises:
             StagingOverflowError: A single batch has more cold rows than fit.
         """
-        with self._make_host() as host, self._make_finders() as finders:
-            pending = _Pending(self._find_all_cold(batches, finders))
+        pending = _Pending(self._find_all_cold(batches))
+        with self._make_host() as host:
             following = host.submit(self._prepare, pending, 1)
             for chunk_batches in self._chunk_sizes():
                 if (chunk := following.result()) is None:
@@ -234,19 +241,10 @@ class LookAhead:
     def _make_host(self) -> Executor:
         return ThreadPoolExecutor(max_workers=1, thread_name_prefix="look-ahead") if self._in_thread else _SameThread()
 
-    def _make_finders(self) -> Executor:
-        return ThreadPoolExecutor(_NUM_FINDERS, thread_name_prefix="cold-rows") if self._in_thread else _SameThread()
-
     # --- host thread ---
 
-    def _find_all_cold(self, batches: Iterator[Batch], finders: Executor) -> Iterator[_Lookups]:
-        found: deque[Future[_Lookups]] = deque()
-        for batch in batches:
-            found.append(finders.submit(self._find_cold, batch))
-            if len(found) > 2 * _NUM_FINDERS or not self._in_thread:
-                yield found.popleft().result()
-        while found:
-            yield found.popleft().result()
+    def _find_all_cold(self, batches: Iterator[Batch]) -> Iterator[_Lookups]:
+        return in_order(self._find_cold, batches, _NUM_FINDERS) if self._in_thread else map(self._find_cold, batches)
 
     def _find_cold(self, batch: Batch) -> _Lookups:
         slots = (batch.slots if self._columns is None else batch.slots[:, self._columns]).ravel()

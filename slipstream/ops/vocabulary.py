@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from slipstream.ops.runs import is_run_start
 from slipstream.ops.split import mix64
 from slipstream.schema import OOV_ROW
 
@@ -43,9 +44,7 @@ class RawIdCounter:
         raw_ids, counts = np.concatenate(self._raw_ids), np.concatenate(self._counts)
         order = np.argsort(raw_ids)
         raw_ids = raw_ids[order]
-        is_first = np.ones(len(raw_ids), bool)
-        np.not_equal(raw_ids[1:], raw_ids[:-1], out=is_first[1:])
-        starts = np.flatnonzero(is_first)
+        starts = np.flatnonzero(is_run_start(raw_ids))
         self._raw_ids = [raw_ids[starts]]
         self._counts = [np.add.reduceat(counts[order], starts) if starts.size else counts]
         self._waiting = 0

@@ -29,12 +29,12 @@ from slipstream.datasets.source import ColumnarSource, Source
 from slipstream.errors import ConfigError, DataError
 from slipstream.io.artifacts import write_atomically
 from slipstream.io.capacity import require_disk, require_memory
-from slipstream.io.parallel import in_order
 from slipstream.io.parsed import ParsedChunk, ParsedStore, dictionary_of
 from slipstream.io.raw import RawBlock, estimate_text_bytes, is_parquet, raw_size, read_blocks
 from slipstream.io.split_layout import Piece, SplitLayout
 from slipstream.ops import split as splits
 from slipstream.ops.dense import transform_dense
+from slipstream.ops.parallel import in_order
 from slipstream.ops.vocabulary import (
     RawIdCounter,
     RowLookup,

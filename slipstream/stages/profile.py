@@ -22,7 +22,6 @@ import polars as pl
 from slipstream.config import ProfileConfig
 from slipstream.io.artifacts import Artifact, write_atomically
 from slipstream.io.counts import write_counts
-from slipstream.io.parallel import in_order
 from slipstream.io.samples import column_offsets, count_samples, read_rows, table_of_column
 from slipstream.ops.counting import count_accesses, sample_positions
 from slipstream.ops.hot_set import (
@@ -33,6 +32,7 @@ from slipstream.ops.hot_set import (
     table_offsets,
     take_hot_rows,
 )
+from slipstream.ops.parallel import in_order
 from slipstream.progress import Progress
 from slipstream.schema import table_name
 

@@ -26,7 +26,6 @@ from slipstream.config import SegregateConfig, parse_budget
 from slipstream.errors import CapacityError
 from slipstream.io.artifacts import Artifact, write_atomically, write_json
 from slipstream.io.capacity import require_disk
-from slipstream.io.parallel import in_order
 from slipstream.io.samples import (
     Samples,
     column_offsets,
@@ -45,6 +44,7 @@ from slipstream.ops.hot_set import (
     take_above_threshold,
     take_hot_rows,
 )
+from slipstream.ops.parallel import in_order
 from slipstream.progress import Progress
 from slipstream.schema import SHARD_GROUPS, dense_name, table_name
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from slipstream.embedding.duplicates import Distinct, find_distinct, sum_duplicates
+from slipstream.embedding.duplicates import Distinct, sum_duplicates
 from slipstream.embedding.lookahead import StagedBatch
 from slipstream.embedding.tiers import TieredRows, update_rows
 from slipstream.training.dense_optimizer import DenseOptimizer
@@ -99,10 +99,7 @@ class TrainStep:
             self.representations.begin_step(lr)
 
     def _compute(self, batch: StagedBatch) -> None:
-        distinct = batch.distinct
-        if distinct is None:
-            assert batch.positions is not None
-            distinct = find_distinct(batch.positions, padding=self.rows.spare_position)
+        distinct = batch.find_distinct(padding=self.rows.spare_position)
         values, looked_up = self._look_up(distinct)
         looked_up.requires_grad_()
         pooled = looked_up.view(len(batch), batch.num_lookups() // len(batch), self.rows.embedding_dim)

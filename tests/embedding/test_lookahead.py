@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from strategies import slot_batches
 from torch import Tensor
 
-from slipstream.embedding.duplicates import Distinct, find_distinct, sum_duplicates
+from slipstream.embedding.duplicates import sum_duplicates
 from slipstream.embedding.lookahead import Batch, LookAhead, StagedBatch
 from slipstream.embedding.placement import CachedRows, StagingHalves, StagingOverflowError
 from slipstream.embedding.row_cache import RowCache
@@ -70,13 +70,6 @@ def make_lookahead(
     return LookAhead(rows, CachedRows(rows, cache), **options)  # type: ignore[arg-type]
 
 
-def distinct_of(batch: StagedBatch, rows: TieredRows) -> Distinct:
-    if batch.distinct is not None:
-        return batch.distinct
-    assert batch.positions is not None
-    return find_distinct(batch.positions, padding=rows.spare_position)
-
-
 def gradients_of(looked_up: Tensor, labels: Tensor) -> Tensor:
     """Depend on the rows as they are and on which sample asks, so that one stale read shows for good."""
     per_sample = len(looked_up) // len(labels)
@@ -85,7 +78,7 @@ def gradients_of(looked_up: Tensor, labels: Tensor) -> Tensor:
 
 def trainer_of(rows: TieredRows):
     def step(batch: StagedBatch) -> None:
-        found = distinct_of(batch, rows)
+        found = batch.find_distinct(padding=rows.spare_position)
         values = rows.buffer[found.rows]
         gradients = gradients_of(values[found.inverse], batch.labels)
         summed = sum_duplicates(gradients, found.inverse, len(found.rows), order=found.order, starts=found.starts)
@@ -182,7 +175,7 @@ def test_steps_see_every_batch_once_in_order_and_their_own_rows(placement: str, 
     def look(batch: StagedBatch) -> None:
         slots_of = batches[len(seen)].slots
         seen.append(batch.labels.tolist())
-        found = distinct_of(batch, rows)
+        found = batch.find_distinct(padding=rows.spare_position)
         assert torch.equal(rows.buffer[found.rows][found.inverse], weights[slots_of.ravel()])
         distinct = found.rows[found.rows != rows.spare_position]
         assert len(distinct) == len(np.unique(slots_of))

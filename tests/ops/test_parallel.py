@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slipstream.io.parallel import in_order
+from slipstream.ops.parallel import in_order
 
 
 @given(st.lists(st.integers(0, 3), max_size=12), st.integers(1, 4))

@@ -1,0 +1,14 @@
+"""Runs of equal values in sorted arrays."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def is_run_start(ordered: np.ndarray) -> NDArray[np.bool_]:
+    """Whether each value of a sorted array is the first of its kind. Shape (n,), bool."""
+    starts = np.empty(len(ordered), bool)
+    starts[:1] = True
+    np.not_equal(ordered[1:], ordered[:-1], out=starts[1:])
+    return starts
