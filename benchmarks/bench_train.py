@@ -44,7 +44,8 @@ from slipstream.io.samples import Samples, read_shard, write_shard
 from slipstream.models.dlrm import DLRM
 from slipstream.ops.hot_set import assign_slots, rank_rows, table_offsets, take_hot_rows
 from slipstream.training.dense_optimizer import DenseOptimizer
-from slipstream.training.loop import Position, Schedule, Trainer
+from slipstream.training.loop import Trainer
+from slipstream.training.rounds import Position, Schedule
 from slipstream.training.schedule import BatchMaker
 from slipstream.training.skipping import Skipper, SkipRule
 from slipstream.training.step import FixedShapeStep, TrainStep
@@ -278,12 +279,12 @@ def make_engine(case: Case, device: torch.device) -> Pass:
     def run_pass() -> dict[str, float]:
         trainer.position, trainer.totals.seconds = Position(), 0.0
         totals = trainer.totals
-        before = (totals.samples_seen, skipper.dropped, totals.steps, totals.hot_steps)
+        before = (totals.samples_seen, totals.samples_dropped, totals.steps, totals.hot_steps)
         with ThreadPoolExecutor(2) as pool:
             trainer.train(lambda epoch: open_streams(case, pool) if shards is None else open_shards(shards, pool))
         if device.type == "cuda":
             torch.cuda.synchronize()
-        after = (totals.samples_seen, skipper.dropped, totals.steps, totals.hot_steps)
+        after = (totals.samples_seen, totals.samples_dropped, totals.steps, totals.hot_steps)
         seen, dropped, steps, hot_steps = (now - then for now, then in zip(after, before, strict=True))
         return {
             "seconds": totals.seconds,

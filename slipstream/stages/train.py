@@ -34,10 +34,11 @@ from slipstream.progress import Progress
 from slipstream.training.checkpoint import Checkpointer
 from slipstream.training.dense_optimizer import DenseOptimizer
 from slipstream.training.faithful import FaithfulRule, FaithfulTrainer
-from slipstream.training.loop import LoopTotals, Schedule, StepReport, Trainer
+from slipstream.training.loop import LoopTotals, StepReport, Trainer
 from slipstream.training.model_file import save_model
 from slipstream.training.predict import predict
 from slipstream.training.representations import Representations, TableSpec
+from slipstream.training.rounds import Schedule
 from slipstream.training.schedule import default_segment_steps
 from slipstream.training.skipping import Criterion, Skipper, SkipRule
 from slipstream.training.slot_layout import SlotLayout
@@ -45,7 +46,9 @@ from slipstream.training.step import FixedShapeStep, TrainStep
 from slipstream.training.stream import SampleStream
 
 _WINDOW_SAMPLES = 2_000_000
-"""Samples shuffled together, and the most samples of a round."""
+"""Samples shuffled together."""
+_ROUND_SAMPLES = 1_000_000
+"""Most samples of a round."""
 _STAGING_CAP = 1 << 19
 """Rows a staging half holds by default, unless one batch needs more."""
 
@@ -373,7 +376,7 @@ def _schedule(config: TrainConfig, skip_config: SkipConfig, num_train: int, seed
         batch_size=config.batch_size,
         order=config.order,
         segment_steps=skip_config.refresh_steps or default_segment_steps(num_train, config.batch_size),
-        round_samples=_WINDOW_SAMPLES,
+        round_samples=_ROUND_SAMPLES,
         warmup_steps=skip_config.warmup_steps,
         window_steps=skip_config.window_steps,
         seed=seed,

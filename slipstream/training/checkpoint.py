@@ -22,8 +22,9 @@ from torch import Tensor
 from slipstream.errors import ArtifactError
 from slipstream.io.artifacts import write_atomically
 from slipstream.io.samples import Samples
-from slipstream.training.loop import LoopTotals, Position, Trainer
+from slipstream.training.loop import LoopTotals, Trainer
 from slipstream.training.model_file import read_tensors
+from slipstream.training.rounds import Picked, Position
 from slipstream.training.skipping import Selection
 
 _GROUPS = ("hot", "cold")
@@ -78,17 +79,16 @@ class Checkpointer:
 
     def _save(self, trainer: Trainer) -> None:
         trainer.totals.loss_sum += trainer.step.take_loss_sum()
+        position = trainer.settle_position()
         plain, arrays = trainer.skipper.state()
         tensors = {name: tensor.cpu().contiguous() for name, tensor in _parameters(trainer).items()}
         for name, array in (
-            _prefixed("skipper.", arrays)
-            | _prefixed("tracker.", trainer.tracker.state())
-            | _position_arrays(trainer.position)
+            _prefixed("skipper.", arrays) | _prefixed("tracker.", trainer.tracker.state()) | _position_arrays(position)
         ).items():
             tensors[name] = torch.from_numpy(np.ascontiguousarray(array))
         state = {
             "totals": asdict(trainer.totals) | {"seconds": trainer.elapsed()},
-            "position": _plain_position(trainer.position),
+            "position": _plain_position(position),
             "skipper": plain,
             "lookahead": trainer.lookahead.counters(),
         }
@@ -124,7 +124,6 @@ def _plain_position(position: Position) -> dict[str, Any]:
         "epoch": position.epoch,
         "round_index": position.round_index,
         "batches_done": position.batches_done,
-        "is_picked": position.picked is not None,
     }
 
 
@@ -133,29 +132,32 @@ def _position_arrays(position: Position) -> dict[str, np.ndarray]:
     for kind, samples in position.waiting.items():
         fields = {"X_int": samples.X_int, "X_cat": samples.X_cat, "y": samples.y, "weights": samples.weights}
         arrays |= {f"waiting.{kind}.{name}": value for name, value in fields.items() if value is not None}
-    for group, selection in zip(_GROUPS, position.picked or (), strict=False):
-        arrays[f"picked.{group}.keep"] = selection.keep
-        if selection.weights is not None:
-            arrays[f"picked.{group}.weights"] = selection.weights
+    for name, picked in (("picked", position.picked), ("ahead", position.picked_ahead)):
+        for group, selection in zip(_GROUPS, picked or (), strict=False):
+            arrays[f"{name}.{group}.keep"] = selection.keep
+            if selection.weights is not None:
+                arrays[f"{name}.{group}.weights"] = selection.weights
     return arrays
 
 
 def _read_position(plain: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> Position:
-    is_picked = plain.pop("is_picked")
     waiting = {}
     for kind in _GROUPS:
         if fields := _below(arrays, f"waiting.{kind}."):
             waiting[kind] = Samples(
                 X_int=fields["X_int"], X_cat=fields["X_cat"], y=fields["y"], weights=fields.get("weights")
             )
-    picked = None
-    if is_picked:
-        hot, cold = (
-            Selection(keep=fields["keep"], weights=fields.get("weights"))
-            for fields in (_below(arrays, f"picked.{group}.") for group in _GROUPS)
-        )
-        picked = (hot, cold)
-    return Position(waiting=waiting, picked=picked, **plain)
+    return Position(
+        waiting=waiting, picked=_read_picked(arrays, "picked"), picked_ahead=_read_picked(arrays, "ahead"), **plain
+    )
+
+
+def _read_picked(arrays: Mapping[str, np.ndarray], name: str) -> Picked | None:
+    fields = [_below(arrays, f"{name}.{group}.") for group in _GROUPS]
+    if not all(fields):
+        return None
+    hot, cold = (Selection(keep=one["keep"], weights=one.get("weights")) for one in fields)
+    return hot, cold
 
 
 def _below(items: Mapping[str, Any], prefix: str) -> dict[str, Any]:

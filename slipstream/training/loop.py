@@ -7,43 +7,23 @@ batch order they end with the same parameters, to the bit on CPU.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from slipstream.embedding.lookahead import Batch, LookAhead, StagedBatch
+from slipstream.embedding.lookahead import LookAhead, StagedBatch
 from slipstream.embedding.placement import StagingOverflowError
 from slipstream.embedding.staleness import MovementTracker
 from slipstream.errors import CapacityError, TrainingError
 from slipstream.io.samples import Samples
 from slipstream.training.predict import predict
-from slipstream.training.schedule import BatchMaker, Round, plan_rounds
-from slipstream.training.skipping import Selection, Skipper
+from slipstream.training.rounds import OpenStreams, Position, PreparedRound, RoundPreparer, Schedule
+from slipstream.training.skipping import Skipper
 from slipstream.training.step import TrainStep
-from slipstream.training.stream import SampleStream
 
 _SCORE_BATCH = 16_384
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Schedule:
-    """How an epoch is cut."""
-
-    epochs: int
-    batch_size: int
-    order: str
-    """`interleaved` or `mixed`."""
-    segment_steps: int
-    """Steps between staleness checks."""
-    round_samples: int
-    """Most samples held at once."""
-    warmup_steps: int = 0
-    """Steps before the first window opens."""
-    window_steps: int = 0
-    """Length of a window that ends with its segment; 0 is the whole segment."""
-    seed: int = 0
-    """Draws the order of batches and what is dropped."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,26 +48,14 @@ class LoopTotals:
     steps: int = 0
     hot_steps: int = 0
     samples_seen: int = 0
+    samples_dropped: int = 0
+    """Of rounds that are trained."""
     seconds: float = 0.0
     """Wall time of training, loading and scoring included, evaluation left out."""
     losses: list[float] = field(default_factory=list)
     """Mean loss of each stretch of `log_every` steps."""
     loss_sum: float = 0.0
     losses_in_sum: int = 0
-
-
-@dataclass(kw_only=True, slots=True)
-class Position:
-    """Where training stands inside its schedule, and what the current round was made of."""
-
-    epoch: int = 0
-    round_index: int = 0
-    batches_done: int = 0
-    """Batches of the current round that are trained."""
-    waiting: dict[str, Samples] = field(default_factory=dict)
-    """Samples that waited for a batch when the round began."""
-    picked: tuple[Selection, Selection] | None = None
-    """What the skipper kept of the round; None before it was asked."""
 
 
 class Trainer:
@@ -118,17 +86,19 @@ class Trainer:
     ) -> None:
         self.totals = LoopTotals()
         self.position = Position()
+        self._preparer = RoundPreparer(schedule, skipper, score=self._score, position=self.position)
+        self._round_dropped = 0
         self.step, self.lookahead, self.skipper = step, lookahead, skipper
         self.tracker = MovementTracker(step.rows.buffer[: step.rows.num_hot])
         self._lr_schedule, self._schedule = lr_schedule, schedule
         self._log_every, self._on_report, self._between_chunks = log_every, on_report, between_chunks
         self._started = time.perf_counter()
 
-    def train(self, open_streams: Callable[[int], Mapping[str, SampleStream]]) -> None:
+    def train(self, open_streams: OpenStreams) -> None:
         """Train to the end of the schedule, from `position` on.
 
         Args:
-            open_streams: Gives the streams `hot` and `cold` of an epoch, from their beginning.
+            open_streams: Gives the streams of an epoch.
 
         Raises:
             TrainingError: The loss became infinite or NaN.
@@ -136,14 +106,20 @@ class Trainer:
         """
         self._started = time.perf_counter()
         self.step.model.train()
-        for epoch in range(self.position.epoch, self._schedule.epochs):
-            self.position.epoch = epoch
-            self._train_epoch(open_streams(epoch))
-            self.position = Position(epoch=epoch + 1)
+        self._preparer = RoundPreparer(self._schedule, self.skipper, score=self._score, position=self.position)
+        with closing(self._preparer.run(open_streams)) as rounds:
+            for prepared in rounds:
+                self._train_round(prepared)
+        self.position = Position(epoch=self._schedule.epochs)
         self._report()
         self.lookahead.flush()
         self.step.settle()
         self.totals.seconds = self.elapsed()
+
+    def settle_position(self) -> Position:
+        """The position with all that is decided; until the next step nothing else is being decided."""
+        self.position.picked_ahead = self._preparer.wait()
+        return self.position
 
     def snapshot_bytes(self) -> dict[str, int]:
         """Device bytes of the staleness snapshot and of what marks touched rows, where the skipper needs them."""
@@ -156,62 +132,30 @@ class Trainer:
         """Wall seconds of training so far, those before an interruption included."""
         return self.totals.seconds + time.perf_counter() - self._started
 
-    def _train_epoch(self, streams: Mapping[str, SampleStream]) -> None:
-        schedule, position = self._schedule, self.position
-        num_hot, num_cold = streams["hot"].remaining, streams["cold"].remaining
-        rounds = plan_rounds(
-            num_hot,
-            num_cold,
-            batch_size=schedule.batch_size,
-            segment_steps=schedule.segment_steps,
-            round_samples=schedule.round_samples,
-        )
-        maker = BatchMaker(batch_size=schedule.batch_size, order=schedule.order)
-        maker.waiting = dict(position.waiting)
-        taken, total = 0, num_hot + num_cold
-        for index, part in enumerate(rounds):
-            hot, cold = streams["hot"].take(part.num_hot), streams["cold"].take(part.num_cold)
-            before, taken = taken, taken + part.num_hot + part.num_cold
-            if index < position.round_index:
-                continue  # trained before the run was interrupted
-            if index > position.round_index:
-                position.round_index, position.batches_done, position.picked = index, 0, None
-                position.waiting = dict(maker.waiting)
-            span = ((position.epoch + before / total), (position.epoch + taken / total))
-            self._train_round(part, hot, cold, maker, span=span, is_last=taken == total)
-
-    def _train_round(
-        self,
-        part: Round,
-        hot: Samples | None,
-        cold: Samples | None,
-        maker: BatchMaker,
-        *,
-        span: tuple[float, float],
-        is_last: bool,
-    ) -> None:
+    def _train_round(self, prepared: PreparedRound) -> None:
         position = self.position
-        key = [self._schedule.seed, position.epoch, position.round_index]
-        if position.picked is None:
-            rng = np.random.default_rng([*key, 0])
-            position.picked = self.skipper.select(hot, cold, rng=rng, score=self._score)
-        hot, cold = (
-            None if group is None else selection.apply(group)
-            for group, selection in zip((hot, cold), position.picked, strict=True)
+        is_resumed = position.picked is not None and (position.epoch, position.round_index) == (
+            prepared.epoch,
+            prepared.index,
         )
-        batches = list(maker.make(hot, cold, rng=np.random.default_rng([*key, 1]), last=is_last))
-        self._run(batches, part, span)
-        if part.ends_segment:
-            movement = self.tracker.close_window() if self.tracker.is_open else None
-            if movement is not None or not self.skipper.needs_windows:
-                self.skipper.check(step=self.totals.steps, movement=movement)
+        if not is_resumed:
+            self.position = Position(
+                epoch=prepared.epoch, round_index=prepared.index, waiting=prepared.waiting, picked=prepared.picked
+            )
+        self._round_dropped = prepared.num_dropped()
+        self._run(prepared)
+        self.totals.samples_dropped += self._round_dropped
+        self._round_dropped = 0
+        if prepared.ends_segment and self.tracker.is_open:
+            self.skipper.check(step=self.totals.steps, movement=self.tracker.close_window())
 
-    def _run(self, batches: Sequence[Batch], part: Round, span: tuple[float, float]) -> None:
+    def _run(self, prepared: PreparedRound) -> None:
         schedule, position = self._schedule, self.position
+        batches, span = prepared.batches, prepared.span
         opens_at = len(batches)
         if not schedule.window_steps:
             opens_at = 0
-        elif part.ends_segment:
+        elif prepared.ends_segment:
             opens_at = max(0, len(batches) - schedule.window_steps)
 
         def step(batch: StagedBatch) -> None:
@@ -270,7 +214,7 @@ class Trainer:
                 step=totals.steps,
                 loss=loss,
                 samples_seen=totals.samples_seen,
-                samples_dropped=self.skipper.dropped,
+                samples_dropped=totals.samples_dropped + self._round_dropped,
                 samples_per_second=totals.samples_seen / self.elapsed(),
                 hot_batch_share=totals.hot_steps / totals.steps,
                 threshold=self.skipper.threshold,

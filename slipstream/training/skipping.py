@@ -6,7 +6,7 @@
     importance  by the error a model would make: large errors stay, small ones stay rarely and count more; the error
                 is guessed by a linear scorer that learns beside the model, or asked of the model itself
 
-Nothing is dropped before the first check, which ends the first segment.
+Nothing is dropped in the first segment.
 """
 
 from __future__ import annotations
@@ -113,14 +113,26 @@ class Skipper:
         """T in force, None before the first check and for rules without one."""
         return self.checks[-1].threshold if self.checks else None
 
-    def check(self, *, step: int, movement: np.ndarray | None) -> None:
-        """Start a new segment with what a window showed. `movement` has shape (H,) for `stale`."""
-        self._is_active = self.rule.criterion != "none"
-        self._step = step
+    def decides_ahead(self, *, begins_segment: bool) -> bool:
+        """Whether the next round can be decided while the one before it trains.
+
+        Args:
+            begins_segment: Whether a segment ends between the two.
+        """
         if self.needs_windows:
-            self._movement, self._threshold = movement, self.rule.threshold
-            if self._threshold is not None:
-                self._record()
+            return not begins_segment
+        return self.rule.criterion != "importance" or self._linear is not None
+
+    def start(self) -> None:
+        """Drop from now on: the first segment is over. A rule that watches rows starts with its first check."""
+        self._is_active = self.rule.criterion != "none"
+
+    def check(self, *, step: int, movement: np.ndarray) -> None:
+        """Start a new segment with what a window showed. `movement` has shape (H,)."""
+        self.start()
+        self._step, self._movement, self._threshold = step, movement, self.rule.threshold
+        if self._threshold is not None:
+            self._record()
 
     def select(
         self, hot: Samples | None, cold: Samples | None, *, rng: np.random.Generator, score: Scorer

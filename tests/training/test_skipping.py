@@ -21,7 +21,10 @@ def samples_of(num_samples: int, *, seed: int = 0, num_rows: int = 40, num_table
 
 def active(criterion: str, movement: np.ndarray | None = None, **settings) -> Skipper:
     skipper = Skipper(SkipRule(criterion=criterion, **{"target_drop": 0.3, **settings}))  # type: ignore[arg-type]
-    skipper.check(step=10, movement=movement)
+    if movement is None:
+        skipper.start()
+    else:
+        skipper.check(step=10, movement=movement)
     return skipper
 
 

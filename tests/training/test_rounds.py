@@ -1,0 +1,141 @@
+"""Rounds are prepared beside training where the rule allows it, and are the same as when they are prepared in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from threading import Event
+
+import numpy as np
+import pytest
+from strategies import make_samples
+
+from slipstream.io.samples import Samples
+from slipstream.training.rounds import OpenStreams, Position, PreparedRound, RoundPreparer, Schedule
+from slipstream.training.skipping import Skipper, SkipRule
+from slipstream.training.stream import SampleStream
+
+NUM_ROWS = 60
+SCHEDULE = Schedule(epochs=2, batch_size=16, order="interleaved", segment_steps=12, round_samples=100, seed=3)
+RULES = {
+    "none": SkipRule(criterion="none", target_drop=0.3),
+    "random": SkipRule(criterion="random", target_drop=0.3, scope="all"),
+    "negative": SkipRule(criterion="negative", target_drop=0.3, scope="all"),
+    "importance": SkipRule(criterion="importance", target_drop=0.3, scope="all", num_rows=NUM_ROWS),
+    "importance by the model": SkipRule(criterion="importance", target_drop=0.3, scope="all"),
+    "stale": SkipRule(criterion="stale", target_drop=0.3),
+}
+
+
+@pytest.fixture
+def open_streams() -> Iterator[OpenStreams]:
+    rng = np.random.default_rng(0)
+    groups = {"hot": make_samples(rng.integers(0, 20, (500, 3))), "cold": make_samples(rng.integers(0, 60, (200, 3)))}
+    with ThreadPoolExecutor(2) as workers:
+        yield lambda epoch: {
+            name: SampleStream(
+                [lambda group=group: group], [len(group)], seed=(epoch,), window_samples=10**6, workers=workers
+            )
+            for name, group in groups.items()
+        }
+
+
+def score(samples: Samples) -> np.ndarray:
+    return np.full(len(samples), 0.3, np.float32)
+
+
+def train_rounds(rule: SkipRule, open_streams: OpenStreams, position: Position | None = None) -> list[PreparedRound]:
+    """All rounds, with a check wherever a segment ends."""
+    skipper = Skipper(rule)
+    rounds = []
+    preparer = RoundPreparer(SCHEDULE, skipper, score=score, position=position or Position())
+    for prepared in preparer.run(open_streams):
+        rounds.append(prepared)
+        if prepared.ends_segment and skipper.needs_windows:
+            movement = np.random.default_rng(len(rounds)).random(NUM_ROWS).astype(np.float32)
+            skipper.check(step=len(rounds), movement=movement)
+    return rounds
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rounds_prepared_ahead_are_those_prepared_in_turn(
+    name: str, open_streams: OpenStreams, monkeypatch: pytest.MonkeyPatch
+):
+    ahead = train_rounds(RULES[name], open_streams)
+    monkeypatch.setattr(Skipper, "decides_ahead", lambda self, **_: False)
+    in_turn = train_rounds(RULES[name], open_streams)
+
+    assert [(r.epoch, r.index, r.span, r.ends_segment) for r in ahead] == [
+        (r.epoch, r.index, r.span, r.ends_segment) for r in in_turn
+    ]
+    assert len(ahead) == 16
+    assert any(r.num_dropped() for r in ahead) == (name != "none")
+    for one, other in zip(ahead, in_turn, strict=True):
+        assert len(one.batches) == len(other.batches)
+        for mine, theirs in zip(one.batches, other.batches, strict=True):
+            assert np.array_equal(mine.slots, theirs.slots)
+            assert np.array_equal(mine.labels, theirs.labels)
+            assert (mine.weights is None) == (theirs.weights is None)
+            assert mine.weights is None or np.array_equal(mine.weights, theirs.weights)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_segment_without_dropping_comes_first(name: str, open_streams: OpenStreams):
+    rounds = train_rounds(RULES[name], open_streams)
+    ends = [index for index, r in enumerate(rounds) if r.ends_segment]
+    assert not any(r.num_dropped() for r in rounds[: ends[0] + 1])
+    if name != "none":
+        assert all(r.num_dropped() for r in rounds[ends[0] + 1 :])
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_the_next_round_is_decided_while_this_one_trains_unless_the_rule_waits_for_it(
+    name: str, open_streams: OpenStreams, monkeypatch: pytest.MonkeyPatch
+):
+    decided = [Event() for _ in range(16)]
+    select, calls = Skipper.select, iter(range(16))
+
+    def select_and_tell(self: Skipper, *groups: Samples | None, **rest: object) -> object:
+        picked = select(self, *groups, **rest)  # type: ignore[arg-type]
+        decided[next(calls)].set()
+        return picked
+
+    monkeypatch.setattr(Skipper, "select", select_and_tell)
+    skipper = Skipper(RULES[name])
+    preparer = RoundPreparer(SCHEDULE, skipper, score=score, position=Position())
+    with closing(preparer.run(open_streams)) as rounds:
+        for index, prepared in enumerate(rounds):
+            if index == 15:
+                assert preparer.wait() is None
+                break
+            waits = name == "importance by the model" or (name == "stale" and prepared.ends_segment)
+            if waits:
+                assert preparer.wait() is None
+                assert not decided[index + 1].is_set()
+            else:
+                assert decided[index + 1].wait(timeout=60)
+                assert preparer.wait() is not None
+            if prepared.ends_segment and skipper.needs_windows:
+                skipper.check(step=index, movement=np.ones(NUM_ROWS, np.float32))
+
+
+def test_what_is_picked_already_is_not_decided_again(open_streams: OpenStreams, monkeypatch: pytest.MonkeyPatch):
+    whole = train_rounds(RULES["importance"], open_streams)
+    at = 5
+    position = Position(
+        epoch=whole[at].epoch,
+        round_index=whole[at].index,
+        waiting=whole[at].waiting,
+        picked=whole[at].picked,
+        picked_ahead=whole[at + 1].picked,
+    )
+    preparer = RoundPreparer(SCHEDULE, Skipper(RULES["importance"]), score=score, position=position)
+    monkeypatch.setattr(RoundPreparer, "_pick", lambda *_: pytest.fail("it was decided already"))
+    with closing(preparer.run(open_streams)) as rounds:
+        for expected in whole[at : at + 2]:
+            monkeypatch.setattr(Skipper, "decides_ahead", lambda self, **_: False)
+            found = next(rounds)
+            assert (found.epoch, found.index) == (expected.epoch, expected.index)
+            for mine, theirs in zip(found.batches, expected.batches, strict=True):
+                assert np.array_equal(mine.slots, theirs.slots)
