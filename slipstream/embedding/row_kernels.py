@@ -48,6 +48,7 @@ def update_rows(
     *,
     lr: Tensor,
     eps: float,
+    sample_weights: Tensor | None = None,
 ) -> None:
     """Apply one sparse step in place: what `slipstream.embedding.tiers.update_rows` does.
 
@@ -61,6 +62,7 @@ def update_rows(
         gradients: Summed over duplicates. Shape (U, D), float32.
         lr: Learning rate, without dimensions, on the same device.
         eps: Added to the root of the accumulator.
+        sample_weights: The weight of the samples behind each gradient; None is 1. Shape (U,), float32.
     """
     block, width = _block(weights.shape[1])
     if len(positions):
@@ -69,11 +71,13 @@ def update_rows(
             weights if state is None else state,
             positions,
             gradients,
+            gradients if sample_weights is None else sample_weights,
             lr,
             len(positions),
             weights.shape[1],
             eps,
             HAS_STATE=optimizer == "rowwise_adagrad",
+            HAS_WEIGHTS=sample_weights is not None,
             BLOCK=block,
             WIDTH=width,
         )
@@ -103,11 +107,13 @@ def _update(  # type: ignore[no-untyped-def]
     state,
     positions,
     gradients,
+    sample_weights,
     lr,
     num_rows,
     dim,
     eps,
     HAS_STATE: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -118,7 +124,10 @@ def _update(  # type: ignore[no-untyped-def]
     inside = exists[:, None] & (columns < dim)[None, :]
     steps = tl.load(gradients + ranks[:, None] * dim + columns[None, :], mask=inside, other=0.0)
     if HAS_STATE:
-        sums = tl.load(state + at, mask=exists, other=1.0) + tl.sum(steps * steps, axis=1) / dim
+        squares = tl.sum(steps * steps, axis=1) / dim
+        if HAS_WEIGHTS:
+            squares = squares / tl.load(sample_weights + ranks, mask=exists, other=1.0)
+        sums = tl.load(state + at, mask=exists, other=1.0) + squares
         tl.store(state + at, sums, mask=exists)
         steps = steps / (tl.sqrt(sums) + eps)[:, None]
     cells = weights + at[:, None] * dim + columns[None, :]

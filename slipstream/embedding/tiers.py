@@ -144,10 +144,11 @@ def update_rows(
     *,
     lr: Tensor,
     eps: float,
+    sample_weights: Tensor | None = None,
 ) -> None:
     """Apply one sparse step in place.
 
-    `sgd` w -= lr g; `rowwise_adagrad` s += mean(g²), w -= lr g / (sqrt(s) + eps).
+    `sgd` w -= lr g; `rowwise_adagrad` s += mean(g²) / m, w -= lr g / (sqrt(s) + eps).
 
     Args:
         optimizer: Rule.
@@ -158,12 +159,17 @@ def update_rows(
         gradients: Summed over duplicates; used up. Shape (U, D).
         lr: Learning rate, without dimensions, on the same device.
         eps: Added to the root of the accumulator.
+        sample_weights: m, the weight of the samples behind each gradient: one sample of weight m leaves in the
+            accumulator what m samples of weight 1 would have left. None is 1. Shape (U,).
 
     Source: row-wise Adagrad as in FBGEMM's EXACT_ROWWISE_ADAGRAD.
     """
     if optimizer == "rowwise_adagrad":
         assert state is not None
-        moved = state.index_select(0, positions).add_(gradients.square().mean(dim=1))
+        squares = gradients.square().mean(dim=1)
+        if sample_weights is not None:
+            squares = squares.div_(sample_weights)
+        moved = state.index_select(0, positions).add_(squares)
         state.index_copy_(0, positions, moved)
         gradients = gradients.div_(moved.sqrt_().add_(eps).unsqueeze(1))
     weights.index_copy_(0, positions, values.sub_(gradients.mul_(lr)))

@@ -14,7 +14,10 @@ from torch import Tensor, nn
 
 
 class DenseOptimizer:
-    """SGD or element-wise Adagrad: w -= lr g, or s += g², w -= lr g / (sqrt(s) + eps).
+    """SGD or element-wise Adagrad: w -= lr g, or s += g² / m, w -= lr g / (sqrt(s) + eps).
+
+    m is the weight of the samples behind g, 1 unless given: one sample of weight m leaves what m samples of weight 1
+    would have left in the accumulators, when each of them had come in a batch of its own.
 
     Args:
         parameters: What to update.
@@ -39,15 +42,23 @@ class DenseOptimizer:
             self.state = [torch.zeros_like(parameter) for parameter in self._parameters]
 
     @torch.no_grad()
-    def step(self, lr: Tensor) -> None:
-        """Apply the gradients. `lr` has no dimensions and lives where the parameters do."""
+    def step(self, lr: Tensor, *, sample_weight: Tensor | None = None) -> None:
+        """Apply the gradients.
+
+        Args:
+            lr: Learning rate, without dimensions, where the parameters live.
+            sample_weight: m, without dimensions; None is 1.
+        """
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         if len(gradients) != len(self._parameters):
             raise ValueError("expected a gradient for every parameter; call backward first")
         if self._weight_decay:
             torch._foreach_add_(gradients, self._parameters, alpha=self._weight_decay)
         if self.state:
-            torch._foreach_addcmul_(self.state, gradients, gradients)
+            squares = torch._foreach_mul(gradients, gradients)
+            if sample_weight is not None:
+                torch._foreach_div_(squares, sample_weight)
+            torch._foreach_add_(self.state, squares)
             scale = torch._foreach_sqrt(self.state)
             torch._foreach_add_(scale, self._eps)
             torch._foreach_div_(gradients, scale)

@@ -229,15 +229,13 @@ class Skipper:
         return _share_ties(statistic, self._threshold, num_drop=round(target * len(slots)), rng=rng)
 
     def _draw(self, worth: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Keep samples with probability ∝ worth, the drop exact over all rounds, and their weights."""
+        """Keep samples with probability ∝ worth, the drop exact over all rounds, and the inverse probabilities."""
         after = self.classified + len(worth)
         num_drop = round(after * self.rule.target_drop) - round(self.classified * self.rule.target_drop)
         floor = self.rule.floor if self.rule.criterion == "importance" else 0.0
         probabilities = keep_probabilities(worth, num_keep=len(worth) - num_drop, floor=floor)
         keep = draw_systematically(probabilities, rng)
-        weights = 1.0 / np.maximum(probabilities, 1e-12)
-        mean = weights[keep].mean() if keep.any() else 1.0
-        return keep, (weights / mean).astype(np.float32)
+        return keep, (1.0 / np.maximum(probabilities, 1e-12)).astype(np.float32)
 
     def _record(self) -> None:
         assert self._movement is not None and self._threshold is not None

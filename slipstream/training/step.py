@@ -30,6 +30,8 @@ _EAGER_STEPS = 3
 class TrainStep:
     """Trains a model and the rows its batches look up.
 
+    A sample of weight w counts as w samples, in the gradients and in the accumulators of Adagrad alike.
+
     Args:
         model: (dense (B, n), looked-up rows (B, T, D)) -> logits (B,).
         rows: The tiers.
@@ -108,20 +110,14 @@ class TrainStep:
         with self._autocast():
             logits = self.model(batch.dense, pooled)
         loss = binary_cross_entropy_with_logits(logits.float(), batch.labels, weight=batch.weights)
+        weights = batch.weights
         self.dense_optimizer.zero_grad()
         loss.backward()
-        self.dense_optimizer.step(self._lr)
+        self.dense_optimizer.step(self._lr, sample_weight=None if weights is None else _mean_by_weight(weights))
         assert looked_up.grad is not None
-        summed = sum_duplicates(
-            looked_up.grad,
-            distinct.inverse,
-            len(distinct.rows),
-            order=distinct.order,
-            starts=distinct.starts,
-            deterministic=self._deterministic,
-        )
-        self._update(values, summed, distinct)
-        self._loss_sum += loss.detach()
+        summed = self._sum_by_row(looked_up.grad, distinct)
+        self._update(values, summed, distinct, None if weights is None else self._weigh_rows(weights, distinct))
+        self._loss_sum += loss.detach() if weights is None else loss.detach() / weights.mean()
 
     def _look_up(self, distinct: Distinct) -> tuple[Tensor | None, Tensor]:
         """(distinct rows (U, D), where the update needs them; rows of all lookups (L, D))."""
@@ -131,19 +127,43 @@ class TrainStep:
         values = buffer.index_select(0, distinct.rows)
         return values, values.index_select(0, distinct.inverse)
 
-    def _update(self, values: Tensor | None, summed: Tensor, distinct: Distinct) -> None:
+    def _sum_by_row(self, per_lookup: Tensor, distinct: Distinct) -> Tensor:
+        return sum_duplicates(
+            per_lookup,
+            distinct.inverse,
+            len(distinct.rows),
+            order=distinct.order,
+            starts=distinct.starts,
+            deterministic=self._deterministic,
+        )
+
+    def _weigh_rows(self, weights: Tensor, distinct: Distinct) -> Tensor | None:
+        """The weight of the samples that look up each distinct row, for an optimizer with state. Shape (U,)."""
+        if self.rows.buffer_state is None:
+            return None
+        per_sample = torch.stack([weights, weights.square()], dim=1)
+        num_lookups = len(distinct.inverse) // len(weights)
+        sums = self._sum_by_row(per_sample.repeat_interleave(num_lookups, dim=0), distinct)
+        return (sums[:, 1] / sums[:, 0]).nan_to_num(1.0)  # padding has no samples
+
+    def _update(self, values: Tensor | None, summed: Tensor, distinct: Distinct, weights: Tensor | None) -> None:
         rows = self.rows
         place = (rows.optimizer, rows.buffer, rows.buffer_state, distinct.rows)
         if self._row_kernels is not None:
-            self._row_kernels.update_rows(*place, summed, lr=self._lr, eps=self._eps)
+            self._row_kernels.update_rows(*place, summed, lr=self._lr, eps=self._eps, sample_weights=weights)
         else:
             assert values is not None
-            update_rows(*place, values, summed, lr=self._lr, eps=self._eps)
+            update_rows(*place, values, summed, lr=self._lr, eps=self._eps, sample_weights=weights)
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self._precision != "bf16":
             return nullcontext()
         return torch.autocast(self.rows.device.type, dtype=torch.bfloat16)
+
+
+def _mean_by_weight(weights: Tensor) -> Tensor:
+    """Σw² / Σw: the weight behind a gradient that is mostly noise. No dimensions."""
+    return weights.square().sum() / weights.sum()
 
 
 class FixedShapeStep(TrainStep):

@@ -36,9 +36,10 @@ def test_gathered_rows_are_the_rows_of_the_buffer(device: str, dim: int, num_loo
     assert torch.equal(kernels.gather_rows(buffer, unique, inverse), buffer[torch.from_numpy(positions).to(device)])
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("optimizer", ["sgd", "rowwise_adagrad"])
 @pytest.mark.parametrize("dim", [1, 3, 16, 128])
-def test_updates_equal_those_of_plain_pytorch(device: str, optimizer: str, dim: int):
+def test_updates_equal_those_of_plain_pytorch(device: str, optimizer: str, dim: int, weighted: bool):
     torch.manual_seed(dim)
     weights, state = torch.randn(400, dim, device=device), torch.rand(400, device=device)
     positions = torch.randperm(399, device=device)[:300]
@@ -46,6 +47,7 @@ def test_updates_equal_those_of_plain_pytorch(device: str, optimizer: str, dim: 
     lr = torch.tensor(0.1, device=device)
     expected, expected_state = weights.clone(), state.clone()
     has_state = optimizer == "rowwise_adagrad"
+    sample_weights = torch.rand(350, device=device) + 0.5 if weighted else None
     update_rows(
         optimizer,  # type: ignore[arg-type]
         expected,
@@ -55,10 +57,20 @@ def test_updates_equal_those_of_plain_pytorch(device: str, optimizer: str, dim: 
         gradients.clone(),
         lr=lr,
         eps=1e-8,
+        sample_weights=None if sample_weights is None else sample_weights[:300],
     )
     padded = torch.cat([positions, torch.full((50,), 399, device=device)])
     with_zeros = torch.cat([gradients, torch.zeros(50, dim, device=device)])
-    kernels.update_rows(optimizer, weights, state if has_state else None, padded, with_zeros, lr=lr, eps=1e-8)
+    kernels.update_rows(
+        optimizer,
+        weights,
+        state if has_state else None,
+        padded,
+        with_zeros,
+        lr=lr,
+        eps=1e-8,
+        sample_weights=sample_weights,
+    )
     torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(state, expected_state, rtol=1e-5, atol=1e-6)
     assert not torch.equal(weights, torch.zeros_like(weights))

@@ -57,16 +57,27 @@ def test_bytes_add_up_over_the_tiers(optimizer: str, per_row: int):
     assert sum(rows.bytes_per_tier().values()) == held - per_row  # all but the spare position
 
 
+@pytest.mark.parametrize("sample_weights", [None, torch.tensor([0.5, 3.0])])
 @pytest.mark.parametrize("optimizer", ["sgd", "rowwise_adagrad"])
-def test_an_update_is_its_formula_and_leaves_other_rows_alone(optimizer: str):
+def test_an_update_is_its_formula_and_leaves_other_rows_alone(optimizer: str, sample_weights: torch.Tensor | None):
     weights, state = torch.randn(6, 4), torch.rand(6)
     before_weights, before_state = weights.clone().double(), state.clone().double()
     positions, gradients = torch.tensor([4, 1]), torch.randn(2, 4)
     wide = gradients.double()
     values = weights[positions]
-    update_rows(optimizer, weights, state, positions, values, gradients.clone(), lr=torch.tensor(0.1), eps=1e-8)  # type: ignore[arg-type]
+    update_rows(
+        optimizer,  # type: ignore[arg-type]
+        weights,
+        state,
+        positions,
+        values,
+        gradients.clone(),
+        lr=torch.tensor(0.1),
+        eps=1e-8,
+        sample_weights=sample_weights,
+    )
     if optimizer == "rowwise_adagrad":
-        before_state[positions] += (wide**2).mean(dim=1)
+        before_state[positions] += (wide**2).mean(dim=1) / (1 if sample_weights is None else sample_weights)
         before_weights[positions] -= 0.1 * wide / (before_state[positions].sqrt() + 1e-8).unsqueeze(1)
     else:
         before_weights[positions] -= 0.1 * wide

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -89,6 +90,52 @@ def test_a_fixed_shape_step_equals_the_plain_one_to_the_bit(optimizer: str, weig
     assert plain.take_loss_sum() == 0.0
 
 
+@pytest.mark.parametrize("weight", [0.5, 3.0])
+def test_a_sample_of_weight_w_leaves_the_accumulators_of_w_samples(weight: float) -> None:
+    batch = make_batch(1, 0, weighted=False, sorted_by_host=True)
+    accumulators = []
+    for sample_weight in (None, weight):
+        rows, model = make_rows("rowwise_adagrad"), make_model()
+        step = make_step(TrainStep, model, rows, kind="adagrad", kernels="torch")
+        weights = None if sample_weight is None else torch.tensor([sample_weight])
+        step(dataclasses.replace(batch, weights=weights), 0.0)
+        assert rows.buffer_state is not None
+        accumulators.append([rows.buffer_state[:ROWS], *step.dense_optimizer.state])
+
+    for once, weighted in zip(*accumulators, strict=True):
+        torch.testing.assert_close(weighted, weight * once)
+        assert once.sum() > 0
+
+
+def test_weights_of_one_row_in_several_samples_count_by_their_size() -> None:
+    slots, weights = np.array([4, 7, 9, 4, 8, 9]), torch.tensor([1.0, 3.0])
+    found = sort_lookups(slots)
+    distinct = Distinct(*(torch.from_numpy(part) for part in (found.unique, found.inverse, found.order, found.starts)))
+    step = make_step(TrainStep, make_model(), make_rows("rowwise_adagrad"), kind="adagrad", kernels="torch")
+
+    found_weights = step._weigh_rows(weights, distinct)
+
+    assert found_weights is not None
+    shared = (1 + 9) / (1 + 3)
+    assert dict(zip(found.unique.tolist(), found_weights.tolist(), strict=True)) == {4: shared, 7: 1, 8: 3, 9: shared}
+
+
+def test_the_reported_loss_of_weighted_samples_is_their_weighted_mean() -> None:
+    losses = []
+    batch = make_batch(BATCH, 0, weighted=True, sorted_by_host=True)
+    assert batch.weights is not None
+    for factor in (1.0, 4.0):
+        step = make_step(TrainStep, make_model(), make_rows("sgd"), kind="sgd", kernels="torch")
+        step(dataclasses.replace(batch, weights=batch.weights * factor), 0.1)
+        losses.append(step.take_loss_sum())
+    assert losses[0] == pytest.approx(losses[1])
+    alone = make_step(TrainStep, make_model(), make_rows("sgd"), kind="sgd", kernels="torch")
+    alone(dataclasses.replace(batch, weights=torch.full((BATCH,), 7.0)), 0.1)
+    plain = make_step(TrainStep, make_model(), make_rows("sgd"), kind="sgd", kernels="torch")
+    plain(dataclasses.replace(batch, weights=None), 0.1)
+    assert alone.take_loss_sum() == pytest.approx(plain.take_loss_sum())
+
+
 @pytest.mark.parametrize("kind", ["sgd", "adagrad"])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_the_dense_optimizer_equals_torchs(kind: str, weight_decay: float) -> None:
@@ -115,7 +162,10 @@ def test_the_dense_optimizer_equals_torchs(kind: str, weight_decay: float) -> No
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, not interpreted")
 @pytest.mark.parametrize("make", [TrainStep, FixedShapeStep])
 @pytest.mark.parametrize("optimizer", ["sgd", "rowwise_adagrad"])
-def test_steps_by_triton_equal_those_by_torch_but_for_rounding(optimizer: str, make: type[TrainStep]) -> None:
+@pytest.mark.parametrize("weighted", [False, True])
+def test_steps_by_triton_equal_those_by_torch_but_for_rounding(
+    optimizer: str, make: type[TrainStep], weighted: bool
+) -> None:
     pytest.importorskip("triton", reason="needs triton: pip install triton")
     kind = "sgd" if optimizer == "sgd" else "adagrad"
     buffers = []
@@ -123,7 +173,7 @@ def test_steps_by_triton_equal_those_by_torch_but_for_rounding(optimizer: str, m
         rows, model = make_rows(optimizer), make_model()
         step = make_step(make, model, rows, kind=kind, kernels=kernels)
         for seed in range(4):
-            step(make_batch(BATCH, seed, weighted=False), 0.1)
+            step(make_batch(BATCH, seed, weighted=weighted), 0.1)
         buffers.append(rows.buffer[:ROWS])
 
     torch.testing.assert_close(*buffers, rtol=1e-5, atol=1e-6)
