@@ -55,10 +55,8 @@ class DenseOptimizer:
         if self._weight_decay:
             torch._foreach_add_(gradients, self._parameters, alpha=self._weight_decay)
         if self.state:
-            squares = torch._foreach_mul(gradients, gradients)
-            if sample_weight is not None:
-                torch._foreach_div_(squares, sample_weight)
-            torch._foreach_add_(self.state, squares)
+            counted = gradients if sample_weight is None else torch._foreach_div(gradients, sample_weight.sqrt())
+            torch._foreach_addcmul_(self.state, counted, counted)
             scale = torch._foreach_sqrt(self.state)
             torch._foreach_add_(scale, self._eps)
             torch._foreach_div_(gradients, scale)
