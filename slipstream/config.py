@@ -453,7 +453,7 @@ class SkipConfig:
     floor: float = 0.05
     """Least probability with which `importance` keeps a sample."""
     reweight: bool = True
-    """Weight samples kept by `negative` and `importance` by the inverse of their probability."""
+    """Let samples that `negative` and `importance` keep with probability q count as 1/q samples."""
     alpha: float = 1.0
     """Share of a sample's lookups that must be stale for it to be dropped, in (0, 1]."""
     threshold: float | None = None
