@@ -143,7 +143,7 @@ def run(
                     ),
                     lr_schedule=_lr_schedule(config),
                     skipper=Skipper(
-                        _skip_rule(skip_config, criterion, num_rows=layout.num_slots),
+                        _skip_rule(skip_config, criterion, num_rows=layout.num_slots, num_dense=num_dense),
                         columns=None if layout.is_whole else layout.columns,
                     ),
                     schedule=_schedule(config, skip_config, num_train, seed),
@@ -356,7 +356,7 @@ def _init_rows(rows: TieredRows, layout: SlotLayout, padding_rows: Mapping[str, 
         rows.load(torch.from_numpy(slots), weights)
 
 
-def _skip_rule(config: SkipConfig, criterion: Criterion, *, num_rows: int) -> SkipRule:
+def _skip_rule(config: SkipConfig, criterion: Criterion, *, num_rows: int, num_dense: int) -> SkipRule:
     return SkipRule(
         criterion=criterion,
         target_drop=config.target_drop,
@@ -365,6 +365,7 @@ def _skip_rule(config: SkipConfig, criterion: Criterion, *, num_rows: int) -> Sk
         threshold=config.threshold,
         sample_size=config.sample_size,
         num_rows=num_rows if config.scorer == "linear" else 0,
+        num_dense=num_dense,
         floor=config.floor,
         reweight=config.reweight,
     )

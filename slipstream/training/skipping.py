@@ -47,6 +47,8 @@ class SkipRule:
     """Hot samples the quantile is taken from."""
     num_rows: int = 0
     """V, for the linear scorer; 0 asks the model for scores instead."""
+    num_dense: int = 0
+    """Dense columns, for the linear scorer."""
     floor: float = 0.05
     """Least probability to keep a sample, for `importance`."""
     reweight: bool = True
@@ -101,7 +103,9 @@ class Skipper:
         self._threshold: float | None = None
         self._step = 0
         self._is_active = False
-        self._linear = LinearScorer(rule.num_rows) if rule.criterion == "importance" and rule.num_rows else None
+        self._linear: LinearScorer | None = None
+        if rule.criterion == "importance" and rule.num_rows:
+            self._linear = LinearScorer(rule.num_rows, rule.num_dense)
 
     @property
     def needs_windows(self) -> bool:
@@ -148,16 +152,7 @@ class Skipper:
         Returns:
             What to keep of the hot and of the cold samples.
         """
-        picked = self._pick(hot, cold, rng=rng, score=score)
-        groups = [group for group in (hot, cold) if group is not None]
-        if self._linear is not None and groups:
-            seen = concat_samples(groups)
-            self._linear.learn(seen.take(rng.permutation(len(seen))))
-        return picked
-
-    def _pick(
-        self, hot: Samples | None, cold: Samples | None, *, rng: np.random.Generator, score: Scorer
-    ) -> tuple[Selection, Selection]:
+        guesses = None if self._linear is None else self._guess(self._linear, hot, cold, rng)
         num_hot, num_cold = (0 if group is None else len(group) for group in (hot, cold))
         everything = Selection(keep=np.ones(num_hot, bool)), Selection(keep=np.ones(num_cold, bool))
         covers_cold = self.rule.scope == "all" and not self.needs_windows
@@ -174,9 +169,10 @@ class Skipper:
             labels = np.concatenate([group.y for group in groups])
             keep, weights = self._draw(np.where(labels > 0.5, np.inf, 1.0), rng)
         else:
-            scorer = score if self._linear is None else self._linear.score
-            errors = np.concatenate([np.abs(scorer(group) - group.y) for group in groups])
-            keep, weights = self._draw(errors, rng)
+            labels = np.concatenate([group.y for group in groups])
+            if guesses is None:
+                guesses = np.concatenate([score(group) for group in groups])
+            keep, weights = self._draw(np.abs(guesses[:classified] - labels), rng)
         self.classified += classified
         self.dropped += int(np.count_nonzero(~keep))
         weights = weights if self.rule.reweight else None
@@ -185,6 +181,18 @@ class Skipper:
             return first, everything[1]
         rest = keep[num_hot:]
         return first, Selection(keep=rest, weights=None if weights is None else weights[num_hot:][rest])
+
+    @staticmethod
+    def _guess(linear: LinearScorer, hot: Samples | None, cold: Samples | None, rng: np.random.Generator) -> np.ndarray:
+        """What the linear scorer thinks of hot samples, then of cold ones, while it learns from both in one shuffle."""
+        groups = [group for group in (hot, cold) if group is not None]
+        if not groups:
+            return np.empty(0, np.float32)
+        both = concat_samples(groups)
+        order = rng.permutation(len(both))
+        guesses = np.empty(len(both), np.float32)
+        guesses[order] = linear.learn(both.take(order))
+        return guesses
 
     def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Everything a resumed run needs: plain values, and arrays."""

@@ -16,13 +16,15 @@ from slipstream.training.rounds import OpenStreams, Position, PreparedRound, Rou
 from slipstream.training.skipping import Skipper, SkipRule
 from slipstream.training.stream import SampleStream
 
-NUM_ROWS = 60
+NUM_ROWS, NUM_DENSE = 60, 3
 SCHEDULE = Schedule(epochs=2, batch_size=16, order="interleaved", segment_steps=12, round_samples=100, seed=3)
 RULES = {
     "none": SkipRule(criterion="none", target_drop=0.3),
     "random": SkipRule(criterion="random", target_drop=0.3, scope="all"),
     "negative": SkipRule(criterion="negative", target_drop=0.3, scope="all"),
-    "importance": SkipRule(criterion="importance", target_drop=0.3, scope="all", num_rows=NUM_ROWS),
+    "importance": SkipRule(
+        criterion="importance", target_drop=0.3, scope="all", num_rows=NUM_ROWS, num_dense=NUM_DENSE
+    ),
     "importance by the model": SkipRule(criterion="importance", target_drop=0.3, scope="all"),
     "stale": SkipRule(criterion="stale", target_drop=0.3),
 }
