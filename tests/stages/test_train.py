@@ -159,6 +159,14 @@ def initial_tensors(result: RunResult) -> dict[str, Tensor]:
     return tensors | {f"dense.{name}": value for name, value in model.state_dict().items()}
 
 
+def mean_weights(weights: Tensor | None, row_of_sample: Tensor, num_rows: int) -> Tensor:
+    """Σw² / Σw over the samples of each row; 1 where there are none. Shape (num_rows,)."""
+    if weights is None:
+        return torch.ones(num_rows)
+    sums, squares = (torch.bincount(row_of_sample, values, minlength=num_rows) for values in (weights, weights**2))
+    return torch.where(sums > 0, squares / sums, 1.0).float()
+
+
 def plain_training(result: RunResult, batches: list[Batch]) -> dict[str, Tensor]:
     """One nn.Embedding per table with dense gradients, and the two update rules written out."""
     config = result.config.train
@@ -179,10 +187,11 @@ def plain_training(result: RunResult, batches: list[Batch]) -> dict[str, Tensor]
                 if config.optimizer == "sgd":
                     tensor -= config.lr * gradient
                 elif name.startswith("tables."):
-                    state[name] += (gradient**2).mean(dim=1)
+                    looked_up_rows = rows[:, TABLES.index(name.removeprefix("tables."))]
+                    state[name] += (gradient**2).mean(dim=1) / mean_weights(weights, looked_up_rows, len(tensor))
                     tensor -= config.lr * gradient / (state[name].sqrt() + config.eps).unsqueeze(1)
                 else:
-                    state[name] += gradient**2
+                    state[name] += gradient**2 / mean_weights(weights, torch.zeros(len(rows), dtype=torch.int64), 1)
                     tensor -= config.lr * gradient / (state[name].sqrt() + config.eps)
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
@@ -219,7 +228,7 @@ def test_training_equals_a_plain_loop_over_the_same_batches(
         )
 
 
-def test_weights_of_kept_samples_count_in_the_loss(tiny_runs: Path, seen_batches: list[Batch]):
+def test_a_sample_of_weight_w_counts_as_w_samples(tiny_runs: Path, seen_batches: list[Batch]):
     result = train(
         tiny_runs,
         train__mode="slipstream",
