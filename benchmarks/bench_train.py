@@ -66,6 +66,7 @@ CONTENDERS = [
 NUM_DENSE = 13
 ON_DEVICE = {"input", "ceiling", "plain", "torchrec", "resident"}
 """Contenders with every row on the device."""
+NUM_LOADERS = 8
 SAMPLES_PER_SHARD = 1 << 16
 Pass = Callable[[], dict[str, float]]
 """Trains over all samples once and says how that went."""
@@ -280,7 +281,7 @@ def make_engine(case: Case, device: torch.device) -> Pass:
         trainer.position, trainer.totals.seconds = Position(), 0.0
         totals = trainer.totals
         before = (totals.samples_seen, totals.samples_dropped, totals.steps, totals.hot_steps)
-        with ThreadPoolExecutor(2) as pool:
+        with ThreadPoolExecutor(NUM_LOADERS) as pool:
             trainer.train(lambda epoch: open_streams(case, pool) if shards is None else open_shards(shards, pool))
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -310,7 +311,7 @@ def make_plain(case: Case, device: torch.device, *, use_fbgemm: bool) -> Pass:
 
     def run_pass() -> dict[str, float]:
         started = time.perf_counter()
-        with ThreadPoolExecutor(2) as pool:
+        with ThreadPoolExecutor(NUM_LOADERS) as pool:
             samples = open_streams(case, pool)["cold"].take(len(case.samples))
         for batch in maker.make(None, samples, rng=np.random.default_rng(0), last=True):
             rows = torch.from_numpy(batch.slots).to(device).long()

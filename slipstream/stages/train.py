@@ -49,6 +49,8 @@ _WINDOW_SAMPLES = 2_000_000
 """Samples shuffled together."""
 _ROUND_SAMPLES = 1_000_000
 """Most samples of a round."""
+_NUM_LOADERS = 8
+"""Threads that read shards."""
 _STAGING_CAP = 1 << 19
 """Rows a staging half holds by default, unless one batch needs more."""
 
@@ -119,7 +121,7 @@ def run(
     )
     with (
         SummaryWriter(str(scratch / "events")) as events,
-        ThreadPoolExecutor(max_workers=2, thread_name_prefix="shards") as workers,
+        ThreadPoolExecutor(max_workers=_NUM_LOADERS, thread_name_prefix="shards") as workers,
     ):
         step = _make_step(config, model, rows, representations, num_dense=num_dense, num_tables=num_columns)
 

@@ -21,7 +21,7 @@ class SampleStream:
         sizes: Samples per shard.
         seed: Of this pass; give each epoch its own.
         window_samples: Samples shuffled together, at least one shard.
-        workers: Pool that loads.
+        workers: Pool that loads, several shards at once; first come, first served.
     """
 
     def __init__(
@@ -75,8 +75,12 @@ class SampleStream:
 
     def _load_next(self) -> None:
         window = next(self._windows, None)
-        self._next = None if window is None else self._workers.submit(self._load, window)
+        self._next = None
+        if window is not None:
+            # the pool takes tasks in this order, so the last one never waits for one that has no worker
+            shards = [self._workers.submit(self._loaders[index]) for index in window]
+            self._next = self._workers.submit(self._shuffle, shards)
 
-    def _load(self, window: list[int]) -> Samples:
-        samples = concat_samples([self._loaders[index]() for index in window])
+    def _shuffle(self, shards: list[Future[Samples]]) -> Samples:
+        samples = concat_samples([shard.result() for shard in shards])
         return samples.take(self._rng.permutation(len(samples)))

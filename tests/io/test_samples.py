@@ -26,6 +26,22 @@ def write_part(path: Path) -> pl.DataFrame:
     return frame
 
 
+def test_taking_samples_is_indexing_every_field(rng: np.random.Generator):
+    samples = make_samples(rng.integers(0, 9, (20, 3)))
+    samples = Samples(X_int=samples.X_int, X_cat=samples.X_cat, y=samples.y, weights=rng.random(20))
+    for picked in (slice(3, 9), rng.random(20) < 0.5, rng.permutation(20), np.array([4, 4, 0]), np.empty(0, np.int64)):
+        taken = samples.take(picked)
+        for name in ("X_int", "X_cat", "y", "weights"):
+            assert np.array_equal(getattr(taken, name), getattr(samples, name)[picked])
+
+
+@pytest.mark.parametrize("picked", [[0, 20], [-1, 3]])
+def test_numbers_outside_the_samples_are_refused(picked: list[int]):
+    samples = make_samples(np.zeros((20, 1), int))
+    with pytest.raises(IndexError, match=r"expected numbers of samples in \[0, 20\)"):
+        samples.take(np.array(picked))
+
+
 @pytest.mark.parametrize("num_samples", [0, 1, 50])
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])
 def test_a_shard_reads_back_as_it_was_written(tmp_path: Path, num_samples: int, dtype: type):
