@@ -11,7 +11,7 @@ Nothing is dropped in the first segment.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -165,22 +165,24 @@ class Skipper:
             keep, weights = ~self._is_stale(hot.X_cat, rng), None
         elif self.rule.criterion == "random":
             keep, weights = self._draw(np.ones(classified), rng)[0], None
-        elif self.rule.criterion == "negative":
-            labels = np.concatenate([group.y for group in groups])
-            keep, weights = self._draw(np.where(labels > 0.5, np.inf, 1.0), rng)
         else:
-            labels = np.concatenate([group.y for group in groups])
-            if guesses is None:
-                guesses = np.concatenate([score(group) for group in groups])
-            keep, weights = self._draw(np.abs(guesses[:classified] - labels), rng)
+            keep, weights = self._draw(self._worth(groups, guesses, score), rng)
         self.classified += classified
         self.dropped += int(np.count_nonzero(~keep))
         weights = weights if self.rule.reweight else None
-        first = Selection(keep=keep[:num_hot], weights=None if weights is None else weights[:num_hot][keep[:num_hot]])
+        of_hot = _selection(keep[:num_hot], None if weights is None else weights[:num_hot])
         if not covers_cold:
-            return first, everything[1]
-        rest = keep[num_hot:]
-        return first, Selection(keep=rest, weights=None if weights is None else weights[num_hot:][rest])
+            return of_hot, everything[1]
+        return of_hot, _selection(keep[num_hot:], None if weights is None else weights[num_hot:])
+
+    def _worth(self, groups: Sequence[Samples], guesses: np.ndarray | None, score: Scorer) -> np.ndarray:
+        """What the probability to keep a sample is proportional to; infinity keeps it for certain."""
+        labels = np.concatenate([group.y for group in groups])
+        if self.rule.criterion == "negative":
+            return np.where(labels > 0.5, np.inf, 1.0)
+        if guesses is None:
+            guesses = np.concatenate([score(group) for group in groups])
+        return np.asarray(np.abs(guesses[: len(labels)] - labels))
 
     @staticmethod
     def _guess(linear: LinearScorer, hot: Samples | None, cold: Samples | None, rng: np.random.Generator) -> np.ndarray:
@@ -255,6 +257,10 @@ class Skipper:
                 untouched_rows=int(np.count_nonzero(np.isinf(self._movement))),
             )
         )
+
+
+def _selection(keep: np.ndarray, weights: np.ndarray | None) -> Selection:
+    return Selection(keep=keep, weights=None if weights is None else weights[keep])
 
 
 def _share_ties(statistic: np.ndarray, threshold: float, *, num_drop: int, rng: np.random.Generator) -> np.ndarray:
