@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from slipstream.errors import ArtifactError
 from slipstream.io.artifacts import write_atomically
+from slipstream.ops.npz import read_arrays
 from slipstream.schema import LABEL
 
 
@@ -158,8 +159,9 @@ def read_shard(path: Path) -> Samples:
         ArtifactError: The file is not a whole shard.
     """
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
-            return Samples(X_int=arrays["X_int"], X_cat=arrays["X_cat"], y=arrays["y"])
+        with path.open("rb") as stream:
+            X_int, X_cat, y = read_arrays(stream, ("X_int", "X_cat", "y"))
+        return Samples(X_int=X_int, X_cat=X_cat, y=y)
     except (OSError, EOFError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as exc:
         raise ArtifactError(
             f"expected an npz shard with X_int, X_cat and y at `{path}`: {exc}",

@@ -8,14 +8,53 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Callable, Iterable
-from typing import IO, Any
+from collections.abc import Callable, Iterable, Sequence
+from threading import Lock
+from typing import IO, Any, cast
 
 import numpy as np
 import polars as pl
 
 _ARRAYS = ("y", "X_int", "X_cat")
 _ROWS = 1 << 15
+
+
+_HEADER_LOCK = Lock()
+"""numpy parses headers as Python literals, which Python 3.11 cannot do in two threads at once: now and then it raises
+SystemError (python/cpython issue 106905)."""
+
+
+def read_arrays(stored: IO[bytes], names: Sequence[str]) -> list[np.ndarray]:
+    """Arrays of an npz file; several threads may read files at once. No pickle is loaded.
+
+    Raises:
+        KeyError: An array is missing.
+        ValueError: An array is not in C order, holds objects, or is shorter than its header says.
+        zipfile.BadZipFile: The file is no archive, or damaged.
+    """
+    arrays = []
+    with zipfile.ZipFile(stored) as archive:
+        for name in names:
+            with archive.open(f"{name}.npy") as stream:
+                shape, is_fortran, dtype = _read_header(stream)
+                if is_fortran or dtype.hasobject:
+                    raise ValueError(f"expected numbers in C order in {name}, found {dtype}")
+                values = np.empty(shape, dtype)
+                read_into = cast(io.BufferedIOBase, stream).readinto
+                if read_into(values.reshape(-1).view(np.uint8).data) != values.nbytes or stream.read(1):
+                    raise ValueError(f"array {name} is not as long as its header says")
+                arrays.append(values)
+    return arrays
+
+
+def _read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """(shape, whether in Fortran order, dtype) of an npy stream, which then stands at its values."""
+    version = np.lib.format.read_magic(stream)
+    read: Callable[[IO[bytes]], tuple[tuple[int, ...], bool, np.dtype[Any]]] = (
+        np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    )
+    with _HEADER_LOCK:
+        return read(stream)
 
 
 def npz_widths(stored: IO[bytes]) -> tuple[int, int]:
@@ -118,11 +157,7 @@ class _Members:
         except KeyError as exc:
             found = ", ".join(sorted(item.removesuffix(".npy") for item in self._archive.namelist()))
             raise ValueError(f"expected the arrays {', '.join(_ARRAYS)}, found {found or 'none'}") from exc
-        version = np.lib.format.read_magic(stream)
-        read_header: Callable[[IO[bytes]], tuple[tuple[int, ...], bool, np.dtype[Any]]] = (
-            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        )
-        shape, is_fortran, dtype = read_header(stream)
+        shape, is_fortran, dtype = _read_header(stream)
         if is_fortran or len(shape) not in (1, 2) or (name != "y" and len(shape) != 2):
             raise ValueError(f"expected {name} with one row per sample in C order, found shape {shape}")
         if dtype.kind not in "iuf":

@@ -34,6 +34,7 @@ from slipstream.io.raw import RawBlock, estimate_text_bytes, is_parquet, raw_siz
 from slipstream.io.split_layout import Piece, SplitLayout
 from slipstream.ops import split as splits
 from slipstream.ops.dense import transform_dense
+from slipstream.ops.npz import read_arrays
 from slipstream.ops.parallel import in_order
 from slipstream.ops.vocabulary import (
     RawIdCounter,
@@ -317,8 +318,9 @@ def _count_table(
     assert limits.freq_threshold is not None
     kept = scratch / "work" / "vocab" / f"{name}.npz"
     if kept.exists():
-        with np.load(kept, allow_pickle=False) as arrays:
-            return Vocabulary(raw_ids=arrays["raw_ids"], counts=arrays["counts"])
+        with kept.open("rb") as stream:
+            raw_ids, counts = read_arrays(stream, ("raw_ids", "counts"))
+        return Vocabulary(raw_ids=raw_ids, counts=counts)
     counter = RawIdCounter()
     columns = [table_name(column) for column, table in enumerate(source.table_of_column) if table == index]
     for chunk_index, chunk in enumerate(layout.chunks):
