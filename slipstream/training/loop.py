@@ -49,7 +49,7 @@ class LoopTotals:
     hot_steps: int = 0
     samples_seen: int = 0
     samples_dropped: int = 0
-    """Of rounds that are trained."""
+    """Of rounds that have begun."""
     seconds: float = 0.0
     """Wall time of training, loading and scoring included, evaluation left out."""
     losses: list[float] = field(default_factory=list)
@@ -86,8 +86,7 @@ class Trainer:
     ) -> None:
         self.totals = LoopTotals()
         self.position = Position()
-        self._preparer = RoundPreparer(schedule, skipper, score=self._score, position=self.position)
-        self._round_dropped = 0
+        self._preparer: RoundPreparer | None = None
         self.step, self.lookahead, self.skipper = step, lookahead, skipper
         self.tracker = MovementTracker(step.rows.buffer[: step.rows.num_hot])
         self._lr_schedule, self._schedule = lr_schedule, schedule
@@ -106,8 +105,9 @@ class Trainer:
         """
         self._started = time.perf_counter()
         self.step.model.train()
-        self._preparer = RoundPreparer(self._schedule, self.skipper, score=self._score, position=self.position)
-        with closing(self._preparer.run(open_streams)) as rounds:
+        preparer = RoundPreparer(self._schedule, self.skipper, score=self._score, position=self.position)
+        self._preparer = preparer
+        with closing(preparer.run(open_streams)) as rounds:
             for prepared in rounds:
                 self._train_round(prepared)
         self.position = Position(epoch=self._schedule.epochs)
@@ -117,7 +117,8 @@ class Trainer:
         self.totals.seconds = self.elapsed()
 
     def settle_position(self) -> Position:
-        """The position with all that is decided; until the next step nothing else is being decided."""
+        """The position with all that is decided; until the next step nothing else is being decided. While training."""
+        assert self._preparer is not None
         self.position.picked_ahead = self._preparer.wait()
         return self.position
 
@@ -142,10 +143,8 @@ class Trainer:
             self.position = Position(
                 epoch=prepared.epoch, round_index=prepared.index, waiting=prepared.waiting, picked=prepared.picked
             )
-        self._round_dropped = prepared.num_dropped()
+            self.totals.samples_dropped += prepared.num_dropped()
         self._run(prepared)
-        self.totals.samples_dropped += self._round_dropped
-        self._round_dropped = 0
         if prepared.ends_segment and self.tracker.is_open:
             self.skipper.check(step=self.totals.steps, movement=self.tracker.close_window())
 
@@ -214,7 +213,7 @@ class Trainer:
                 step=totals.steps,
                 loss=loss,
                 samples_seen=totals.samples_seen,
-                samples_dropped=totals.samples_dropped + self._round_dropped,
+                samples_dropped=totals.samples_dropped,
                 samples_per_second=totals.samples_seen / self.elapsed(),
                 hot_batch_share=totals.hot_steps / totals.steps,
                 threshold=self.skipper.threshold,

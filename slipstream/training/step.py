@@ -8,6 +8,7 @@ is how the tests prove it.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from importlib import import_module
 from typing import Literal
 
@@ -169,7 +170,8 @@ def _mean_by_weight(weights: Tensor) -> Tensor:
 class FixedShapeStep(TrainStep):
     """A step whose full batches all have one shape, captured as a CUDA graph after a few of them.
 
-    Batches of another size, the last of an epoch, take the plain path.
+    Batches of another size, the last of an epoch, take the plain path. The first batch with weights makes room for
+    them, so that trainings without weights have none to compute with.
 
     Args:
         batch_size: B of full batches.
@@ -190,7 +192,6 @@ class FixedShapeStep(TrainStep):
             labels=torch.zeros(batch_size, device=device),
             positions=torch.zeros(num_lookups, dtype=torch.int64, device=device),
             is_hot=False,
-            weights=torch.ones(batch_size, device=device),
         )
         self._num_eager = 0
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -214,12 +215,15 @@ class FixedShapeStep(TrainStep):
         self._graph.replay()
 
     def _load(self, batch: StagedBatch) -> None:
+        if batch.weights is not None and self._static.weights is None:
+            self._static = replace(self._static, weights=torch.empty_like(batch.weights))
+            self._graph, self._num_eager = None, 0
         static = self._static
-        assert batch.positions is not None and static.positions is not None and static.weights is not None
+        assert batch.positions is not None and static.positions is not None
         static.dense.copy_(batch.dense)
         static.labels.copy_(batch.labels)
         static.positions.copy_(batch.positions)
-        if batch.weights is None:
-            static.weights.fill_(1.0)
-        else:
+        if batch.weights is not None and static.weights is not None:
             static.weights.copy_(batch.weights)
+        elif static.weights is not None:
+            static.weights.fill_(1.0)
