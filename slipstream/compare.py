@@ -127,7 +127,7 @@ def run_comparison(
             if len(hot_rows) > 1 and not any("segregate." in override for override in variant.overrides):
                 raise ConfigError(
                     f"`segregate.hot_budget` = {config.segregate.hot_budget} buys variants different hot sets: "
-                    f"{sorted(hot_rows)} rows, because a snapshot or other optimizer state makes rows heavier",
+                    f"{sorted(hot_rows)} rows, because what is kept of a row beside its weights differs",
                     hint='give the budget as a share, such as "10%", so that differences are paired',
                 )
             cells.append(result.counts("train"))

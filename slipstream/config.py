@@ -205,8 +205,8 @@ class SegregateConfig:
     """The hot set, and samples split by it."""
 
     hot_budget: str | int = "10%"
-    """Accelerator memory of the hot rows with their optimizer state and snapshots: bytes, `"64MiB"`, or `"1%"`
-    of what all rows would take by the same account."""
+    """Accelerator memory of the hot rows with their optimizer state and what staleness keeps of them: bytes,
+    `"64MiB"`, or `"1%"` of what all rows would take by the same account."""
     access_threshold: int = 0
     """Λ given by hand: rows counted at least this often are hot and the bytes follow; 0 lets the budget decide."""
     policy: Literal["frequency", "sample-aware"] = "frequency"
@@ -441,31 +441,36 @@ class SkipConfig:
     """Which samples are left out, and by what rule."""
 
     criterion: Literal["none", "stale", "random", "negative", "importance"] = "stale"
-    """`stale` drops hot samples whose rows stopped moving; `random` the same share blindly: its control; `negative`
+    """`stale` drops hot samples whose rows have come to rest; `random` the same share blindly: its control; `negative`
     blindly among negatives; `importance` where the error is least."""
     target_drop: float = 0.3
     """D: share of the classified samples to drop."""
     scope: Literal["hot", "all"] = "hot"
     """Samples that are classified; `stale` always means hot ones, whatever stands here."""
+    movement: Literal["per-label", "net"] = "per-label"
+    """What `stale` measures: `per-label` how hard a lookup pulls at its row, by clicked samples and by the others, so
+    that both cannot cancel; `net` how far the row came between two snapshots, as published. `train.faithful` always
+    means `net`."""
     scorer: Literal["linear", "model"] = "linear"
     """Who guesses the error for `importance`: `linear` a logistic regression on rows and dense values that learns
     beside the model at about a microsecond a sample, `model` a forward pass over the coming samples."""
     floor: float = 0.05
-    """Least probability with which `importance` keeps a sample."""
+    """Least probability with which `importance`, and `stale` per label, keep a sample."""
     reweight: bool = True
-    """Let samples that `negative` and `importance` keep with probability q count as 1/q samples."""
+    """Let samples that `negative`, `importance`, and `stale` per label keep with probability q count as 1/q samples."""
     alpha: float = 1.0
-    """Share of a sample's lookups that must be stale for it to be dropped, in (0, 1]."""
+    """Share of a sample's lookups that must be stale for it to be dropped, in (0, 1]; per label, the share of its rows,
+    those pulled at least, whose mean decides."""
     threshold: float | None = None
-    """T given by hand: a row is stale when no coordinate moved by this much; left out, D decides."""
+    """T given by hand: a row is stale when it moved by less; left out, D decides."""
     warmup_steps: int = 0
     """Steps before the first window opens."""
     refresh_steps: int = 0
     """Steps between re-checks; 0 makes six in the first epoch."""
     window_steps: int = 0
-    """Steps between the two snapshots compared; 0 uses the whole time since the last check."""
+    """Steps before a check that rows are watched for; 0 uses the whole time since the last check."""
     sample_size: int = 65_536
-    """Hot samples the threshold is taken from."""
+    """Hot samples the threshold is taken from, by `net` movement; per label it is taken from all of a round."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -526,6 +531,11 @@ class PipelineConfig:
     def train_seed(self) -> int:
         """Seed of initial weights, batch order and dropping."""
         return self.seed if self.train.seed is None else self.train.seed
+
+    @property
+    def movement(self) -> Literal["per-label", "net"]:
+        """The measure of staleness in force: the published order has one only."""
+        return "net" if self.train.faithful else self.skip.movement
 
     @property
     def criterion(self) -> Literal["none", "stale", "random", "negative", "importance"]:

@@ -293,7 +293,7 @@ def row_bytes_of(config: PipelineConfig) -> int:
     return hot_row_bytes(
         embedding_dim=config.model.embedding_dim,
         optimizer=config.train.optimizer,
-        keeps_snapshot=config.criterion == "stale",
+        movement=config.movement if config.criterion == "stale" else None,
     )
 
 

@@ -84,13 +84,6 @@ class StagedBatch:
         assert self.positions is not None
         return find_distinct(self.positions, padding=padding)
 
-    def touched(self) -> Tensor:
-        """The positions looked up, each at least once. Shape (U,) or (L,), integer."""
-        if self.distinct is not None:
-            return self.distinct.rows
-        assert self.positions is not None
-        return self.positions
-
     def tensors(self) -> list[Tensor]:
         """Everything that went to the device."""
         given = (self.dense, self.labels, self.positions, self.weights, self.outside)

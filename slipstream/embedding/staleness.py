@@ -1,28 +1,78 @@
-"""Staleness: which hot rows stopped moving, and which samples have nothing left to teach.
+"""Staleness: which hot rows have come to rest, and which samples have nothing left to teach.
 
-A row is stale when no coordinate moved by T or more between two snapshots of the hot tier. A row that was not
-looked up in between moved by nothing, which says nothing: it is untouched, not stale. A hot sample is dropped
-when at least a share α of its lookups are stale, that is when the ⌈α·T⌉-th smallest movement among its rows
-is below the threshold. So the threshold for a target drop D is the D-quantile of that statistic: exact, in one
-pass, without a search.
+Two measures of a row in a window of training:
 
-Source: Slipstream (arXiv 2404.04270), whose code searches T by bisection and takes untouched rows for stale.
+    net         how far it came between two snapshots of the hot tier: max_j |w2 - w1|. Published. Clicked samples pull
+                a row one way and the others the other way, so a row can stand still while each of them still pulls.
+    per label   how hard one lookup pulls at it, that is the largest coordinate of its gradient, as the mean over the
+                lookups by clicked samples and that over the others. Nothing cancels, step sizes play no part, and no
+                snapshot is needed.
+
+A row that was not looked up moved by nothing, which says nothing: it is untouched, not stale.
+
+By net movement a hot sample is dropped when at least a share α of its lookups are stale, that is when the ⌈α·T⌉-th
+smallest movement among its rows is below the threshold. So the threshold for a target drop D is the D-quantile of that
+statistic: exact, in one pass, without a search. Per label the statistic is the mean pull of the sample's rows, of the
+⌈α·T⌉ with the least, under its own label.
+
+Source of net movement: Slipstream (arXiv 2404.04270), whose code searches T by bisection and takes untouched rows for
+stale.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from slipstream.ops.hot_set import Movement
+
 UNTOUCHED = float("inf")
 """Movement of a row that was not looked up: above every threshold."""
 
+_PIECE = 16_384
+"""Samples whose pulls are looked up at a time."""
+
+
+class RowTracker(Protocol):
+    """Watches the hot tier over a window."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a window is open."""
+
+    def open_window(self) -> None:
+        """Forget what came before."""
+
+    def observe(self, rows: Tensor, sum_pulls: Callable[[], Tensor]) -> None:
+        """Note a step, in a window or not; the step may be part of a captured graph.
+
+        Args:
+            rows: Distinct positions looked up; those beyond the hot tier are left out. Shape (U,), int64.
+            sum_pulls: Gives `pulls_of_lookups` summed by row. Shape (U, 4).
+        """
+
+    def close_window(self) -> np.ndarray:
+        """What the window showed of each hot row."""
+
+    def state(self) -> dict[str, np.ndarray]:
+        """What an open window holds, for a checkpoint; nothing when none is open."""
+
+    def restore(self, state: dict[str, np.ndarray]) -> None:
+        """Take over what `state` gave."""
+
+
+def make_tracker(movement: Movement, hot_rows: Tensor) -> RowTracker:
+    """What measures the movement of the hot tier. `hot_rows` is a view of it, shape (H, D)."""
+    return MovementTracker(hot_rows) if movement == "net" else PullTracker(len(hot_rows), device=hot_rows.device)
+
 
 class MovementTracker:
-    """Watches the hot tier between two snapshots.
+    """Net movement between two snapshots.
 
     Args:
         hot_rows: View of the hot tier. Shape (H, D).
@@ -58,10 +108,9 @@ class MovementTracker:
             self._snapshot = torch.from_numpy(state["snapshot"]).to(device)
             self._touched[:-1] = torch.from_numpy(state["touched"]).to(device)
 
-    def touch(self, positions: Tensor) -> None:
-        """Note the lookups of a step; positions beyond the hot tier are left out. Shape (n,), integer."""
-        if self._snapshot is not None:
-            self._touched.index_fill_(0, positions.clamp(max=len(self._hot_rows)).long(), True)
+    def observe(self, rows: Tensor, sum_pulls: Callable[[], Tensor]) -> None:
+        """Note which rows a step looked up."""
+        self._touched.index_fill_(0, rows.clamp(max=len(self._hot_rows)), True)
 
     def close_window(self) -> np.ndarray:
         """Movement of each hot row since the window opened: max_j |w2 - w1|; UNTOUCHED where not looked up.
@@ -77,8 +126,111 @@ class MovementTracker:
         return moved.cpu().numpy()
 
 
+class PullTracker:
+    """Mean pull of a lookup at each hot row, by the sample's label.
+
+    Args:
+        num_hot: H; 16 bytes each.
+        device: Of the hot tier.
+    """
+
+    def __init__(self, num_hot: int, *, device: torch.device) -> None:
+        # the last entry takes what lies beyond the hot tier; its place in memory must not change, graphs add to it
+        self._sums = torch.zeros(num_hot + 1, 4, device=device)
+        self._is_open = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a window is open."""
+        return self._is_open
+
+    def open_window(self) -> None:
+        """Forget what came before."""
+        self._sums.zero_()
+        self._is_open = True
+
+    def state(self) -> dict[str, np.ndarray]:
+        """What an open window holds, for a checkpoint; nothing when none is open."""
+        return {"pulls": self._sums[:-1].cpu().numpy()} if self._is_open else {}
+
+    def restore(self, state: dict[str, np.ndarray]) -> None:
+        """Take over what `state` gave."""
+        self._is_open = bool(state)
+        if state:
+            self._sums[:-1].copy_(torch.from_numpy(state["pulls"]))
+
+    def observe(self, rows: Tensor, sum_pulls: Callable[[], Tensor]) -> None:
+        """Add the pulls of a step."""
+        self._sums.index_add_(0, rows.clamp(max=len(self._sums) - 1), sum_pulls())
+
+    def close_window(self) -> np.ndarray:
+        """Mean pull of a lookup by samples that were not clicked, and by those that were; 0 where there was none.
+
+        Returns:
+            Shape (2, H), float32.
+        """
+        if not self._is_open:
+            raise ValueError("expected an open window; call open_window first")
+        self._is_open = False
+        pulls, samples = self._sums[:-1].T.reshape(2, 2, -1)
+        means: np.ndarray = (pulls / samples.clamp(min=torch.finfo(torch.float32).tiny)).cpu().numpy()
+        return means
+
+
+def pulls_of_lookups(gradients: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+    """How hard each lookup pulls at its row, by label, in a form that can be summed.
+
+    Args:
+        gradients: Of the mean loss of a batch with regard to each looked-up row, sample by sample. Shape (L, D).
+        labels: Shape (B,).
+        weights: Of samples in the loss; None is 1. Shape (B,).
+
+    Returns:
+        Pulls of samples without a click and with one, then how many samples they stand for. Shape (L, 4), float32.
+    """
+    batch_size = len(labels)
+    pulls = torch.linalg.vector_norm(gradients, ord=math.inf, dim=1).view(batch_size, -1, 1) * batch_size
+    of_label = torch.stack([labels <= 0.5, labels > 0.5], dim=1).to(pulls.dtype)
+    samples = of_label if weights is None else of_label * weights.unsqueeze(1)
+    pulls = pulls * of_label.unsqueeze(1)
+    return torch.cat([pulls, samples.unsqueeze(1).expand_as(pulls)], dim=2).flatten(end_dim=1)
+
+
+def sample_pull(pulls: np.ndarray, slots: np.ndarray, labels: np.ndarray, *, alpha: float) -> np.ndarray:
+    """The statistic of each hot sample per label: the mean pull of its rows under the sample's own label.
+
+    Args:
+        pulls: Of unclicked and of clicked samples at each hot row; 0 where unknown. Shape (2, H), float32.
+        slots: Hot samples. Shape (n, T), integer.
+        labels: Shape (n,).
+        alpha: Share of the sample's known rows that the mean is over, those with the least pull, in (0, 1].
+
+    Returns:
+        Mean over the rows that are known; UNTOUCHED where none is. Shape (n,), float32.
+    """
+    statistic = np.empty(len(slots), np.float32)
+    for label, of_label in enumerate(pulls):
+        chosen = np.flatnonzero((labels > 0.5) == label)
+        for start in range(0, len(chosen), _PIECE):
+            piece = chosen[start : start + _PIECE]
+            statistic[piece] = _mean_of_known(of_label[slots[piece]], alpha)
+    return statistic
+
+
+def _mean_of_known(pulls: np.ndarray, alpha: float) -> np.ndarray:
+    """Mean over the share `alpha` of the entries above 0, the least of them. Shape (n, T) to (n,)."""
+    num_known = np.count_nonzero(pulls, axis=1)
+    if alpha < 1:
+        least_first = np.sort(np.where(pulls > 0, pulls, np.inf), axis=1)
+        num_known = np.ceil(alpha * num_known - 1e-9).astype(np.intp)
+        pulls = np.where(np.arange(pulls.shape[1]) < num_known[:, None], least_first, 0.0)
+    means = np.full(len(pulls), UNTOUCHED, np.float32)
+    np.divide(pulls.sum(axis=1), num_known, out=means, where=num_known > 0)
+    return means
+
+
 def sample_movement(movement: np.ndarray, slots: np.ndarray, *, alpha: float) -> np.ndarray:
-    """The statistic of each hot sample: the ⌈α·T⌉-th smallest movement among its rows.
+    """The statistic of each hot sample by net movement: the ⌈α·T⌉-th smallest movement among its rows.
 
     Args:
         movement: Per hot row; UNTOUCHED where unknown. Shape (H,), float32.

@@ -3,7 +3,7 @@
 Reads   segregate/   hot, cold, val and test shards, slots.npz
 Writes  train/       model.safetensors, model.json, predictions_{val,test}.npy, staleness.json, losses.json, events/
 Keeps   each row in one place; over the same batch order every exact mode ends with the same model
-Costs   one pass over the training shards an epoch; device memory for hot rows, staging and one snapshot
+Costs   one pass over the training shards an epoch; device memory for hot rows, staging and what watches rows move
 """
 
 from __future__ import annotations
@@ -363,6 +363,7 @@ def _skip_rule(config: SkipConfig, criterion: Criterion, *, num_rows: int, num_d
         criterion=criterion,
         target_drop=config.target_drop,
         scope=config.scope,
+        movement=config.movement,
         alpha=config.alpha,
         threshold=config.threshold,
         sample_size=config.sample_size,
@@ -486,7 +487,7 @@ def _figures(trainer: Trainer, placement: Placement) -> dict[str, Any]:
         asked=skipper.rule.target_drop if skipper.rule.criterion != "none" else 0.0,
         threshold=skipper.threshold,
     )
-    figures["bytes_per_tier"] = trainer.step.rows.bytes_per_tier() | trainer.snapshot_bytes()
+    figures["bytes_per_tier"] = trainer.step.rows.bytes_per_tier() | trainer.tracker_bytes()
     representations = trainer.step.representations
     if representations is not None and representations.has_cores:
         figures["bytes_per_tier"]["tt"] = representations.core_bytes()

@@ -70,7 +70,8 @@ class Checkpointer:
         arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
         trainer.position = _read_position(state["position"], arrays)
         trainer.skipper.restore(state["skipper"], _below(arrays, "skipper."))
-        trainer.tracker.restore(_below(arrays, "tracker."))
+        if trainer.step.tracker is not None:
+            trainer.step.tracker.restore(_below(arrays, "tracker."))
         trainer.lookahead.restore_counters(state["lookahead"])
         if trainer.step.representations is not None:
             trainer.step.representations.restore(state["tables"], _below(tensors, "tables."))
@@ -81,9 +82,11 @@ class Checkpointer:
         trainer.totals.loss_sum += trainer.step.take_loss_sum()
         position = trainer.settle_position()
         plain, arrays = trainer.skipper.state()
+        tracker = trainer.step.tracker
+        tracked = {} if tracker is None else tracker.state()
         tensors = {name: tensor.cpu().contiguous() for name, tensor in _parameters(trainer).items()}
         for name, array in (
-            _prefixed("skipper.", arrays) | _prefixed("tracker.", trainer.tracker.state()) | _position_arrays(position)
+            _prefixed("skipper.", arrays) | _prefixed("tracker.", tracked) | _position_arrays(position)
         ).items():
             tensors[name] = torch.from_numpy(np.ascontiguousarray(array))
         state = {

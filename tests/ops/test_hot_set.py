@@ -10,6 +10,7 @@ from strategies import count_tables, lookups
 
 from slipstream.ops.counting import count_accesses
 from slipstream.ops.hot_set import (
+    Movement,
     assign_slots,
     hot_row_bytes,
     measure_hot_set,
@@ -57,16 +58,18 @@ def plain_sample_aware(rows: np.ndarray, counts: np.ndarray, oov_rows: np.ndarra
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "keeps_snapshot", "expected"),
+    ("optimizer", "movement", "expected"),
     [
-        ("sgd", False, 64),
-        ("rowwise_adagrad", False, 64 + 4),
-        ("sgd", True, 64 + 64 + 1),
-        ("rowwise_adagrad", True, 64 + 4 + 64 + 1),
+        ("sgd", None, 64),
+        ("rowwise_adagrad", None, 64 + 4),
+        ("sgd", "net", 64 + 64 + 1),
+        ("rowwise_adagrad", "net", 64 + 4 + 64 + 1),
+        ("sgd", "per-label", 64 + 16),
+        ("rowwise_adagrad", "per-label", 64 + 4 + 16),
     ],
 )
-def test_a_hot_row_costs_weights_state_and_snapshot(optimizer: str, keeps_snapshot: bool, expected: int):
-    assert hot_row_bytes(embedding_dim=16, optimizer=optimizer, keeps_snapshot=keeps_snapshot) == expected
+def test_a_hot_row_costs_weights_state_and_what_watches_it(optimizer: str, movement: Movement | None, expected: int):
+    assert hot_row_bytes(embedding_dim=16, optimizer=optimizer, movement=movement) == expected
 
 
 @given(count_tables())

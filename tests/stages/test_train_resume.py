@@ -37,7 +37,7 @@ TREE = {
 
 def pipeline(**train: object) -> object:
     sections = {name: dict(value) if isinstance(value, dict) else value for name, value in TREE.items()}
-    skip = {key: train.pop(key) for key in ("criterion", "scope", "scorer", "window_steps") if key in train}
+    skip = {key: train.pop(key) for key in ("criterion", "scope", "scorer", "movement", "window_steps") if key in train}
     return build_pipeline(sections | {"train": sections["train"] | train, "skip": sections["skip"] | skip})
 
 
@@ -53,6 +53,7 @@ class Killed(BaseException):
     "settings",
     [
         {"criterion": "stale"},
+        pytest.param({"criterion": "stale", "movement": "net"}, marks=pytest.mark.slow),
         pytest.param({"criterion": "stale", "window_steps": 4}, marks=pytest.mark.slow),
         {"criterion": "importance", "scope": "all"},
         pytest.param({"criterion": "importance", "scope": "all", "scorer": "model"}, marks=pytest.mark.slow),

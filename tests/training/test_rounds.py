@@ -27,6 +27,7 @@ RULES = {
     ),
     "importance by the model": SkipRule(criterion="importance", target_drop=0.3, scope="all"),
     "stale": SkipRule(criterion="stale", target_drop=0.3),
+    "stale by net movement": SkipRule(criterion="stale", movement="net", target_drop=0.3),
 }
 
 
@@ -47,6 +48,10 @@ def score(samples: Samples) -> np.ndarray:
     return np.full(len(samples), 0.3, np.float32)
 
 
+def movement_of(rule: SkipRule, rng: np.random.Generator) -> np.ndarray:
+    return rng.random(NUM_ROWS if rule.movement == "net" else (2, NUM_ROWS)).astype(np.float32)
+
+
 def train_rounds(rule: SkipRule, open_streams: OpenStreams, position: Position | None = None) -> list[PreparedRound]:
     """All rounds, with a check wherever a segment ends."""
     skipper = Skipper(rule)
@@ -55,8 +60,7 @@ def train_rounds(rule: SkipRule, open_streams: OpenStreams, position: Position |
     for prepared in preparer.run(open_streams):
         rounds.append(prepared)
         if prepared.ends_segment and skipper.needs_windows:
-            movement = np.random.default_rng(len(rounds)).random(NUM_ROWS).astype(np.float32)
-            skipper.check(step=len(rounds), movement=movement)
+            skipper.check(step=len(rounds), movement=movement_of(rule, np.random.default_rng(len(rounds))))
     return rounds
 
 
@@ -111,7 +115,7 @@ def test_the_next_round_is_decided_while_this_one_trains_unless_the_rule_waits_f
             if index == 15:
                 assert preparer.wait() is None
                 break
-            waits = name == "importance by the model" or (name == "stale" and prepared.ends_segment)
+            waits = name == "importance by the model" or (name.startswith("stale") and prepared.ends_segment)
             if waits:
                 assert preparer.wait() is None
                 assert not decided[index + 1].is_set()
@@ -119,7 +123,7 @@ def test_the_next_round_is_decided_while_this_one_trains_unless_the_rule_waits_f
                 assert decided[index + 1].wait(timeout=60)
                 assert preparer.wait() is not None
             if prepared.ends_segment and skipper.needs_windows:
-                skipper.check(step=index, movement=np.ones(NUM_ROWS, np.float32))
+                skipper.check(step=index, movement=movement_of(RULES[name], np.random.default_rng(index)))
 
 
 def test_what_is_picked_already_is_not_decided_again(open_streams: OpenStreams, monkeypatch: pytest.MonkeyPatch):

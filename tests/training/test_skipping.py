@@ -8,7 +8,13 @@ from strategies import make_samples
 
 from slipstream.embedding.staleness import UNTOUCHED
 from slipstream.io.samples import Samples
-from slipstream.training.skipping import Skipper, SkipRule, draw_systematically, keep_probabilities
+from slipstream.training.skipping import (
+    Skipper,
+    SkipRule,
+    draw_systematically,
+    find_certain_worth,
+    keep_probabilities,
+)
 
 
 def never(samples: Samples) -> np.ndarray:
@@ -19,12 +25,15 @@ def samples_of(num_samples: int, *, seed: int = 0, num_rows: int = 40, num_table
     return make_samples(np.random.default_rng(seed).integers(0, num_rows, (num_samples, num_tables)))
 
 
-def active(criterion: str, movement: np.ndarray | None = None, **settings) -> Skipper:
+def active(criterion: str, moved: np.ndarray | None = None, **settings) -> Skipper:
+    """A skipper after its first segment, in which rows moved by (H,) in net, or by (2, H) per label."""
+    if moved is not None:
+        settings["movement"] = "net" if moved.ndim == 1 else "per-label"
     skipper = Skipper(SkipRule(criterion=criterion, **{"target_drop": 0.3, **settings}))  # type: ignore[arg-type]
-    if movement is None:
+    if moved is None:
         skipper.start()
     else:
-        skipper.check(step=10, movement=movement)
+        skipper.check(step=10, movement=moved)
     return skipper
 
 
@@ -100,6 +109,57 @@ def test_rows_and_samples_come_back_when_they_move_again(rng: np.random.Generato
     assert [check.step for check in skipper.checks] == [10, 20]
 
 
+def pulls_of(num_rows: int = 40, *, clicks: float = 4.0) -> np.ndarray:
+    """Pulls that rise with the row, those of clicked samples several times the others."""
+    of_others = np.linspace(0.1, 1, num_rows).astype(np.float32)
+    return np.stack([of_others, clicks * of_others])
+
+
+def test_stale_per_label_thins_samples_in_proportion_to_the_pull_of_their_rows(rng: np.random.Generator):
+    pulls = pulls_of()
+    hot = samples_of(20_000)
+    skipper = active("stale", pulls)
+    first, second = skipper.select(hot, samples_of(100, seed=1), rng=rng, score=never)
+    assert second.keep.all() and second.weights is None
+    assert skipper.threshold is not None and first.weights is not None
+    statistic = pulls[hot.y.astype(int)[:, None], hot.X_cat].mean(axis=1)
+    probabilities = np.clip(statistic / skipper.threshold, 0.05, 1)
+    assert (~first.keep).sum() == pytest.approx(0.3 * len(hot), abs=1) == pytest.approx(skipper.dropped, abs=1)
+    np.testing.assert_allclose(first.weights, 1 / probabilities[first.keep], rtol=1e-4)
+    assert first.keep[statistic >= skipper.threshold].all()
+    for group in np.array_split(np.argsort(statistic), 10):
+        assert first.keep[group].mean() == pytest.approx(probabilities[group].mean(), abs=0.03)
+        counted = first.weights[np.isin(np.flatnonzero(first.keep), group)].sum()
+        assert counted == pytest.approx(len(group), rel=0.08)  # those that stay stand for those that went
+
+
+def test_stale_per_label_makes_up_for_rows_it_knows_nothing_of(rng: np.random.Generator):
+    pulls = pulls_of()
+    pulls[:, 1:] = 0  # nothing but row 0 was looked up
+    skipper = active("stale", pulls, target_drop=0.3)
+    hot = samples_of(300, num_rows=40)
+    known = (hot.X_cat == 0).any(axis=1)
+    first, _ = skipper.select(hot, None, rng=rng, score=never)
+    assert first.keep[~known].all() and 0 < skipper.dropped < 0.3 * 300
+    assert (skipper.checks[-1].untouched_rows, skipper.checks[-1].stale_rows) == (39, 1)
+    skipper.check(step=20, movement=pulls_of())
+    skipper.select(samples_of(300, seed=1), None, rng=rng, score=never)
+    assert skipper.dropped == pytest.approx(0.3 * 600, abs=1)
+
+
+def test_a_pull_given_by_hand_is_the_threshold_and_zero_drops_none(rng: np.random.Generator):
+    hot = samples_of(4000)
+    for threshold in (0.0, 0.5):
+        skipper = active("stale", pulls_of(), threshold=threshold)
+        picked = skipper.select(hot, None, rng=rng, score=never)[0]
+        assert skipper.threshold == threshold
+        statistic = pulls_of()[hot.y.astype(int)[:, None], hot.X_cat].mean(axis=1)
+        assert picked.keep[statistic >= threshold].all()
+        expected = np.minimum(statistic / threshold, 1).sum() if threshold else len(hot)
+        assert picked.keep.sum() == pytest.approx(expected, abs=1)
+    assert active("stale", pulls_of(), reweight=False).select(hot, None, rng=rng, score=never)[0].weights is None
+
+
 def test_negative_keeps_every_positive_and_weights_the_rest_up(rng: np.random.Generator):
     hot = samples_of(2000)
     selection, _ = active("negative").select(hot, None, rng=rng, score=never)
@@ -134,10 +194,12 @@ def test_importance_keeps_what_the_model_gets_wrong(rng: np.random.Generator):
 def test_probabilities_sum_to_the_number_kept_between_their_limits(worth, share: float, floor: float):
     values = np.array(worth)
     num_keep = round(share * len(worth))
-    probabilities = keep_probabilities(values, num_keep=num_keep, floor=floor)
+    certain_worth = find_certain_worth(values, num_keep=num_keep, floor=floor)
+    probabilities = keep_probabilities(values, certain_worth, floor=floor)
     certain, finite = np.isinf(values), values[~np.isinf(values)]
     assert (probabilities[certain] == 1).all()
     assert (probabilities >= floor).all() and (probabilities <= 1).all()
+    assert (probabilities[values >= certain_worth] == 1).all() or certain_worth == 0
     least = certain.sum() + floor * len(finite)
     if least <= num_keep:
         assert probabilities.sum() == pytest.approx(num_keep, abs=1e-4)
@@ -163,9 +225,9 @@ def test_a_systematic_draw_includes_each_with_its_probability():
     np.testing.assert_allclose(share, probabilities, atol=0.03)
 
 
-def test_a_restored_skipper_goes_on_as_the_one_it_came_from():
-    movement = np.linspace(0, 1, 40).astype(np.float32)
-    first = active("stale", movement)
+@pytest.mark.parametrize("moved", [np.linspace(0, 1, 40).astype(np.float32), pulls_of()], ids=["net", "per-label"])
+def test_a_restored_skipper_goes_on_as_the_one_it_came_from(moved: np.ndarray):
+    first = active("stale", moved)
     first.select(samples_of(300), None, rng=np.random.default_rng(0), score=never)
     again = Skipper(first.rule)
     again.restore(*first.state())

@@ -24,7 +24,7 @@ def test_the_target_is_met_although_most_samples_share_their_fastest_row(target:
     rng = np.random.default_rng(1)
     slots = rng.integers(0, 49, (1000, TABLES)).astype(np.int32)
     slots[:800, 0] = 49  # the fastest row of all
-    rule = SkipRule(criterion="stale", target_drop=target)
+    rule = SkipRule(criterion="stale", movement="net", target_drop=target)
 
     skipper, keep = run_check(movement, slots, rule)
 
@@ -40,14 +40,16 @@ def test_a_threshold_given_by_hand_splits_no_ties() -> None:
     movement = np.array([0.1, 0.2], np.float32)
     slots = np.array([[0, 0, 0]] * 6 + [[1, 1, 1]] * 4, np.int32)
 
-    skipper, keep = run_check(movement, slots, SkipRule(criterion="stale", target_drop=0.3, threshold=0.15))
+    skipper, keep = run_check(
+        movement, slots, SkipRule(criterion="stale", movement="net", target_drop=0.3, threshold=0.15)
+    )
 
     assert keep.tolist() == [False] * 6 + [True] * 4
     assert skipper.threshold == 0.15
 
 
 def test_untouched_rows_are_never_dropped_and_the_shortfall_is_made_up_later() -> None:
-    rule = SkipRule(criterion="stale", target_drop=0.4)
+    rule = SkipRule(criterion="stale", movement="net", target_drop=0.4)
     skipper = Skipper(rule)
     rng = np.random.default_rng(0)
     slots = np.repeat(np.arange(10, dtype=np.int32)[:, None], TABLES, axis=1)

@@ -5,11 +5,14 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from slipstream.embedding.duplicates import Distinct, sort_lookups
 from slipstream.embedding.lookahead import StagedBatch
+from slipstream.embedding.staleness import make_tracker
 from slipstream.embedding.tiers import TieredRows
 from slipstream.models.dlrm import DLRM
+from slipstream.ops.hot_set import Movement
 from slipstream.training.dense_optimizer import DenseOptimizer
 from slipstream.training.step import FixedShapeStep, TrainStep
 
@@ -160,6 +163,42 @@ def test_the_dense_optimizer_equals_torchs(kind: str, weight_decay: float) -> No
         torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("make", [TrainStep, FixedShapeStep])
+@pytest.mark.parametrize("movement", ["net", "per-label"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_watched_rows_move_as_a_plain_loop_finds(make: type[TrainStep], movement: Movement, weighted: bool) -> None:
+    num_watched = ROWS // 2
+    rows, model = make_rows("sgd"), make_model()
+    step = make_step(make, model, rows, kind="sgd", kernels="torch")
+    tracker = step.tracker = make_tracker(movement, rows.buffer[:num_watched])
+    tracker.open_window()
+    before = rows.buffer[:num_watched].clone()
+    pulls = np.zeros((2, num_watched, 2))  # sum and count by label and row
+    for seed, size in enumerate([BATCH, 5, BATCH]):
+        batch = make_batch(size, seed, weighted=weighted)
+        assert batch.positions is not None
+        positions = batch.positions.view(size, TABLES)
+        for sample in range(size):
+            looked_up = rows.buffer[positions[sample]].clone().requires_grad_()
+            logit = model(batch.dense[sample : sample + 1], looked_up.unsqueeze(0))
+            loss = binary_cross_entropy_with_logits(logit, batch.labels[sample : sample + 1])
+            gradients = torch.autograd.grad(loss, looked_up)[0]
+            weight = 1.0 if batch.weights is None else float(batch.weights[sample])
+            for row, gradient in zip(positions[sample].tolist(), gradients, strict=True):
+                if row < num_watched:
+                    pulls[int(batch.labels[sample]), row] += weight * float(gradient.abs().max()), weight
+        step(batch, 0.1)
+
+    found = tracker.close_window()
+    if movement == "net":
+        expected = (rows.buffer[:num_watched] - before).abs().amax(dim=1).numpy()
+        expected[pulls[..., 1].sum(axis=0) == 0] = np.inf
+    else:
+        expected = pulls[..., 0] / np.maximum(pulls[..., 1], 1e-30)
+        assert (expected > 0).any(axis=1).all()
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, not interpreted")
 @pytest.mark.parametrize("make", [TrainStep, FixedShapeStep])
 @pytest.mark.parametrize("optimizer", ["sgd", "rowwise_adagrad"])
@@ -193,10 +232,13 @@ def test_a_captured_graph_equals_the_plain_step_on_cuda(kernels: str) -> None:
         rows.load(torch.arange(ROWS), torch.randn(ROWS, DIM, generator=torch.Generator().manual_seed(1)))
         model = make_model().to(device)
         step = make_step(make, model, rows, kind="adagrad", kernels=kernels)
+        tracker = step.tracker = make_tracker("per-label", rows.buffer[:ROWS])
         for seed in range(8):
             batch = make_batch(BATCH, seed, weighted=False)
             moved = {name: getattr(batch, name).to(device) for name in ("dense", "labels", "positions")}
+            if seed == 5:  # after the capture
+                tracker.open_window()
             step(StagedBatch(is_hot=True, **moved), 0.1)
-        results.append(rows.buffer[:ROWS].cpu())
+        results.append(torch.cat([rows.buffer[:ROWS].cpu().T, torch.from_numpy(tracker.close_window())]))
 
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
