@@ -14,8 +14,9 @@ Shape suffixes: B batch, T tables, L = B·T lookups, U distinct positions, C dis
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,8 +183,9 @@ class LookAhead:
         Raises:
             StagingOverflowError: A single batch has more cold rows than fit.
         """
-        pending = _Pending(self._find_all_cold(batches))
-        with self._make_host() as host:
+        # closed here, whatever a step raises: a pool must not be left to whichever thread collects garbage
+        with closing(self._find_all_cold(batches)) as found, self._make_host() as host:
+            pending = _Pending(found)
             following = host.submit(self._prepare, pending, 1)
             for chunk_batches in self._chunk_sizes():
                 if (chunk := following.result()) is None:
@@ -236,8 +238,11 @@ class LookAhead:
 
     # --- host thread ---
 
-    def _find_all_cold(self, batches: Iterator[Batch]) -> Iterator[_Lookups]:
-        return in_order(self._find_cold, batches, _NUM_FINDERS) if self._in_thread else map(self._find_cold, batches)
+    def _find_all_cold(self, batches: Iterator[Batch]) -> Generator[_Lookups, None, None]:
+        if self._in_thread:
+            yield from in_order(self._find_cold, batches, _NUM_FINDERS)
+        else:
+            yield from map(self._find_cold, batches)
 
     def _find_cold(self, batch: Batch) -> _Lookups:
         slots = (batch.slots if self._columns is None else batch.slots[:, self._columns]).ravel()

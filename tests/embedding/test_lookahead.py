@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -284,8 +285,11 @@ def test_an_error_in_a_step_comes_out_and_ends_the_run():
     def fail(batch: StagedBatch) -> None:
         raise RuntimeError("in the step")
 
-    with pytest.raises(RuntimeError, match="in the step"):
-        make_lookahead(rows, chunk_batches=1).run(iter(make_batches([np.array([[1]])] * 5)), fail)
+    before = set(threading.enumerate())
+    with pytest.raises(RuntimeError, match="in the step") as caught:
+        make_lookahead(rows, chunk_batches=1).run(iter(make_batches([np.array([[1]])] * 50)), fail)
+    assert caught.tb is not None  # it still refers to everything that was at work
+    assert set(threading.enumerate()) == before
 
 
 def test_chunks_have_at_least_one_batch():

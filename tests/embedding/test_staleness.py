@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import numpy as np
 import pytest
@@ -258,10 +257,9 @@ def test_a_row_that_stands_still_between_its_labels_is_at_rest_by_net_movement_a
     for label, gradient in [(0.0, 1.0), (1.0, -1.0)] * 4:  # row 0 swings to and fro, row 1 hardly moves
         gradients = torch.tensor([[gradient], [0.01]])
         rows -= gradients
+        pulls_of_step = pulls_of_lookups(gradients, torch.tensor([label]), None)
         for tracker in (net, per_label):
-            tracker.observe(
-                torch.tensor([0, 1]), lambda g=gradients, y=label: pulls_of_lookups(g, torch.tensor([y]), None)
-            )
+            tracker.observe(torch.tensor([0, 1]), lambda pulls=pulls_of_step: pulls)
     moved = net.close_window()
     assert moved[0] < moved[1]
     pulls = per_label.close_window()
