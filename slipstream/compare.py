@@ -171,7 +171,7 @@ def _figures(cell: dict[str, Any]) -> dict[str, float]:
         "skipped_share": cell["samples_dropped"] / (cell["samples_seen"] + cell["samples_dropped"]),
         "auc": (cell["test"]["auc"] + cell["val"]["auc"]) / 2,
         "hit_ratio": cell["hit_ratio"],
-        "device_bytes": tiers["hot"] + tiers["staging"] + tiers.get("tt", 0),
+        "device_bytes": sum(size for tier, size in tiers.items() if tier != "cold"),
         "host_bytes": tiers["cold"],
         "moved_bytes": cell["bytes_to_device"] + cell["bytes_to_host"],
     }

@@ -60,7 +60,7 @@ def test_exact_modes_differ_by_nothing_and_criteria_skip_the_same_share(pipeline
     compared = run_comparison(
         pipeline,
         tmp_path / "runs",
-        grid=make_grid(["resident", "fae"], ["random", "negative", "importance"], []),
+        grid=make_grid(["resident", "fae"], ["random", "stale", "negative", "importance"], []),
         overrides=[],
         seeds=2,
         skip_share=0.1,
@@ -71,9 +71,11 @@ def test_exact_modes_differ_by_nothing_and_criteria_skip_the_same_share(pipeline
     assert by_name["fae"]["auc_change"].mean == 0.0
     assert by_name["fae"]["test_logloss"] == by_name["resident"]["test_logloss"]
     assert by_name["resident"]["skipped_share"].mean == 0.0
-    for criterion in ("random", "negative", "importance"):
+    for criterion in ("random", "stale", "negative", "importance"):
         assert by_name[criterion]["skipped_share"].mean == pytest.approx(0.1, abs=0.015)
         assert by_name[criterion]["auc_change"].mean != 0.0
+    watching = by_name["stale"]["device_bytes"].mean - by_name["random"]["device_bytes"].mean
+    assert watching > 0 and watching % 16 == 0  # of each hot row
 
 
 def test_compare_prints_one_json_document(pipeline: Path, tmp_path: Path) -> None:
