@@ -151,9 +151,10 @@ class TrainStep:
         """The weight of the samples that look up each distinct row, for an optimizer with state. Shape (U,)."""
         if self.rows.buffer_state is None:
             return None
-        per_sample = torch.stack([weights, weights.square()], dim=1)
-        num_lookups = len(distinct.inverse) // len(weights)
-        sums = self._sum_by_row(per_sample.repeat_interleave(num_lookups, dim=0), distinct)
+        per_lookup = weights.new_empty(len(weights), len(distinct.inverse) // len(weights), 2)
+        per_lookup[..., 0] = weights.unsqueeze(1)
+        per_lookup[..., 1] = weights.square().unsqueeze(1)
+        sums = self._sum_by_row(per_lookup.flatten(end_dim=1), distinct)
         return (sums[:, 1] / sums[:, 0]).nan_to_num(1.0)  # padding has no samples
 
     def _update(self, values: Tensor | None, summed: Tensor, distinct: Distinct, weights: Tensor | None) -> None:

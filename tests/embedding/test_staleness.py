@@ -175,7 +175,7 @@ def test_an_open_window_survives_a_checkpoint():
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_pulls_are_the_largest_coordinates_of_each_samples_own_gradient(rng: np.random.Generator, weighted: bool):
+def test_pulls_are_the_lengths_of_each_samples_own_gradient(rng: np.random.Generator, weighted: bool):
     num_samples, num_tables, dim = 5, 3, 4
     rows = torch.randn(num_samples, num_tables, dim, generator=torch.Generator().manual_seed(0), requires_grad=True)
     direction = torch.randn(num_tables * dim, generator=torch.Generator().manual_seed(1))
@@ -195,7 +195,7 @@ def test_pulls_are_the_largest_coordinates_of_each_samples_own_gradient(rng: np.
         weight = 1.0 if weights is None else float(weights[sample])
         for table in range(num_tables):
             entry = [0.0] * 4
-            entry[int(labels[sample])] = weight * float(alone[table].abs().max())
+            entry[int(labels[sample])] = weight * float(alone[table].norm())
             entry[2 + int(labels[sample])] = weight
             expected.append(entry)
     torch.testing.assert_close(found, torch.tensor(expected))

@@ -186,7 +186,7 @@ def test_watched_rows_move_as_a_plain_loop_finds(make: type[TrainStep], movement
             weight = 1.0 if batch.weights is None else float(batch.weights[sample])
             for row, gradient in zip(positions[sample].tolist(), gradients, strict=True):
                 if row < num_watched:
-                    pulls[int(batch.labels[sample]), row] += weight * float(gradient.abs().max()), weight
+                    pulls[int(batch.labels[sample]), row] += weight * float(gradient.norm()), weight
         step(batch, 0.1)
 
     found = tracker.close_window()
