@@ -269,6 +269,8 @@ def _stage_keys(config: PipelineConfig) -> dict[str, StageKey]:
     skip = to_dict(config.skip, execution=False)
     if config.criterion == "none":
         skip = {"refresh_steps": config.skip.refresh_steps}
+    elif config.criterion == "stale":
+        skip["movement"] = config.movement
     train = to_dict(config.train, execution=False) | {"seed": config.train_seed}
     if config.train.mode != "cached":
         train = {name: value for name, value in train.items() if not name.startswith("cache_")}

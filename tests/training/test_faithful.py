@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -7,9 +8,9 @@ from safetensors.numpy import load_file
 from slipstream.config import build_pipeline
 from slipstream.embedding.staleness import bisect_threshold, find_threshold
 from slipstream.errors import ConfigError
-from slipstream.pipeline import RunResult, run_pipeline
+from slipstream.pipeline import RunResult, plan_pipeline, row_bytes_of, run_pipeline
 
-TREE = {
+TREE: dict[str, Any] = {
     "name": "faithful",
     "dataset": {"source": "synthetic", "num_samples": 6000},
     "segregate": {"hot_budget": "50%"},
@@ -47,6 +48,16 @@ def test_the_published_order_equals_training_on_one_table_cold_first_then_hot(tm
     initial = run(tmp_path / "b", train={"mode": "fae", "optimizer": "sgd", "lr": 1e-30}, **settings)
     untrained = load_file(initial.stages["train"].artifact.path / "model.safetensors")
     assert not np.array_equal(tables["tables.cat_0"], untrained["tables.cat_0"])
+
+
+def test_the_published_order_goes_by_net_movement_whatever_the_file_says(tmp_path: Path) -> None:
+    train = TREE["train"] | {"mode": "slipstream"}
+    configs = [build_pipeline(TREE | {"train": train, "skip": {"movement": kind}}) for kind in ("net", "per-label")]
+
+    assert [config.movement for config in configs] == ["net", "net"]
+    assert [row_bytes_of(config) for config in configs] == [16 + 4 + 16 + 1] * 2
+    (net, per_label) = (plan_pipeline(config, tmp_path)[-1].key.fingerprint for config in configs)
+    assert net == per_label
 
 
 def test_slipstream_in_the_published_order_drops_near_the_target_once(tmp_path: Path) -> None:
