@@ -2,7 +2,7 @@
 
 A round's samples are taken from their streams, the skipper says which of them stay, and those become batches. None of
 this needs the model, except where the rule looks at it: `stale` after a check, and a rule that lets the model
-score. Those rounds wait for the one before them; all others are prepared beside it, one ahead, by a thread.
+score. Such a round is decided after the one before it; all else is done beside the one before it, by a thread.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from slipstream.training.stream import SampleStream
 
 Picked = tuple[Selection, Selection]
 """What is kept of the hot and of the cold samples of a round."""
+Taken = tuple[Samples | None, Samples | None]
+"""The hot and the cold samples of a round."""
 OpenStreams = Callable[[int], Mapping[str, SampleStream]]
 """The streams `hot` and `cold` of an epoch, from their beginning."""
 
@@ -117,13 +119,19 @@ class RoundPreparer:
         """The rounds from the position on. The reader must train each before it asks for the next."""
         tasks = self._plan(open_streams)
         task = next(tasks, None)
+        if task is None:
+            return
+        # one worker: what it is given later may count on what it was given before
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="rounds") as thread:
+            taken = thread.submit(_take, task)
             while task is not None:
-                prepared = self._prepare(task) if self._ahead is None else self._ahead.result()
+                prepared = self._prepare(task, taken) if self._ahead is None else self._ahead.result()
                 task = next(tasks, None)
                 self._ahead = None
-                if task is not None and self._skipper.decides_ahead(begins_segment=task.begins_segment):
-                    self._ahead = thread.submit(self._prepare, task)
+                if task is not None:
+                    taken = thread.submit(_take, task)
+                    if self._skipper.decides_ahead(begins_segment=task.begins_segment):
+                        self._ahead = thread.submit(self._prepare, task, taken)
                 yield prepared
 
     def wait(self) -> Picked | None:
@@ -160,8 +168,8 @@ class RoundPreparer:
                 else:
                     yield task
 
-    def _prepare(self, task: _Task) -> PreparedRound:
-        hot, cold = _take(task)
+    def _prepare(self, task: _Task, taken: Future[Taken]) -> PreparedRound:
+        hot, cold = taken.result()
         key = [self._schedule.seed, task.epoch, task.index]
         waiting = dict(self._maker.waiting)
         picked = self._known.pop(0) if self._known else self._pick(task, hot, cold, np.random.default_rng([*key, 0]))
@@ -187,5 +195,5 @@ class RoundPreparer:
         return self._skipper.select(hot, cold, rng=rng, score=self._score)
 
 
-def _take(task: _Task) -> tuple[Samples | None, Samples | None]:
+def _take(task: _Task) -> Taken:
     return task.streams["hot"].take(task.part.num_hot), task.streams["cold"].take(task.part.num_cold)
