@@ -211,12 +211,12 @@ def sample_pull(pulls: np.ndarray, slots: np.ndarray, labels: np.ndarray, *, alp
     Returns:
         Mean over the rows that are known; UNTOUCHED where none is. Shape (n,), float32.
     """
+    of_both, num_hot = pulls.ravel(), pulls.shape[1]
+    starts = np.where(labels > 0.5, num_hot, 0)[:, None]
     statistic = np.empty(len(slots), np.float32)
-    for label, of_label in enumerate(pulls):
-        chosen = np.flatnonzero((labels > 0.5) == label)
-        for start in range(0, len(chosen), _PIECE):
-            piece = chosen[start : start + _PIECE]
-            statistic[piece] = _mean_of_known(of_label[slots[piece]], alpha)
+    for start in range(0, len(slots), _PIECE):
+        piece = slice(start, start + _PIECE)
+        statistic[piece] = _mean_of_known(of_both[slots[piece] + starts[piece]], alpha)
     return statistic
 
 

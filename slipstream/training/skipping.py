@@ -280,7 +280,8 @@ class Skipper:
         if self._is_net:
             movement = self._movement
         else:
-            movement = np.where(self._movement.any(axis=0), self._movement.max(axis=0), UNTOUCHED)
+            largest = np.maximum(*self._movement)
+            movement = np.where(largest > 0, largest, UNTOUCHED)
         self.checks.append(
             CheckRecord(
                 step=self._step,
@@ -326,10 +327,17 @@ def find_certain_worth(worth: np.ndarray, *, num_keep: int, floor: float) -> flo
     if not len(finite) or num_keep >= len(worth):
         return 0.0
     low, high = 0.0, 1.0 / finite.min()
+    scale = high
     for _ in range(60):
-        scale = (low + high) / 2
-        total = num_certain + np.clip(finite * scale, floor, 1.0).sum()
-        low, high = (scale, high) if total < num_keep else (low, scale)
+        scaled = finite * scale
+        missing = num_keep - num_certain - np.clip(scaled, floor, 1.0).sum()
+        if abs(missing) <= 1e-12 * len(worth):
+            return float(1.0 / scale)
+        low, high = (scale, high) if missing > 0 else (low, scale)
+        # only what lies between the limits grows with the scale: go where that makes up the sum, or else halfway
+        growing = scaled[(scaled > floor) & (scaled < 1.0)].sum()
+        aimed = scale * (1.0 + missing / growing) if growing else low
+        scale = aimed if low < aimed < high else (low + high) / 2
     return float(1.0 / high)
 
 

@@ -12,6 +12,7 @@ import pytest
 from strategies import make_samples
 
 from slipstream.io.samples import Samples
+from slipstream.training import rounds as rounds_module
 from slipstream.training.rounds import OpenStreams, Position, PreparedRound, RoundPreparer, Schedule
 from slipstream.training.skipping import Skipper, SkipRule
 from slipstream.training.stream import SampleStream
@@ -122,6 +123,28 @@ def test_the_next_round_is_decided_while_this_one_trains_unless_the_rule_waits_f
             else:
                 assert decided[index + 1].wait(timeout=60)
                 assert preparer.wait() is not None
+            if prepared.ends_segment and skipper.needs_windows:
+                skipper.check(step=index, movement=movement_of(RULES[name], np.random.default_rng(index)))
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_samples_are_taken_while_the_round_before_trains_also_where_the_decision_waits(
+    name: str, open_streams: OpenStreams, monkeypatch: pytest.MonkeyPatch
+):
+    taken = [Event() for _ in range(16)]
+    take, calls = rounds_module._take, iter(range(16))
+
+    def take_and_tell(task: object) -> object:
+        samples = take(task)  # type: ignore[arg-type]
+        taken[next(calls)].set()
+        return samples
+
+    monkeypatch.setattr(rounds_module, "_take", take_and_tell)
+    skipper = Skipper(RULES[name])
+    preparer = RoundPreparer(SCHEDULE, skipper, score=score, position=Position())
+    with closing(preparer.run(open_streams)) as rounds:
+        for index, prepared in enumerate(rounds):
+            assert index == 15 or taken[index + 1].wait(timeout=60)
             if prepared.ends_segment and skipper.needs_windows:
                 skipper.check(step=index, movement=movement_of(RULES[name], np.random.default_rng(index)))
 
