@@ -62,7 +62,7 @@ def test_the_json_of_a_run_has_what_others_read(tmp_path: Path):
     segregate = stages["segregate"]
     assert set(segregate) >= {"hot_samples", "cold_samples", "hot_rows", "bytes", "lambda"}
     assert segregate["hot_samples"] + segregate["cold_samples"] == stages["preprocess"]["samples"]["train"]
-    assert segregate["bytes"] == segregate["hot_rows"] * (4 * 4 + 4 + 4 * 4 + 1)
+    assert segregate["bytes"] == segregate["hot_rows"] * (4 * 4 + 4 + 16)
     train = stages["train"]
     for split in ("test", "val"):
         assert set(train[split]) >= {"auc", "logloss", "ne", "calibration", "accuracy"}

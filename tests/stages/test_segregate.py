@@ -17,13 +17,15 @@ from slipstream.io.samples import read_shard
 from slipstream.pipeline import RunResult, row_bytes_of, run_pipeline
 from slipstream.schema import dense_name, table_name
 
+ROW_BYTES = 4 * 4 + 4 + 16
+"""Weights, the state of row-wise Adagrad, and what staleness keeps of a row."""
 VARIANTS = {
     "frequency": {},
     "sample-aware": {"segregate__policy": "sample-aware"},
     "bytes": {"segregate__hot_budget": 20_000},
     "threshold": {"segregate__access_threshold": 5},
     "everything": {"segregate__hot_budget": "100%"},
-    "least": {"segregate__hot_budget": 26 * 37},  # the OOV rows alone; a row weighs 4 * 4 + 4 + 4 * 4 + 1 bytes
+    "least": {"segregate__hot_budget": 26 * ROW_BYTES},  # the OOV rows alone
 }
 
 
@@ -178,15 +180,15 @@ def test_a_budget_of_nothing_is_a_configuration_error(budget: str | int):
         tiny_config(segregate__hot_budget=budget)
 
 
-@pytest.mark.parametrize("budget", [26 * 37 - 1, 1, "0.01%"])
+@pytest.mark.parametrize("budget", [26 * ROW_BYTES - 1, 1, "0.01%"])
 def test_a_budget_below_the_oov_rows_says_what_it_takes(tiny_runs: Path, budget: str | int):
     with pytest.raises(CapacityError, match="OOV rows of 26 tables") as caught:
         segregated(tiny_runs, segregate__hot_budget=budget)
-    assert f"at least {26 * 37} bytes" in str(caught.value.hint)
+    assert f"at least {26 * ROW_BYTES} bytes" in str(caught.value.hint)
 
 
 def test_a_budget_above_all_rows_is_refused(tiny_runs: Path):
-    with pytest.raises(CapacityError, match=r"all .* rows at 37 bytes a row take") as caught:
+    with pytest.raises(CapacityError, match=rf"all .* rows at {ROW_BYTES} bytes a row take") as caught:
         segregated(tiny_runs, segregate__hot_budget="1GiB")
     assert "100%" in str(caught.value.hint)
 
