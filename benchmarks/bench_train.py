@@ -61,7 +61,8 @@ CONFIGS = {
 }
 CONTENDERS = [
     "input", "ceiling", "plain", "torchrec", "resident", "baseline",
-    "fae 0.001", "fae 0.01", "fae 0.1", "cached 0.01", "cached 0.1", "slipstream 0.1", "look-ahead 0.01",
+    "fae 0.001", "fae 0.01", "fae 0.1", "cached 0.001", "cached 0.01", "cached 0.1",
+    "slipstream 0.001", "slipstream 0.01", "slipstream 0.1", "look-ahead 0.01",
 ]  # fmt: skip
 NUM_DENSE = 13
 ON_DEVICE = {"input", "ceiling", "plain", "torchrec", "resident"}

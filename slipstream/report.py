@@ -19,7 +19,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from slipstream.compare import ComparedVariant
+from slipstream.compare import ComparedVariant, Spread
 from slipstream.pipeline import RunResult, StagePlan, StageResult, row_bytes_of
 
 
@@ -170,33 +170,41 @@ def curve_table(curve: Sequence[Mapping[str, Any]]) -> Table:
 def comparison_table(compared: Sequence[ComparedVariant]) -> RenderableType:
     """Figures of every variant, means over seeds; ± is the standard error, of paired differences for ΔAUC.
 
-    Two tables, quality and cost, each of which fits 80 columns.
+    Three tables, each of which fits 80 columns.
     """
     title = f"{compared[0].seeds} seeds, ± standard error, ΔAUC paired against {compared[0].name}"
-    quality = _make_table(title, "AUC", "ΔAUC", "logloss", "NE", "calibration")
-    cost = _make_table("cost", "skipped", "wall s", "samples/s", "device", "host", "moved", "hits")
+    quality = _make_table(title, "AUC", "ΔAUC", "skipped", "seen")
+    test = _make_table("test split", "logloss", "NE", "calibration")
+    cost = _make_table("cost", "wall s", "samples/s", "device", "host", "moved", "hits")
     for variant in compared:
         figures = variant.figures
-        auc, change = figures["auc"], figures["auc_change"]
         quality.add_row(
             variant.name,
-            f"{auc.mean:.4f} ± {auc.error:.4f}",
-            "" if variant is compared[0] else f"{change.mean:+.4f} ± {change.error:.4f}",
-            f"{figures['test_logloss'].mean:.4f}",
-            f"{figures['test_ne'].mean:.4f}",
-            f"{figures['test_calibration'].mean:.2f}",
+            _with_error(figures["auc"]),
+            "" if variant is compared[0] else _with_error(figures["auc_change"], sign="+"),
+            f"{figures['skipped_share'].mean:.1%}",
+            f"{figures['samples_seen'].mean:,.0f}",
+        )
+        test.add_row(
+            variant.name,
+            _with_error(figures["test_logloss"]),
+            _with_error(figures["test_ne"]),
+            _with_error(figures["test_calibration"], digits=3),
         )
         cost.add_row(
             variant.name,
-            f"{figures['skipped_share'].mean:.1%}",
-            f"{figures['seconds'].mean:.1f}",
+            _with_error(figures["seconds"], digits=1),
             f"{figures['samples_per_second'].mean:,.0f}",
             show_bytes(figures["device_bytes"].mean),
             show_bytes(figures["host_bytes"].mean),
             show_bytes(figures["moved_bytes"].mean),
             f"{figures['hit_ratio'].mean:.1%}",
         )
-    return Group(quality, Text(), cost)
+    return Group(quality, Text(), test, Text(), cost)
+
+
+def _with_error(figure: Spread, *, digits: int = 4, sign: str = "") -> str:
+    return f"{figure.mean:{sign}.{digits}f} ± {figure.error:.{digits}f}"
 
 
 def _make_table(title: str, *columns: str) -> Table:

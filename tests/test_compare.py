@@ -1,13 +1,16 @@
+import io
 import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from slipstream.cli import app
-from slipstream.compare import make_grid, run_comparison
+from slipstream.compare import ComparedVariant, Spread, make_grid, run_comparison
 from slipstream.errors import ConfigError
 from slipstream.progress import Silent
+from slipstream.report import comparison_table
 
 PIPELINE = """
 name = "compared"
@@ -76,6 +79,35 @@ def test_exact_modes_differ_by_nothing_and_criteria_skip_the_same_share(pipeline
         assert by_name[criterion]["auc_change"].mean != 0.0
     watching = by_name["stale"]["device_bytes"].mean - by_name["random"]["device_bytes"].mean
     assert watching > 0 and watching % 16 == 0  # of each hot row
+
+
+def test_the_tables_of_a_comparison_fit_80_columns_and_show_spreads() -> None:
+    values = {
+        **{
+            "auc": 0.75821,
+            "auc_change": -0.00112,
+            "test_logloss": 0.48196,
+            "test_ne": 0.83916,
+            "test_calibration": 1.006,
+        },
+        **{"skipped_share": 0.2, "samples_seen": 45_840_617, "seconds": 1234.5, "samples_per_second": 1_234_567.0},
+        **{"device_bytes": 2.4e9, "host_bytes": 1.5e12, "moved_bytes": 1.1e12, "hit_ratio": 0.966},
+    }
+    figures = {name: Spread(mean=value, error=abs(value) / 100) for name, value in values.items()}
+    compared = [
+        ComparedVariant(name=name, overrides=(), figures=figures, seeds=24) for name in ("resident", "importance")
+    ]
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(comparison_table(compared))
+    text = console.export_text()
+
+    assert "…" not in text
+    found = [line.split() for line in text.splitlines() if line.startswith("importance")]
+    assert [" ".join(line[1:]) for line in found] == [
+        "0.7582 ± 0.0076 -0.0011 ± 0.0000 20.0% 45,840,617",
+        "0.4820 ± 0.0048 0.8392 ± 0.0084 1.006 ± 0.010",
+        "1234.5 ± 12.3 1,234,567 2.2 GiB 1.4 TiB 1.0 TiB 96.6%",
+    ]
 
 
 def test_compare_prints_one_json_document(pipeline: Path, tmp_path: Path) -> None:
