@@ -9,8 +9,9 @@ Costs   one pass over the training shards an epoch; device memory for hot rows, 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -131,7 +132,10 @@ def run(
                 for group in ("hot", "cold")
             }
 
-        with progress.task("train", num_train * config.epochs, "samples") as advance:
+        with (
+            progress.task("train", num_train * config.epochs, "samples") as advance,
+            _fitting_the_device(f"training in batches of {config.batch_size:,}"),
+        ):
             if config.faithful:
                 figures = _train_faithfully(config, skip_config, criterion, segregated, step, open_streams, seed)
             else:
@@ -158,9 +162,11 @@ def run(
                 figures = _figures(trainer, placement)
                 write_json(scratch / "staleness.json", [asdict(check) for check in trainer.skipper.checks])
                 write_json(scratch / "losses.json", trainer.totals.losses)
-        quality = _evaluate(
-            step, segregated, layout, scratch, events, at_step=figures["steps"], batch_size=config.eval_batch_size
-        )
+        batch_size = config.eval_batch_size
+        with _fitting_the_device(f"evaluation in batches of {batch_size:,}", hint="lower `train.eval_batch_size`"):
+            quality = _evaluate(
+                step, segregated, layout, scratch, events, at_step=figures["steps"], batch_size=batch_size
+            )
     save_model(
         scratch,
         model=model,
@@ -279,24 +285,30 @@ def _place_rows(
     num_staged = 2 * min(half, num_cold)
     if config.mode == "cached":
         num_staged = max(1, int(num_rows * config.cache_ratio))
-    try:
+    dim = model_config.embedding_dim
+    with _fitting_the_device(f"{num_hot:,} hot rows and {num_staged:,} staged rows of {dim} floats"):
         rows = TieredRows(
             num_rows=num_rows,
             num_hot=num_hot,
-            embedding_dim=model_config.embedding_dim,
+            embedding_dim=dim,
             num_staged=num_staged,
             optimizer=config.optimizer,
             device=device,
         )
-    except torch.cuda.OutOfMemoryError as exc:
-        raise CapacityError(
-            f"{num_hot:,} hot rows and {num_staged:,} staged rows of {model_config.embedding_dim} floats do not fit "
-            f"the device: {exc}",
-            hint="lower `segregate.hot_budget`, `train.cache_ratio` or `train.staging_rows`",
-        ) from exc
     if config.mode != "cached":
         return rows, StagingHalves(rows)
     return rows, CachedRows(rows, _make_cache(config, layout.counts_by_slot(counts), num_staged))
+
+
+@contextmanager
+def _fitting_the_device(
+    what: str, *, hint: str = "lower `segregate.hot_budget`, `train.cache_ratio` or `train.staging_rows`"
+) -> Iterator[None]:
+    """Say what the device had no room for."""
+    try:
+        yield
+    except torch.OutOfMemoryError as exc:
+        raise CapacityError(f"the device has no room for {what}: {exc}", hint=hint) from exc
 
 
 def _make_cache(config: TrainConfig, slot_counts: np.ndarray, capacity: int) -> RowCache:

@@ -12,6 +12,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
 from slipstream.embedding.lookahead import LookAhead, StagedBatch
 from slipstream.embedding.placement import StagingOverflowError
@@ -103,7 +104,7 @@ class Trainer:
 
         Raises:
             TrainingError: The loss became infinite or NaN.
-            CapacityError: A batch does not fit the staging area.
+            CapacityError: A batch does not fit the staging area, or the device ran out of memory.
         """
         self._started = time.perf_counter()
         self.step.model.train()
@@ -178,6 +179,11 @@ class Trainer:
                 f"{exc} (`train.batch_size` = {schedule.batch_size})",
                 hint=f"make room for {exc.needed} rows: raise `train.staging_rows` or, in mode `cached`, "
                 "`train.cache_ratio`; or lower `train.batch_size`",
+            ) from exc
+        except torch.OutOfMemoryError as exc:
+            raise CapacityError(
+                f"the device ran out of memory in step {self.totals.steps + 1}: {exc}",
+                hint="lower `segregate.hot_budget`, `train.batch_size` or `train.staging_rows`",
             ) from exc
 
     def _step(self, batch: StagedBatch, lr: float) -> None:

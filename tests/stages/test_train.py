@@ -364,6 +364,35 @@ def test_staging_that_is_too_small_says_how_much_it_takes(tiny_runs: Path):
     assert "train.staging_rows" in str(caught.value.hint)
 
 
+def exhausted(*args: object, **options: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def test_a_device_too_small_for_the_rows_says_what_to_lower(tiny_runs: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("slipstream.stages.train.TieredRows", exhausted)
+    with pytest.raises(CapacityError, match=r"no room for .* hot rows and .* staged rows .*2\.00 GiB") as caught:
+        train(tiny_runs, train__mode="fae", train__log_every=7)
+    assert "segregate.hot_budget" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("place", "found"),
+    [
+        ("slipstream.training.loop.make_tracker", "no room for training in batches of 64"),
+        ("slipstream.training.step.TrainStep._look_up", "ran out of memory in step 1"),
+        ("slipstream.stages.train.predict", "no room for evaluation in batches of"),
+    ],
+)
+def test_a_device_that_runs_out_of_memory_says_when(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, found: str
+):
+    monkeypatch.setattr(place, exhausted)
+    with pytest.raises(CapacityError, match=found) as caught:
+        train(tmp_path)
+    assert "lower `" in str(caught.value.hint)
+    assert not list(tmp_path.glob("*/train/[0-9a-f]*"))
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_a_loss_that_is_no_number_ends_training(tiny_runs: Path):
     with pytest.raises(TrainingError, match="the loss became") as caught:
