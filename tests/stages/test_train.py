@@ -368,10 +368,10 @@ def exhausted(*args: object, **options: object) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
-def test_a_device_too_small_for_the_rows_says_what_to_lower(tiny_runs: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_device_too_small_for_the_rows_says_what_to_lower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("slipstream.stages.train.TieredRows", exhausted)
     with pytest.raises(CapacityError, match=r"no room for .* hot rows and .* staged rows .*2\.00 GiB") as caught:
-        train(tiny_runs, train__mode="fae", train__log_every=7)
+        train(tmp_path)
     assert "segregate.hot_budget" in str(caught.value.hint)
 
 
