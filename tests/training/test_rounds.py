@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from threading import Event
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,8 +50,22 @@ def score(samples: Samples) -> np.ndarray:
     return np.full(len(samples), 0.3, np.float32)
 
 
-def movement_of(rule: SkipRule, rng: np.random.Generator) -> np.ndarray:
-    return rng.random(NUM_ROWS if rule.movement == "net" else (2, NUM_ROWS)).astype(np.float32)
+def check_where_a_segment_ends(skipper: Skipper, prepared: PreparedRound, *, step: int) -> None:
+    if prepared.ends_segment and skipper.needs_windows:
+        shape = NUM_ROWS if skipper.rule.movement == "net" else (2, NUM_ROWS)
+        skipper.check(step=step, movement=np.random.default_rng(step).random(shape).astype(np.float32))
+
+
+def telling(function: Callable[..., Any], events: Sequence[Event]) -> Callable[..., Any]:
+    """The function, which sets one event after the other as its calls end."""
+    calls = iter(events)
+
+    def call(*args: object, **options: object) -> Any:
+        result = function(*args, **options)
+        next(calls).set()
+        return result
+
+    return call
 
 
 def train_rounds(rule: SkipRule, open_streams: OpenStreams, position: Position | None = None) -> list[PreparedRound]:
@@ -60,8 +75,7 @@ def train_rounds(rule: SkipRule, open_streams: OpenStreams, position: Position |
     preparer = RoundPreparer(SCHEDULE, skipper, score=score, position=position or Position())
     for prepared in preparer.run(open_streams):
         rounds.append(prepared)
-        if prepared.ends_segment and skipper.needs_windows:
-            skipper.check(step=len(rounds), movement=movement_of(rule, np.random.default_rng(len(rounds))))
+        check_where_a_segment_ends(skipper, prepared, step=len(rounds))
     return rounds
 
 
@@ -101,14 +115,7 @@ def test_the_next_round_is_decided_while_this_one_trains_unless_the_rule_waits_f
     name: str, open_streams: OpenStreams, monkeypatch: pytest.MonkeyPatch
 ):
     decided = [Event() for _ in range(16)]
-    select, calls = Skipper.select, iter(range(16))
-
-    def select_and_tell(self: Skipper, *groups: Samples | None, **rest: object) -> object:
-        picked = select(self, *groups, **rest)  # type: ignore[arg-type]
-        decided[next(calls)].set()
-        return picked
-
-    monkeypatch.setattr(Skipper, "select", select_and_tell)
+    monkeypatch.setattr(Skipper, "select", telling(Skipper.select, decided))
     skipper = Skipper(RULES[name])
     preparer = RoundPreparer(SCHEDULE, skipper, score=score, position=Position())
     with closing(preparer.run(open_streams)) as rounds:
@@ -123,8 +130,7 @@ def test_the_next_round_is_decided_while_this_one_trains_unless_the_rule_waits_f
             else:
                 assert decided[index + 1].wait(timeout=60)
                 assert preparer.wait() is not None
-            if prepared.ends_segment and skipper.needs_windows:
-                skipper.check(step=index, movement=movement_of(RULES[name], np.random.default_rng(index)))
+            check_where_a_segment_ends(skipper, prepared, step=index)
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -132,21 +138,13 @@ def test_samples_are_taken_while_the_round_before_trains_also_where_the_decision
     name: str, open_streams: OpenStreams, monkeypatch: pytest.MonkeyPatch
 ):
     taken = [Event() for _ in range(16)]
-    take, calls = rounds_module._take, iter(range(16))
-
-    def take_and_tell(task: object) -> object:
-        samples = take(task)  # type: ignore[arg-type]
-        taken[next(calls)].set()
-        return samples
-
-    monkeypatch.setattr(rounds_module, "_take", take_and_tell)
+    monkeypatch.setattr(rounds_module, "_take", telling(rounds_module._take, taken))
     skipper = Skipper(RULES[name])
     preparer = RoundPreparer(SCHEDULE, skipper, score=score, position=Position())
     with closing(preparer.run(open_streams)) as rounds:
         for index, prepared in enumerate(rounds):
             assert index == 15 or taken[index + 1].wait(timeout=60)
-            if prepared.ends_segment and skipper.needs_windows:
-                skipper.check(step=index, movement=movement_of(RULES[name], np.random.default_rng(index)))
+            check_where_a_segment_ends(skipper, prepared, step=index)
 
 
 def test_what_is_picked_already_is_not_decided_again(open_streams: OpenStreams, monkeypatch: pytest.MonkeyPatch):
