@@ -12,8 +12,8 @@ A row that was not looked up moved by nothing, which says nothing: it is untouch
 
 By net movement a hot sample is dropped when at least a share α of its lookups are stale, that is when the ⌈α·T⌉-th
 smallest movement among its rows is below the threshold. So the threshold for a target drop D is the D-quantile of that
-statistic: exact, in one pass, without a search. Per label the statistic is the mean pull of the sample's rows, of the
-⌈α·T⌉ with the least, under its own label.
+statistic: exact, in one pass, without a search. Per label the statistic is the mean pull of the sample's rows under its
+own label, over the share α of them with the least.
 
 Source of net movement: Slipstream (arXiv 2404.04270), whose code searches T by bisection and takes untouched rows for
 stale.
