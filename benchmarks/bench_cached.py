@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from slipstream.embedding.cached import CachedEmbeddingBag
+from slipstream.embedding.cached.bag import CachedEmbeddingBag
 
 CONTENDERS: dict[str, dict[str, Any] | None] = {
     "uncached": None,

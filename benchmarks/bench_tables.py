@@ -27,9 +27,9 @@ import torch
 
 from slipstream.config import PipelineConfig, load_pipeline, to_dict
 from slipstream.embedding.duplicates import Distinct, sort_lookups
-from slipstream.embedding.lookahead import StagedBatch
 from slipstream.embedding.quantized import quantize_linears
-from slipstream.embedding.tiers import TieredRows
+from slipstream.embedding.tiers.lookahead import StagedBatch
+from slipstream.embedding.tiers.rows import TieredRows
 from slipstream.io.artifacts import Artifact
 from slipstream.io.samples import concat_samples, read_shard
 from slipstream.models.build import build_model

@@ -36,20 +36,21 @@ import numpy as np
 import torch
 from torch import nn
 
-from slipstream.embedding.lookahead import LookAhead, StagedBatch
-from slipstream.embedding.placement import CachedRows, Placement, StagingHalves
 from slipstream.embedding.row_cache import RowCache
-from slipstream.embedding.tiers import TieredRows
+from slipstream.embedding.tiers.lookahead import LookAhead, StagedBatch
+from slipstream.embedding.tiers.placement import CachedRows, Placement, StagingHalves
+from slipstream.embedding.tiers.rows import TieredRows
 from slipstream.io.samples import Samples, read_shard, write_shard
 from slipstream.models.dlrm import DLRM
 from slipstream.ops.hot_set import assign_slots, rank_rows, table_offsets, take_hot_rows
 from slipstream.training.dense_optimizer import DenseOptimizer
 from slipstream.training.loop import Trainer
-from slipstream.training.rounds import Position, Schedule
-from slipstream.training.schedule import BatchMaker
-from slipstream.training.skipping import Skipper, SkipRule
+from slipstream.training.order.batches import BatchMaker
+from slipstream.training.order.rounds import Position
+from slipstream.training.order.schedule import Schedule
+from slipstream.training.order.stream import SampleStream
+from slipstream.training.skipping.skipper import Skipper, SkipRule
 from slipstream.training.step import FixedShapeStep, TrainStep
-from slipstream.training.stream import SampleStream
 
 KAGGLE_SIZES = [
     1460, 583, 10131227, 2202608, 305, 24, 12517, 633, 3, 93145, 5683, 8351593, 3194,

@@ -30,8 +30,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slipstream.embedding.tt import TTEmbeddingBag
-from slipstream.embedding.tt_kernels import plan_contraction
+from slipstream.embedding.tt.bag import TTEmbeddingBag
+from slipstream.embedding.tt.kernels import plan_contraction
 
 CONTENDERS = ("nn.EmbeddingBag", "tt", "tt unfused", "tt cached rows", "tt serving", "tt serving, cached")
 SIZES = ("rows", "dim", "ranks", "cores", "batch", "pooling", "steps", "cache", "threads")

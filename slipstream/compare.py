@@ -137,7 +137,7 @@ def run_comparison(
 
 def _target_drop(config: PipelineConfig, runs_dir: Path, share: float, progress: Progress) -> float:
     """D that makes a criterion skip a share of all samples: nothing is skipped in the first segment."""
-    from slipstream.training.schedule import default_segment_steps
+    from slipstream.training.order.schedule import default_segment_steps
 
     before = run_pipeline(config, runs_dir, stages=["preprocess", "segregate"], progress=progress)
     samples: dict[str, int] = before.counts("segregate")["samples"]

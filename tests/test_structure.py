@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "schema": set(),
     "errors": set(),
 }
-"""DESIGN.md section 2, from top to bottom."""
+"""From top to bottom."""
 
 HEAVY = {"torch", "polars", "pyarrow"}
 TORCH_BELONGS_TO = {"embedding", "models", "training", "stages"}

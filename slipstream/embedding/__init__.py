@@ -1,1 +1,1 @@
-"""Where rows live, how they are represented, and which of them still change."""
+"""Where rows live and how they are held; `row_cache` and `duplicates` are ground that the rooms share."""

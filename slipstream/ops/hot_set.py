@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 Movement = Literal["net", "per-label"]
-"""How staleness measures that a row moves, see `slipstream.embedding.staleness`."""
+"""How staleness measures that a row moves, see `slipstream.training.skipping.staleness`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

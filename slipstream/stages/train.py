@@ -21,11 +21,11 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from slipstream.config import ModelConfig, SkipConfig, TablesConfig, TrainConfig, to_dict
-from slipstream.embedding.lookahead import LookAhead
-from slipstream.embedding.placement import CachedRows, Placement, StagingHalves
 from slipstream.embedding.quantized import quantize_linears
 from slipstream.embedding.row_cache import RowCache
-from slipstream.embedding.tiers import TieredRows
+from slipstream.embedding.tiers.lookahead import LookAhead
+from slipstream.embedding.tiers.placement import CachedRows, Placement, StagingHalves
+from slipstream.embedding.tiers.rows import TieredRows
 from slipstream.errors import CapacityError, ConfigError
 from slipstream.io.artifacts import Artifact, write_atomically, write_json
 from slipstream.io.samples import Samples, read_shard, table_of_column
@@ -37,14 +37,13 @@ from slipstream.training.dense_optimizer import DenseOptimizer
 from slipstream.training.faithful import FaithfulRule, FaithfulTrainer
 from slipstream.training.loop import LoopTotals, StepReport, Trainer
 from slipstream.training.model_file import save_model
+from slipstream.training.order.schedule import Schedule, default_segment_steps
+from slipstream.training.order.stream import SampleStream
 from slipstream.training.predict import predict
 from slipstream.training.representations import Representations, TableSpec
-from slipstream.training.rounds import Schedule
-from slipstream.training.schedule import default_segment_steps
-from slipstream.training.skipping import Criterion, Skipper, SkipRule
+from slipstream.training.skipping.skipper import Criterion, Skipper, SkipRule
 from slipstream.training.slot_layout import SlotLayout
 from slipstream.training.step import FixedShapeStep, TrainStep
-from slipstream.training.stream import SampleStream
 
 _WINDOW_SAMPLES = 2_000_000
 """Samples shuffled together."""

@@ -24,8 +24,8 @@ from slipstream.io.artifacts import write_atomically
 from slipstream.io.samples import Samples
 from slipstream.training.loop import LoopTotals, Trainer
 from slipstream.training.model_file import read_tensors
-from slipstream.training.rounds import Picked, Position
-from slipstream.training.skipping import Selection
+from slipstream.training.order.rounds import Picked, Position
+from slipstream.training.skipping.skipper import Selection
 
 _GROUPS = ("hot", "cold")
 

@@ -21,15 +21,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from slipstream.embedding.lookahead import Batch, LookAhead, StagedBatch
-from slipstream.embedding.placement import StagingHalves
-from slipstream.embedding.staleness import bisect_threshold, sample_movement
-from slipstream.embedding.tiers import TieredRows
+from slipstream.embedding.tiers.lookahead import Batch, LookAhead, StagedBatch
+from slipstream.embedding.tiers.placement import StagingHalves
+from slipstream.embedding.tiers.rows import TieredRows
 from slipstream.io.samples import Samples
 from slipstream.training.loop import LoopTotals
-from slipstream.training.schedule import cut_batches
+from slipstream.training.order.batches import cut_batches
+from slipstream.training.order.stream import SampleStream
+from slipstream.training.skipping.staleness import bisect_threshold, sample_movement
 from slipstream.training.step import TrainStep
-from slipstream.training.stream import SampleStream
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

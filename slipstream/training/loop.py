@@ -14,15 +14,16 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from slipstream.embedding.lookahead import LookAhead, StagedBatch
-from slipstream.embedding.placement import StagingOverflowError
-from slipstream.embedding.staleness import make_tracker
+from slipstream.embedding.tiers.lookahead import LookAhead, StagedBatch
+from slipstream.embedding.tiers.placement import StagingOverflowError
 from slipstream.errors import CapacityError, TrainingError
 from slipstream.io.samples import Samples
 from slipstream.ops.hot_set import tracker_bytes
+from slipstream.training.order.rounds import OpenStreams, Position, PreparedRound, RoundPreparer
+from slipstream.training.order.schedule import Schedule
 from slipstream.training.predict import predict
-from slipstream.training.rounds import OpenStreams, Position, PreparedRound, RoundPreparer, Schedule
-from slipstream.training.skipping import Skipper
+from slipstream.training.skipping.skipper import Skipper
+from slipstream.training.skipping.staleness import make_tracker
 from slipstream.training.step import TrainStep
 
 _SCORE_BATCH = 16_384

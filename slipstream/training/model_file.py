@@ -26,11 +26,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from slipstream.embedding.abs_max import CHUNK_ROWS
-from slipstream.embedding.quantization import dequantize, pack, quantize, table_scale, unpack
 from slipstream.embedding.quantized import PackedLinear, QuantizedLinear
-from slipstream.embedding.tiers import TieredRows
-from slipstream.embedding.tt import TTEmbeddingBag
+from slipstream.embedding.quantized.abs_max import CHUNK_ROWS
+from slipstream.embedding.quantized.numbers import dequantize, pack, quantize, table_scale, unpack
+from slipstream.embedding.tiers.rows import TieredRows
+from slipstream.embedding.tt.bag import TTEmbeddingBag
 from slipstream.errors import ArtifactError
 from slipstream.io.artifacts import write_atomically, write_json
 from slipstream.models.build import build_model

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from slipstream.embedding.tiers import TieredRows
+from slipstream.embedding.tiers.rows import TieredRows
 from slipstream.io.samples import Samples
 from slipstream.training.representations import Representations
 

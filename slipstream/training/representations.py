@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slipstream.embedding.abs_max import CHUNK_ROWS
-from slipstream.embedding.row_grids import RowGrids
-from slipstream.embedding.tiers import RowOptimizer, TieredRows
-from slipstream.embedding.tt import TTEmbeddingBag
+from slipstream.embedding.quantized.abs_max import CHUNK_ROWS
+from slipstream.embedding.quantized.grids import RowGrids
+from slipstream.embedding.tiers.rows import RowOptimizer, TieredRows
+from slipstream.embedding.tt.bag import TTEmbeddingBag
 from slipstream.training.slot_layout import SlotLayout
 
 Representation = Literal["dense", "int8", "int4", "tt"]

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from slipstream.embedding.duplicates import Distinct, sum_duplicates
-from slipstream.embedding.lookahead import StagedBatch
-from slipstream.embedding.staleness import RowTracker, pulls_of_lookups
-from slipstream.embedding.tiers import TieredRows, update_rows
+from slipstream.embedding.tiers.lookahead import StagedBatch
+from slipstream.embedding.tiers.rows import TieredRows, update_rows
 from slipstream.training.dense_optimizer import DenseOptimizer
 from slipstream.training.representations import Representations
+from slipstream.training.skipping.staleness import RowTracker, pulls_of_lookups
 
 Precision = Literal["fp32", "tf32", "bf16"]
 Kernels = Literal["torch", "triton"]
@@ -62,7 +62,7 @@ class TrainStep:
         """Watches the rows that steps look up, where a rule asks for it."""
         self._kernels = kernels
         # needs Triton, which only a GPU brings along
-        self._row_kernels = import_module("slipstream.embedding.row_kernels") if kernels == "triton" else None
+        self._row_kernels = import_module("slipstream.embedding.tiers.kernels") if kernels == "triton" else None
         self.model, self.rows, self.dense_optimizer = model, rows, dense_optimizer
         self._eps, self._precision, self._deterministic = eps, precision, deterministic
         self._lr = torch.zeros((), device=rows.device)

@@ -18,7 +18,7 @@ from strategies import tiny_config
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, linear
 
-from slipstream.embedding.lookahead import Batch, LookAhead
+from slipstream.embedding.tiers.lookahead import Batch, LookAhead
 from slipstream.errors import CapacityError, ConfigError, TrainingError
 from slipstream.io.artifacts import Artifact
 from slipstream.io.samples import Samples, concat_samples, read_shard

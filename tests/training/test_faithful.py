@@ -6,9 +6,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from slipstream.config import build_pipeline
-from slipstream.embedding.staleness import bisect_threshold, find_threshold
 from slipstream.errors import ConfigError
 from slipstream.pipeline import RunResult, plan_pipeline, row_bytes_of, run_pipeline
+from slipstream.training.skipping.staleness import bisect_threshold, find_threshold
 
 TREE: dict[str, Any] = {
     "name": "faithful",

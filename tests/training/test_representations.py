@@ -20,9 +20,9 @@ from typer.testing import CliRunner
 
 from slipstream.cli import app
 from slipstream.config import load_pipeline
-from slipstream.embedding.lookahead import StagedBatch
-from slipstream.embedding.row_grids import RowGrids
-from slipstream.embedding.tiers import TieredRows
+from slipstream.embedding.quantized.grids import RowGrids
+from slipstream.embedding.tiers.lookahead import StagedBatch
+from slipstream.embedding.tiers.rows import TieredRows
 from slipstream.errors import ArtifactError, ConfigError
 from slipstream.io.samples import Samples
 from slipstream.models.dlrm import DLRM

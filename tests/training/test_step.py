@@ -8,12 +8,12 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from slipstream.embedding.duplicates import Distinct, sort_lookups
-from slipstream.embedding.lookahead import StagedBatch
-from slipstream.embedding.staleness import make_tracker
-from slipstream.embedding.tiers import TieredRows
+from slipstream.embedding.tiers.lookahead import StagedBatch
+from slipstream.embedding.tiers.rows import TieredRows
 from slipstream.models.dlrm import DLRM
 from slipstream.ops.hot_set import Movement
 from slipstream.training.dense_optimizer import DenseOptimizer
+from slipstream.training.skipping.staleness import make_tracker
 from slipstream.training.step import FixedShapeStep, TrainStep
 
 BATCH, TABLES, DENSE, DIM, ROWS = 8, 3, 2, 4, 20

@@ -1,0 +1,1 @@
+"""A table in host memory behind a software cache of rows on the device."""

@@ -1,0 +1,347 @@
+"""Look-ahead: fetch the cold rows of the next chunk of batches while the current one computes.
+
+The batch order is known, so a chunk's cold rows are known before it starts. While chunk k - 1 computes, the host
+thread writes back the rows that left with chunk k - 2 and gathers the rows of chunk k. A row that both k - 1 and k
+use stays on the device. So no row is ever read stale: the result equals the plain loop, to the bit on CPU, for any
+chunk length, staging size and placement.
+
+    finders          cold rows of the batches of k+1, k+2
+    host thread      write back k-2 | gather k          | write back k-1 | gather k+1
+    device           compute k-1                        | forward k-1 -> k, compute k
+
+Shape suffixes: B batch, T tables, L = B·T lookups, U distinct positions, C distinct cold rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slipstream.embedding.duplicates import Distinct, SortedLookups, find_distinct, sort_lookups
+from slipstream.embedding.tiers.placement import Placement, Plan, Request
+from slipstream.embedding.tiers.rows import TieredRows
+from slipstream.embedding.tiers.transfer import RowMover
+from slipstream.ops.parallel import in_order
+
+_NUM_FINDERS = 4
+"""Threads that look for cold rows in the batches to come, where there is a GPU to be kept busy."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """Samples of one step, on the host."""
+
+    dense: np.ndarray
+    """Shape (B, dense columns), float32."""
+    slots: np.ndarray
+    """Shape (B, T), int32 or int64."""
+    labels: np.ndarray
+    """Shape (B,), float32."""
+    is_hot: bool
+    """Whether every slot is a hot one."""
+    weights: np.ndarray | None = None
+    """Weight of each sample in the loss; None is 1 for all. Shape (B,), float32."""
+
+    def __len__(self) -> int:
+        """B."""
+        return len(self.labels)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StagedBatch:
+    """A batch whose slots are positions in the device buffer: as they are, or as distinct ones."""
+
+    dense: Tensor
+    labels: Tensor
+    is_hot: bool
+    positions: Tensor | None = None
+    """Of each lookup, sample by sample, where the device finds the duplicates. Shape (L,), int32 or int64."""
+    distinct: Distinct | None = None
+    """The distinct positions, where the host found them."""
+    weights: Tensor | None = None
+    outside: Tensor | None = None
+    """Slots of the columns whose rows have no tier. Shape (B, J), int64."""
+
+    def __len__(self) -> int:
+        """B."""
+        return len(self.labels)
+
+    def num_lookups(self) -> int:
+        """L."""
+        found = self.positions if self.distinct is None else self.distinct.inverse
+        return 0 if found is None else len(found)
+
+    def find_distinct(self, *, padding: int) -> Distinct:
+        """The distinct positions: those the host found, or else found here, followed by `padding`."""
+        if self.distinct is not None:
+            return self.distinct
+        assert self.positions is not None
+        return find_distinct(self.positions, padding=padding)
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that went to the device."""
+        given = (self.dense, self.labels, self.positions, self.weights, self.outside)
+        return [value for value in given if value is not None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Lookups:
+    """A batch whose cold rows are known."""
+
+    batch: Batch
+    slots: np.ndarray
+    """Of every lookup, or the distinct ones where `sorted` has them. Shape (L,) or (U,)."""
+    cold_places: slice | np.ndarray
+    """Where in `slots` the cold ones are."""
+    cold: np.ndarray
+    """Distinct cold rows, ascending. Shape (C,)."""
+    cold_counts: np.ndarray
+    """How often each of them is looked up. Shape (C,)."""
+    cold_inverse: np.ndarray | None
+    """Index into `cold` of each of `cold_places`; None where they are distinct already."""
+    sorted: SortedLookups | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Batches in positions, and the moves that belong to them."""
+
+    plan: Plan
+    batches: list[StagedBatch]
+
+
+class LookAhead:
+    """Runs batches through a step with their rows on the device.
+
+    Args:
+        rows: The tiers.
+        placement: Decides where cold rows sit.
+        chunk_batches: Batches per chunk, at most; a chunk that does not fit is split.
+        columns: Columns of a batch's slots whose rows have tiers; None for all. The others only travel along.
+        in_thread: Whether moves are made by a thread of their own, and cold rows found by a few more; None where the
+            device is no CPU. On a CPU they take their time from the computation, and a step's threads wait.
+        sorts_all: Whether the host finds the distinct positions of a batch, not only its cold rows; None on a CPU.
+    """
+
+    def __init__(
+        self,
+        rows: TieredRows,
+        placement: Placement,
+        *,
+        chunk_batches: int,
+        columns: np.ndarray | None = None,
+        in_thread: bool | None = None,
+        sorts_all: bool | None = None,
+    ) -> None:
+        if chunk_batches < 1:
+            raise ValueError(f"expected chunks of at least 1 batch, found {chunk_batches}")
+        on_cpu = rows.device.type == "cpu"
+        self._in_thread = not on_cpu if in_thread is None else in_thread
+        self._sorts_all = on_cpu if sorts_all is None else sorts_all
+        self._rows, self._placement, self._chunk_batches = rows, placement, chunk_batches
+        self._columns = columns
+        self._mover = RowMover(rows)
+        self.lookups = 0
+        """Lookups of all batches so far."""
+        self.cold_lookups = 0
+        """Those that went to rows of the cold tier."""
+
+    @property
+    def bytes_to_device(self) -> int:
+        """Bytes of rows fetched so far."""
+        return self._mover.bytes_to_device
+
+    @property
+    def bytes_to_host(self) -> int:
+        """Bytes of rows written back so far."""
+        return self._mover.bytes_to_host
+
+    def run(
+        self,
+        batches: Iterator[Batch],
+        step: Callable[[StagedBatch], None],
+        *,
+        between_chunks: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Call `step` with every batch in order, its rows staged.
+
+        Rows stay staged between calls until `flush`. All batches must be known when asked for: none may
+        depend on a step of the same call. The first chunks are short, so that the first step does not wait long.
+
+        Args:
+            batches: In training order.
+            step: Reads and changes `rows.buffer` at the batch's positions.
+            between_chunks: Called before each chunk while nothing moves; may call `cold_now`.
+
+        Raises:
+            StagingOverflowError: A single batch has more cold rows than fit.
+        """
+        # closed here, whatever a step raises: a pool must not be left to whichever thread collects garbage
+        with closing(self._find_all_cold(batches)) as found, self._make_host() as host:
+            pending = _Pending(found)
+            following = host.submit(self._prepare, pending, 1)
+            for chunk_batches in self._chunk_sizes():
+                if (chunk := following.result()) is None:
+                    break
+                between_chunks()
+                self._activate(chunk)
+                following = host.submit(self._leave_and_prepare, chunk.plan, pending, chunk_batches)
+                for batch in chunk.batches:
+                    step(batch)
+            self._mover.mark_computed()
+
+    def flush(self) -> None:
+        """Write back every row that changed; afterwards the tiers hold the whole model."""
+        self._mover.write_back(*self._placement.release())
+
+    def counters(self) -> dict[str, int]:
+        """What it counted so far, for a checkpoint."""
+        return {
+            "lookups": self.lookups,
+            "cold_lookups": self.cold_lookups,
+            "bytes_to_device": self.bytes_to_device,
+            "bytes_to_host": self.bytes_to_host,
+        }
+
+    def restore_counters(self, counters: dict[str, int]) -> None:
+        """Go on counting from a checkpoint."""
+        self.lookups, self.cold_lookups = counters["lookups"], counters["cold_lookups"]
+        self._mover.bytes_to_device = counters["bytes_to_device"]
+        self._mover.bytes_to_host = counters["bytes_to_host"]
+
+    def cold_now(self) -> list[Tensor]:
+        """Copies of the cold tier with the latest values, one per travelling tensor; between chunks only."""
+        cold, positions = self._placement.unwritten()
+        copies = []
+        for buffer, host in self._rows.pairs:
+            latest = host.clone()
+            latest[torch.from_numpy(cold)] = buffer[torch.from_numpy(positions).to(buffer.device)].cpu()
+            copies.append(latest)
+        return copies
+
+    def _chunk_sizes(self) -> Iterator[int]:
+        """Batches of the second chunk and of those after it."""
+        size = 1
+        while True:
+            size = min(2 * size, self._chunk_batches)
+            yield size
+
+    def _make_host(self) -> Executor:
+        return ThreadPoolExecutor(max_workers=1, thread_name_prefix="look-ahead") if self._in_thread else _SameThread()
+
+    # --- host thread ---
+
+    def _find_all_cold(self, batches: Iterator[Batch]) -> Generator[_Lookups, None, None]:
+        if self._in_thread:
+            yield from in_order(self._find_cold, batches, _NUM_FINDERS)
+        else:
+            yield from map(self._find_cold, batches)
+
+    def _find_cold(self, batch: Batch) -> _Lookups:
+        slots = (batch.slots if self._columns is None else batch.slots[:, self._columns]).ravel()
+        num_hot = self._rows.num_hot
+        if self._sorts_all:
+            found = sort_lookups(slots)
+            places = slice(int(np.searchsorted(found.unique, num_hot)), None)
+            return _Lookups(
+                batch, found.unique, places, found.unique[places] - num_hot, found.counts()[places], None, found
+            )
+        at = np.flatnonzero(slots >= num_hot)
+        cold = sort_lookups(slots[at] - slots.dtype.type(num_hot))
+        return _Lookups(batch, slots, at, cold.unique, cold.counts(), cold.inverse, None)
+
+    def _leave_and_prepare(self, current: Plan, pending: _Pending, chunk_batches: int) -> _Chunk | None:
+        self._mover.write_back(*current.leaving)
+        return self._prepare(pending, chunk_batches)
+
+    def _prepare(self, pending: _Pending, chunk_batches: int) -> _Chunk | None:
+        offered = pending.take(chunk_batches)
+        if not offered:
+            return None
+        plan = self._placement.plan(self._request(offered))
+        pending.put_back(offered[plan.num_batches :])
+        self._mover.write_back(*plan.evicted)
+        self._mover.fetch(*plan.fetched)
+        return _Chunk(plan, [self._stage(lookups) for lookups in offered[: plan.num_batches]])
+
+    def _request(self, offered: list[_Lookups]) -> Request:
+        cold = [lookups.cold for lookups in offered]
+        counts = [lookups.cold_counts for lookups in offered]
+        chunk = sort_lookups(np.concatenate(cold))
+        first_sights = chunk.order[chunk.starts]
+        by_first_sight = np.argsort(first_sights)
+        needed = np.searchsorted(first_sights[by_first_sight], np.cumsum([len(rows) for rows in cold]))
+        return Request(rows=chunk.unique[by_first_sight], needed=needed, rows_of_batch=cold, lookups_of_batch=counts)
+
+    def _stage(self, lookups: _Lookups) -> StagedBatch:
+        batch, found = lookups.batch, lookups.sorted
+        fits_32_bits = found is None and self._rows.spare_position < 2**31
+        positions = lookups.slots.astype(np.int32 if fits_32_bits else np.int64)
+        cold_positions = self._placement.positions_of(lookups.cold)
+        inverse = lookups.cold_inverse
+        positions[lookups.cold_places] = cold_positions if inverse is None else cold_positions[inverse]
+        self.lookups += len(lookups.slots if found is None else found.order)
+        self.cold_lookups += int(lookups.cold_counts.sum())
+        move = self._mover.to_device
+        return StagedBatch(
+            dense=move(batch.dense),
+            labels=move(batch.labels),
+            is_hot=batch.is_hot,
+            positions=move(positions) if found is None else None,
+            distinct=None
+            if found is None
+            else Distinct(*(move(part) for part in (positions, found.inverse, found.order, found.starts))),
+            weights=None if batch.weights is None else move(batch.weights),
+            outside=None if self._columns is None else move(_outside(batch.slots, self._columns)),
+        )
+
+    # --- main thread ---
+
+    def _activate(self, chunk: _Chunk) -> None:
+        self._mover.await_fetches()
+        self._mover.forward(*chunk.plan.forwarded)
+        self._mover.mark_computed()
+        for batch in chunk.batches:
+            self._mover.hand_over(batch.tensors())
+
+
+def _outside(slots: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    return np.delete(slots, columns, axis=1).astype(np.int64)
+
+
+class _SameThread(Executor):
+    """Does what it is given at once; what goes wrong comes out with the result, as from a thread."""
+
+    def submit(self, work: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        try:
+            done.set_result(work(*args, **kwargs))
+        except Exception as exc:
+            done.set_exception(exc)
+        return done
+
+
+class _Pending:
+    """Batches not yet planned; those a full staging half turned away come first."""
+
+    def __init__(self, batches: Iterator[_Lookups]) -> None:
+        self._batches = batches
+        self._returned: list[_Lookups] = []
+
+    def take(self, count: int) -> list[_Lookups]:
+        """Up to `count` batches."""
+        taken, self._returned = self._returned[:count], self._returned[count:]
+        while len(taken) < count and (batch := next(self._batches, None)) is not None:
+            taken.append(batch)
+        return taken
+
+    def put_back(self, batches: list[_Lookups]) -> None:
+        """Return batches to the front."""
+        self._returned = batches + self._returned

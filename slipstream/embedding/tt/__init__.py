@@ -1,0 +1,1 @@
+"""Tables as products of small tensors, so-called tensor trains."""

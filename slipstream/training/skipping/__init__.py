@@ -1,0 +1,1 @@
+"""Which samples teach nothing more, and how those that stay are weighted."""

@@ -1,0 +1,83 @@
+"""The Triton kernels against plain PyTorch: interpreted on a CPU, compiled where there is a GPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from slipstream.embedding.duplicates import sort_lookups
+from slipstream.embedding.tiers.rows import update_rows
+
+pytest.importorskip("triton", reason="needs triton: pip install triton")
+
+from slipstream.embedding.tiers import kernels
+
+HAS_GPU = torch.cuda.is_available()
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.skipif(HAS_GPU, reason="kernels are compiled here, not interpreted")),
+    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")]),
+]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.mark.parametrize("dim", [1, 3, 16, 128])
+@pytest.mark.parametrize("num_lookups", [1, 37, 3000])
+def test_gathered_rows_are_the_rows_of_the_buffer(device: str, dim: int, num_lookups: int):
+    rng = np.random.default_rng(dim)
+    positions = rng.integers(0, 500, num_lookups)
+    found = sort_lookups(positions)
+    buffer = torch.randn(500, dim, device=device)
+    unique, inverse = (torch.from_numpy(part).to(device) for part in (found.unique, found.inverse))
+    assert torch.equal(kernels.gather_rows(buffer, unique, inverse), buffer[torch.from_numpy(positions).to(device)])
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("optimizer", ["sgd", "rowwise_adagrad"])
+@pytest.mark.parametrize("dim", [1, 3, 16, 128])
+def test_updates_equal_those_of_plain_pytorch(device: str, optimizer: str, dim: int, weighted: bool):
+    torch.manual_seed(dim)
+    weights, state = torch.randn(400, dim, device=device), torch.rand(400, device=device)
+    positions = torch.randperm(399, device=device)[:300]
+    gradients = torch.randn(300, dim, device=device)
+    lr = torch.tensor(0.1, device=device)
+    expected, expected_state = weights.clone(), state.clone()
+    has_state = optimizer == "rowwise_adagrad"
+    sample_weights = torch.rand(350, device=device) + 0.5 if weighted else None
+    update_rows(
+        optimizer,  # type: ignore[arg-type]
+        expected,
+        expected_state if has_state else None,
+        positions,
+        expected[positions],
+        gradients.clone(),
+        lr=lr,
+        eps=1e-8,
+        sample_weights=None if sample_weights is None else sample_weights[:300],
+    )
+    padded = torch.cat([positions, torch.full((50,), 399, device=device)])
+    with_zeros = torch.cat([gradients, torch.zeros(50, dim, device=device)])
+    kernels.update_rows(
+        optimizer,
+        weights,
+        state if has_state else None,
+        padded,
+        with_zeros,
+        lr=lr,
+        eps=1e-8,
+        sample_weights=sample_weights,
+    )
+    torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(state, expected_state, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(weights, torch.zeros_like(weights))
+
+
+def test_no_lookups_change_nothing(device: str):
+    buffer, none = torch.ones(4, 2, device=device), torch.empty(0, dtype=torch.int64, device=device)
+    assert kernels.gather_rows(buffer, none, none).shape == (0, 2)
+    kernels.update_rows("sgd", buffer, None, none, buffer[:0].clone(), lr=torch.tensor(1.0, device=device), eps=0.0)
+    assert torch.equal(buffer.cpu(), torch.ones(4, 2))

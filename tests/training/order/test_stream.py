@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import make_samples, sample_numbers
+
+from slipstream.training.order.stream import SampleStream
+
+
+@pytest.fixture(scope="module")
+def workers() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        yield pool
+
+
+def open_stream(sizes: list[int], *, seed: int, window_samples: int, workers: ThreadPoolExecutor) -> SampleStream:
+    starts = np.cumsum([0, *sizes])
+    shards = [make_samples(np.zeros((size, 1), int), start=start) for size, start in zip(sizes, starts, strict=False)]
+    loaders = [lambda shard=shard: shard for shard in shards]
+    return SampleStream(loaders, sizes, seed=(seed, 0), window_samples=window_samples, workers=workers)
+
+
+def drain(stream: SampleStream, counts: list[int]) -> list[list[int]]:
+    taken = []
+    for count in counts:
+        samples = stream.take(count)
+        taken.append([] if samples is None else sample_numbers(samples))
+    return taken
+
+
+@given(
+    st.lists(st.integers(1, 9), max_size=6),
+    st.integers(1, 30),
+    st.integers(0, 5),
+    st.lists(st.integers(0, 12), max_size=8),
+)
+def test_every_sample_comes_once_and_counts_are_met(workers, sizes, window_samples: int, seed: int, counts):
+    stream = open_stream(sizes, seed=seed, window_samples=window_samples, workers=workers)
+    left = sum(sizes)
+    for count, taken in zip(counts, drain(stream, counts), strict=True):
+        assert len(taken) == min(count, left)
+        left -= len(taken)
+    assert stream.remaining == left
+    rest = drain(stream, [left + 5])[0]
+    assert len(rest) == left
+    assert stream.take(1) is None
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 30), st.lists(st.integers(1, 9), max_size=5))
+def test_the_order_does_not_depend_on_how_it_is_taken(workers, sizes, window_samples: int, counts):
+    total = sum(sizes)
+    whole = open_stream(sizes, seed=1, window_samples=window_samples, workers=workers)
+    pieces = open_stream(sizes, seed=1, window_samples=window_samples, workers=workers)
+    expected = drain(whole, [total])[0]
+    assert [number for taken in drain(pieces, [*counts, total]) for number in taken] == expected
+    assert sorted(expected) == list(range(total))
+
+
+def test_seeds_and_windows_shuffle(workers: ThreadPoolExecutor):
+    def order(seed: int, window_samples: int) -> list[int]:
+        return drain(open_stream([50] * 4, seed=seed, window_samples=window_samples, workers=workers), [200])[0]
+
+    assert order(1, 200) == order(1, 200) != order(2, 200)
+    within = order(1, 50)
+    for start in range(0, 200, 50):  # windows of one shard keep shards together, in some order
+        assert len({number // 50 for number in within[start : start + 50]}) == 1
+    assert len({number // 50 for number in order(1, 200)[:50]}) == 4
+
+
+def test_an_error_while_loading_comes_out(workers: ThreadPoolExecutor):
+    def fail():
+        raise OSError("disk")
+
+    stream = SampleStream([fail], [3], seed=(0,), window_samples=5, workers=workers)
+    with pytest.raises(OSError, match="disk"):
+        stream.take(1)
