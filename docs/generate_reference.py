@@ -13,7 +13,7 @@ import inspect
 import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer.main
 from typer.testing import CliRunner
@@ -110,10 +110,11 @@ def _is_mapping(hint: Any) -> bool:
 
 
 def _table(prefix: str, cls: type) -> str:
-    hints, meanings = get_type_hints(cls), _field_docs(cls)
+    hints, meanings = get_type_hints(cls, include_extras=True), _field_docs(cls)
     lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for spec in _values(cls):
-        meaning = meanings[spec.name] + (" *Speed only.*" if spec.metadata.get("execution") else "")
+        meaning = meanings[spec.name] + _show_choices(hints[spec.name])
+        meaning += " *Speed only.*" if spec.metadata.get("execution") else ""
         cells = (f"`{_dotted(prefix, spec.name)}`", _show_type(hints[spec.name]), _show_default(spec), meaning)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
@@ -136,6 +137,9 @@ def _field_docs(cls: type) -> dict[str, str]:
 
 def _show_type(hint: Any) -> str:
     args = get_args(hint)
+    if get_origin(hint) is Annotated:
+        args = args[1].find().names()
+        return " or ".join(f'`"{name}"`' for name in args)
     if get_origin(hint) is Literal:
         return " or ".join(f'`"{arg}"`' if isinstance(arg, str) else f"`{arg}`" for arg in args)
     if get_origin(hint) is tuple:
@@ -145,6 +149,14 @@ def _show_type(hint: Any) -> str:
     return {"str": "string", "int": "integer", "float": "number", "bool": "true or false"}.get(
         hint.__name__, hint.__name__
     )
+
+
+def _show_choices(hint: Any) -> str:
+    """What each name in a registry stands for."""
+    if get_origin(hint) is not Annotated:
+        return ""
+    registry = get_args(hint)[1].find()
+    return " " + "; ".join(f"`{name}`: {registry.summary(name)}" for name in registry.names()) + "."
 
 
 def _show_default(spec: dataclasses.Field[Any]) -> str:

@@ -17,9 +17,10 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from slipstream.errors import ConfigError
+from slipstream.registry import ChoiceOf
 
 _SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _SIZE_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -79,9 +80,8 @@ def _require(holds: bool, key: str, expected: str, found: object) -> None:
 class DatasetConfig:
     """Where samples come from."""
 
-    source: Literal["synthetic", "criteo", "avazu", "taobao", "dlrm_npz"]
-    """Format of the raw files: `synthetic` first writes raw Criteo lines, then reads them; `criteo` Kaggle and
-    Terabyte; `avazu` train.csv; `taobao` UserBehavior.csv; `dlrm_npz` what DLRM's own preprocessing wrote."""
+    source: Annotated[str, ChoiceOf("slipstream.datasets.registry:SOURCES")]
+    """Format of the raw files."""
     raw: tuple[str, ...] = ()
     """Raw files: a path, a glob or a list of them, read in this order (globs in name order)."""
     num_samples: int = 100_000
@@ -625,7 +625,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def _build(cls: type[_T], tree: Mapping[str, Any], prefix: str) -> _T:
-    hints = get_type_hints(cls)
+    hints = get_type_hints(cls, include_extras=True)
     specs = {spec.name: spec for spec in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in tree:
         if key not in specs:
@@ -649,11 +649,9 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
             raise ConfigError(f"`{key}` must be a section, found {value!r}")
         return _build(typing.cast(type, hint), value, f"{key}.")
     if origin is Literal:
-        if value not in args or isinstance(value, bool):
-            close = difflib.get_close_matches(str(value), [str(arg) for arg in args], n=1)
-            hint_text = f"did you mean `{close[0]}`?" if close else None
-            raise ConfigError(f"`{key}` must be one of {', '.join(args)}, found {value!r}", hint=hint_text)
-        return value
+        return _choose(args, value, key)
+    if origin is Annotated:
+        return _choose(args[1].find().names(), value, key)
     if origin is tuple:
         items = value if isinstance(value, list) else [value]
         return tuple(_convert(args[0], item, f"{key}[{index}]") for index, item in enumerate(items))
@@ -673,6 +671,14 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     if not _fits(hint, value):
         raise ConfigError(f"`{key}` must be {hint.__name__}, found {type(value).__name__}: {value!r}")
     return hint(value)
+
+
+def _choose(choices: Sequence[Any], value: Any, key: str) -> Any:
+    if value not in choices or isinstance(value, bool):
+        close = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1)
+        hint = f"did you mean `{close[0]}`?" if close else None
+        raise ConfigError(f"`{key}` must be one of {', '.join(map(str, choices))}, found {value!r}", hint=hint)
+    return value
 
 
 def _fits(hint: type, value: Any) -> bool:

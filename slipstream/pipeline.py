@@ -362,7 +362,7 @@ def _generate(
 def _preprocess(
     config: PipelineConfig, inputs: Mapping[str, Artifact], scratch: Path, progress: Progress
 ) -> dict[str, Any]:
-    from slipstream.datasets.registry import build_source
+    from slipstream.datasets.registry import SOURCES
     from slipstream.datasets.source import SourceOptions
     from slipstream.io.raw import find_raw_files
     from slipstream.stages import preprocess
@@ -381,7 +381,7 @@ def _preprocess(
     )
     return preprocess.run(
         config.preprocess,
-        source=build_source(dataset.source, options),
+        source=SOURCES.get(dataset.source)(options),
         files=files,
         seed=config.seed,
         scratch=scratch,

@@ -1,29 +1,16 @@
-"""Which sources there are. Adding one is adding its module and a line here (and its name to `dataset.source`)."""
+"""Which sources there are: every module of this folder that has a function `build(options) -> Source`."""
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Final
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
 
-from slipstream.datasets.source import Source, SourceOptions
+from slipstream.registry import Registry
 
-SOURCES: Final = {
-    "synthetic": "criteo",  # its generator writes Criteo's format
-    "criteo": "criteo",
-    "avazu": "avazu",
-    "taobao": "taobao",
-    "dlrm_npz": "dlrm_npz",
-}
-"""Module of `slipstream.datasets` that reads each `dataset.source`; it has a function `build(options) -> Source`."""
+if TYPE_CHECKING:
+    from slipstream.datasets.source import Source, SourceOptions
 
-
-def build_source(name: str, options: SourceOptions) -> Source:
-    """The source of a name.
-
-    Raises:
-        DataError: Its files are not of the format.
-        KeyError: There is no such source.
-    """
-    module = import_module(f"slipstream.datasets.{SOURCES[name]}")
-    source: Source = module.build(options)
-    return source
+SOURCES: Final[Registry[Callable[[SourceOptions], Source]]] = Registry(
+    "source", package="slipstream.datasets", attribute="build"
+)
+"""What makes the reader of a raw format, by `dataset.source`; raises `DataError` where files are not of the format."""

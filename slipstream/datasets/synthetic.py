@@ -25,7 +25,7 @@ from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from statistics import NormalDist
-from typing import IO, NamedTuple, cast
+from typing import IO, TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +40,9 @@ from slipstream.datasets.synthetic_teacher import (
     hash_integers,
 )
 from slipstream.ops.split import chronological_bounds
+
+if TYPE_CHECKING:
+    from slipstream.datasets.source import Source, SourceOptions
 
 NUM_INTEGERS = 13
 NUM_TABLES = 26
@@ -681,3 +684,10 @@ def _format(spec: SyntheticSpec, rows: LogRows) -> bytes:
         np.copyto(token, 0, where=ids < 0)
         lines[f"cat_{table}"] = token
     return lines.tobytes().translate(None, b"\0")
+
+
+def build(options: SourceOptions) -> Source:
+    """Make the reader of what this module writes, which is Criteo's format."""
+    from slipstream.datasets import criteo
+
+    return criteo.build(options)

@@ -1,0 +1,137 @@
+"""What a name in a pipeline file stands for, where more can be added: one registry for each such key.
+
+    dataset.source    slipstream.datasets.registry:SOURCES    every module of slipstream/datasets with a `build`
+
+To add a thing is to write it down where its registry looks; the choices of the pipeline file, the command line and the
+reference follow. Looking at names loads nothing heavy: a module found in a folder is imported when somebody asks for
+what it holds.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Generic, TypeVar, cast
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    summary: str
+    item: object
+    """The thing; or `module:attribute`, where it is found."""
+
+
+class Registry(Generic[T]):
+    """Names and what they stand for.
+
+    Args:
+        what: One of the things, for messages: `source`.
+        package: A package, each of whose modules that defines `attribute` at its top level stands for a thing of the
+            module's name; None for none.
+        attribute: What such a module holds.
+    """
+
+    def __init__(self, what: str, *, package: str | None = None, attribute: str = "") -> None:
+        self._what, self._package, self._attribute = what, package, attribute
+        self._entries: dict[str, _Entry] = {}
+        self._is_complete = package is None
+
+    def register(self, name: str, item: T, *, summary: str) -> None:
+        """Add a thing.
+
+        Args:
+            name: As it stands in pipeline files.
+            item: The thing.
+            summary: What it is, in a few words, for the reference.
+
+        Raises:
+            ValueError: The name is taken.
+        """
+        if name in self._all():
+            raise ValueError(f"expected a new name of a {self._what}, found `{name}`, which there is already")
+        self._entries[name] = _Entry(summary, item)
+
+    @contextmanager
+    def registered(self, name: str, item: T, *, summary: str = "") -> Iterator[None]:
+        """Have a thing for the length of a block, as tests and notebooks want it."""
+        self.register(name, item, summary=summary)
+        try:
+            yield
+        finally:
+            del self._entries[name]
+
+    def names(self) -> tuple[str, ...]:
+        """Every name: modules in the order of their names, then what was registered."""
+        return tuple(self._all())
+
+    def summary(self, name: str) -> str:
+        """What a thing is, in a few words."""
+        return self._all()[name].summary
+
+    def get(self, name: str) -> T:
+        """The thing of a name.
+
+        Raises:
+            ValueError: There is none; says which there are.
+        """
+        entries = self._all()
+        if name not in entries:
+            raise ValueError(
+                f"expected a {self._what}: {', '.join(entries)}; found `{name}`{did_you_mean(name, entries)}"
+            )
+        item = entries[name].item
+        return cast(T, find_attribute(item) if isinstance(item, str) else item)
+
+    def _all(self) -> dict[str, _Entry]:
+        if not self._is_complete:
+            assert self._package is not None
+            self._entries = _find_modules(self._package, self._attribute) | self._entries
+            self._is_complete = True
+        return self._entries
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceOf:
+    """Marks a key of the pipeline file whose values are the names in a registry: `Annotated[str, ChoiceOf(…)]`."""
+
+    registry: str
+    """`module:attribute`; the module must load neither torch nor polars nor pyarrow."""
+
+    def find(self) -> Registry[Any]:
+        """The registry."""
+        found: Registry[Any] = find_attribute(self.registry)
+        return found
+
+
+def find_attribute(path: str) -> Any:
+    """Import what `module:attribute` names."""
+    module, _, attribute = path.partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`; did you mean …?` where a known name is close, else nothing."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean `{close[0]}`?" if close else ""
+
+
+def _find_modules(package: str, attribute: str) -> dict[str, _Entry]:
+    """Modules of a package that define an attribute, without importing them; the first line of each says what it is."""
+    spec = find_spec(package)
+    assert spec is not None and spec.submodule_search_locations is not None, package
+    entries = {}
+    for folder in map(Path, spec.submodule_search_locations):
+        for path in sorted(folder.glob("*.py")):
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            if any(getattr(node, "name", None) == attribute for node in tree.body):
+                first_line = (ast.get_docstring(tree) or "").partition("\n")[0].rstrip(".")
+                entries[path.stem] = _Entry(first_line, f"{package}.{path.stem}:{attribute}")
+    return entries
