@@ -17,7 +17,7 @@ import typer
 import typer.core
 
 from slipstream import __version__
-from slipstream.errors import ConfigError, SlipstreamError
+from slipstream.errors import ArtifactError, ConfigError, SlipstreamError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -114,11 +114,15 @@ def plan(
 @app.command(epilog="Example: slipstream check pipelines/avazu.toml")
 def check(
     pipeline: _Pipeline = _DEFAULT_PIPELINE,
+    runs: _Runs = _RUNS,
     overrides: _Set = _NO_OVERRIDES,
+    files: Annotated[bool, typer.Option("--files", help="Hash every published file of the pipeline too.")] = False,
     as_json: _Json = False,
 ) -> None:
     """Validate a pipeline without running it; --json prints it with every default filled in."""
     config = _load(pipeline, overrides)
+    if files:
+        _check_files(config, runs)
     if as_json:
         from slipstream.config import to_dict
 
@@ -127,22 +131,42 @@ def check(
         typer.echo(f"{pipeline}: ok, run `{config.name}`")
 
 
+def _check_files(config: PipelineConfig, runs: Path) -> None:
+    from slipstream.pipeline import find_altered
+
+    altered = find_altered(config, runs)
+    for stage, names in altered.items():
+        _say(f"{stage}: " + (", ".join(f"`{name}`" for name in names) + " altered" if names else "unaltered"))
+    if not altered:
+        _say(f"nothing is published in `{runs / config.name}` for this pipeline")
+    if any(altered.values()):
+        raise ArtifactError(
+            f"files of {', '.join(stage for stage, names in altered.items() if names)} were altered or removed "
+            "after they were published",
+            hint="repeat these stages, the first one first, with --force; `slipstream run --force` repeats all",
+        )
+
+
 @app.command(epilog="Example: slipstream show runs/tiny/profile/*")
 def show(
     artifacts: Annotated[list[Path], typer.Argument(metavar="ARTIFACT...", help="Folders of published artifacts.")],
     as_json: _Json = False,
 ) -> None:
     """Show what artifacts hold: their figures, sizes and inputs."""
-    from slipstream.io.artifacts import open_artifact
+    from slipstream.io.artifacts import describe_altered, open_artifact
 
-    manifests = [open_artifact(artifact).manifest for artifact in artifacts]
+    opened = [open_artifact(artifact) for artifact in artifacts]
+    manifests = [artifact.manifest for artifact in opened]
     if as_json:
         typer.echo(json.dumps(manifests[0] if len(manifests) == 1 else manifests, indent=1))
-        return
-    from slipstream.report import manifest_table
+    else:
+        from slipstream.report import manifest_table
 
-    for manifest in manifests:
-        _answer(manifest_table(manifest))
+        for manifest in manifests:
+            _answer(manifest_table(manifest))
+    for artifact in opened:
+        if altered := artifact.find_altered():
+            raise ArtifactError(describe_altered(artifact.path, altered), hint=artifact.remedy)
 
 
 @app.command(epilog="Example: slipstream clean pipelines/tiny.toml")

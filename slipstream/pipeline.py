@@ -23,6 +23,7 @@ from slipstream.io.artifacts import (
     Artifact,
     StageKey,
     complete_publishing,
+    describe_altered,
     discard,
     find_artifact,
     leftovers,
@@ -40,6 +41,7 @@ _VERBS = {"generate": "preprocess", "profile": "segregate"}
 
 
 _CHANGES_SHOWN = 4
+_UP_TO_DATE = "up to date: same config, inputs and seed"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +52,8 @@ class StagePlan:
     will_run: bool
     reason: str
     key: StageKey
+    artifact: Artifact | None = None
+    """What is published already."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,14 +99,9 @@ def plan_pipeline(config: PipelineConfig, runs_dir: Path) -> list[StagePlan]:
     for key in _stage_keys(config).values():
         published = find_artifact(run_dir, key)
         if published is not None:
-            plans.append(
-                StagePlan(
-                    stage=key.stage,
-                    will_run=False,
-                    reason="up to date: same config, inputs and seed",
-                    key=key,
-                )
-            )
+            altered = published.find_altered()
+            reason = describe_altered(published.path, altered) if altered else _UP_TO_DATE
+            plans.append(StagePlan(stage=key.stage, will_run=False, reason=reason, key=key, artifact=published))
         else:
             reason = _why_run(run_dir, key, [plan.stage for plan in plans if plan.will_run])
             plans.append(StagePlan(stage=key.stage, will_run=True, reason=reason, key=key))
@@ -158,10 +157,11 @@ def run_pipeline(
                     remove_artifact(run_dir, plan.key)
                 stage = _run_stage(config, plan, run_dir, result, progress or Silent(), forced=forced)
             else:
-                published = find_artifact(run_dir, plan.key)
-                assert published is not None
+                assert plan.artifact is not None
+                if plan.reason != _UP_TO_DATE:
+                    raise ArtifactError(plan.reason, hint=plan.artifact.remedy)
                 stage = StageResult(
-                    stage=plan.stage, status="skipped", reason=plan.reason, seconds=0.0, artifact=published
+                    stage=plan.stage, status="skipped", reason=plan.reason, seconds=0.0, artifact=plan.artifact
                 )
             result.stages[plan.stage] = stage
             if plan.stage in chosen:
@@ -217,6 +217,20 @@ def clean_run(runs_dir: Path, name: str) -> list[Path]:
         for path in found:
             discard(path)
     return found
+
+
+def find_altered(config: PipelineConfig, runs_dir: Path) -> dict[str, list[str]]:
+    """Hash every file that the stages of a pipeline have published.
+
+    Returns:
+        By stage that has something published, names of files that are missing or altered.
+
+    Raises:
+        ArtifactError: A manifest is damaged.
+        DataError: A raw file is missing.
+    """
+    published = (find_artifact(runs_dir / config.name, key) for key in _stage_keys(config).values())
+    return {one.manifest["stage"]: one.find_altered(by_hash=True) for one in published if one is not None}
 
 
 def latest_artifact(run_dir: Path, stage: str) -> Artifact | None:
@@ -368,7 +382,8 @@ def _preprocess(
     from slipstream.stages import preprocess
 
     if "generate" in inputs:
-        files = [str(path) for path in inputs["generate"].files(suffix=".tsv")]
+        generated = inputs["generate"]
+        files = [str(generated.check(path)) for path in generated.files(suffix=".tsv")]
     else:
         files = find_raw_files(config.dataset.raw)
     dataset = config.dataset

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -227,8 +229,49 @@ def test_an_altered_artifact_is_named_with_the_stage_to_run(tmp_path: Path):
     shard = next((output / "cold").iterdir())
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
     error = call("train", *arguments, expect=1).stderr
-    assert str(shard) in error.replace("\n", "")
+    assert f"cold/{shard.name}" in error
+    assert str(output) in error
     assert "slipstream segregate --force" in error
+
+
+@pytest.fixture
+def altered_model(folder: Path, tmp_path: Path) -> tuple[list[object], Path]:
+    """Arguments of a finished run whose model was altered, and the model."""
+    runs = Path(shutil.copytree(folder / "runs", tmp_path / "runs"))
+    model = next(runs.glob("*/train/*/model.safetensors"))
+    content = bytearray(model.read_bytes())
+    content[-1] ^= 1
+    model.write_bytes(content)
+    return [folder / "tiny.toml", "--runs", runs], model
+
+
+def test_run_show_and_plan_tell_an_altered_model(altered_model: tuple[list[object], Path]):
+    arguments, model = altered_model
+    for error in (
+        call("run", *arguments, expect=1).stderr,
+        call("show", model.parent, expect=1).stderr,
+        call("check", *arguments, "--files", expect=1).stderr,
+    ):
+        assert "model.safetensors" in error
+        assert "--force" in error
+    assert "altered or removed" in call("plan", *arguments).stdout
+    call("train", *arguments, "--force", "--quiet")
+    call("run", *arguments)
+    call("show", model.parent)
+
+
+def test_check_with_files_finds_what_size_and_time_hide(altered_model: tuple[list[object], Path]):
+    arguments, model = altered_model
+    os.utime(model, ns=(0, 0))
+    call("run", *arguments)
+    error = call("check", *arguments, "--files", expect=1).stderr
+    assert "train: `model.safetensors` altered" in error
+    assert "segregate: unaltered" in error
+
+
+def test_check_with_files_is_content_with_what_was_published(folder: Path, run_arguments: list[object], tmp_path: Path):
+    assert "train: unaltered" in call("check", *run_arguments, "--files").stderr
+    assert "nothing is published" in call("check", run_arguments[0], "--runs", tmp_path, "--files").stderr
 
 
 def _preprocessed(arguments: list[object]) -> object:

@@ -15,9 +15,9 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import filelock
@@ -29,6 +29,8 @@ from slipstream.errors import ArtifactError, CapacityError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+
+_NAMES_SHOWN = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,14 +84,46 @@ class Artifact:
         Raises:
             ArtifactError: The file is missing, or its size or hash differs from the manifest.
         """
-        name = file.relative_to(self.path).as_posix()
-        expected = self.manifest["outputs"][name]
-        redo = f"re-run `slipstream {self.manifest['stage']} --force`"
         if not file.exists():
-            raise ArtifactError(f"expected `{file}`, which the manifest lists; it is missing", hint=redo)
-        if file.stat().st_size != expected["bytes"] or hash_file(file) != expected["xxh3"]:
-            raise ArtifactError(f"`{file}` was altered after it was published: its hash differs", hint=redo)
+            raise ArtifactError(f"expected `{file}`, which the manifest lists; it is missing", hint=self.remedy)
+        if self._is_altered(file.relative_to(self.path).as_posix()):
+            raise ArtifactError(f"`{file}` was altered after it was published: its hash differs", hint=self.remedy)
         return file
+
+    @property
+    def remedy(self) -> str:
+        """What to do when it was altered."""
+        stage = self.manifest["stage"]
+        if stage == "generate":
+            return f"remove the folder `{self.path}`; the next run makes it again"
+        return f"re-run `slipstream {stage} --force`"
+
+    def find_altered(self, *, by_hash: bool = False) -> list[str]:
+        """Names of listed files that are missing or no longer what was published, in name order.
+
+        Args:
+            by_hash: Hash every file. Otherwise sizes are compared, and a file is hashed only when it was written
+                after the manifest, which is written last: that costs one `stat` a file, and misses a file that was
+                altered and given its old time again. A copy of an artifact may have to be hashed each time.
+        """
+        written = 0 if by_hash else (self.path / MANIFEST).stat().st_mtime_ns
+        return [name for name in sorted(self.manifest["outputs"]) if self._is_altered(name, since=written)]
+
+    def _is_altered(self, name: str, *, since: int = 0) -> bool:
+        file, expected = self.path / name, self.manifest["outputs"][name]
+        try:
+            found = file.stat()
+            is_suspect = found.st_mtime_ns >= since
+            return found.st_size != expected["bytes"] or (is_suspect and hash_file(file) != expected["xxh3"])
+        except OSError:
+            return True
+
+
+def describe_altered(path: Path, names: Sequence[str]) -> str:
+    """Say which files of an artifact were altered; at least one."""
+    shown = ", ".join(f"`{name}`" for name in names[:_NAMES_SHOWN])
+    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return f"altered or removed after `{path}` was published: {shown}{more}"
 
 
 def hash_file(path: Path) -> str:
@@ -117,14 +151,37 @@ def open_artifact(path: Path) -> Artifact:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if not isinstance(manifest, dict) or not {"stage", "config", "inputs", "outputs", "counts"} <= manifest.keys():
             raise ValueError("it lacks what every manifest has")
+        _check_outputs(path, manifest["outputs"])
     except OSError as exc:
         raise ArtifactError(
             f"expected a published artifact at `{path}`, found no readable {MANIFEST} there",
             hint="an artifact is a folder like runs/tiny/train/<fingerprint>; a run prints where its artifacts are",
         ) from exc
     except ValueError as exc:
-        raise ArtifactError(f"`{path / MANIFEST}` is damaged: {exc}", hint="run its stage again with --force") from exc
+        raise ArtifactError(
+            f"`{path / MANIFEST}` is damaged: {exc}", hint=f"remove the folder `{path}`; the next run makes it again"
+        ) from exc
     return Artifact(path=path, manifest=manifest)
+
+
+def _check_outputs(folder: Path, outputs: object) -> None:
+    """Refuse names that lead out of the artifact's folder: nobody knows who else writes there.
+
+    Raises:
+        ValueError: A name is absolute, climbs with `..`, or is or passes a link to elsewhere; or an entry is no size
+            and hash.
+    """
+    if not isinstance(outputs, dict):
+        raise ValueError(f"expected a table of files under `outputs`, found {type(outputs).__name__}")
+    inside = os.path.realpath(folder)
+    for name, entry in outputs.items():
+        if not isinstance(entry, dict) or type(entry.get("bytes")) is not int or type(entry.get("xxh3")) is not str:
+            raise ValueError(f"expected `bytes` and `xxh3` of output `{name}`, found {entry!r}")
+        parts = PurePosixPath(name).parts
+        if not parts or PurePosixPath(name).is_absolute() or ".." in parts or "\0" in name:
+            raise ValueError(f"output `{name}` is not inside the artifact's folder")
+        if os.path.commonpath([inside, os.path.realpath(folder / name)]) != inside:
+            raise ValueError(f"output `{name}` is a link that leads out of the artifact's folder")
 
 
 def scratch_dir(run_dir: Path, key: StageKey) -> Path:

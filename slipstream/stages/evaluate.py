@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from slipstream.io.artifacts import Artifact
+from slipstream.io.artifacts import MANIFEST, Artifact, open_artifact
 from slipstream.io.samples import read_shard
-from slipstream.training.model_file import load_model
+from slipstream.training.model_file import FILES, load_model
 
 
 def run(folder: Path, *, segregated: Artifact, split: str, batch_size: int = 16_384) -> tuple[np.ndarray, np.ndarray]:
@@ -31,8 +31,12 @@ def run(folder: Path, *, segregated: Artifact, split: str, batch_size: int = 16_
         (probabilities (n,) float32, labels (n,) float32), in the order of the split's parts.
 
     Raises:
-        ArtifactError: The folder holds no whole model.
+        ArtifactError: The folder holds no whole model, or a file was altered.
     """
+    if (folder / MANIFEST).exists():
+        trained = open_artifact(folder)
+        for name in FILES:
+            trained.check(folder / name)
     model, tables = load_model(folder)
     with np.load(segregated.check(segregated.path / "slots.npz"), allow_pickle=False) as slot_maps:
         row_of_slot = np.empty(segregated.counts["rows"], np.int64)

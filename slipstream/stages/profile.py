@@ -71,7 +71,7 @@ def run(
         def sampled() -> Iterator[np.ndarray]:
             start = 0
             for part in parts:
-                rows = read_rows(part, columns, starts)
+                rows = read_rows(processed.check(part), columns, starts)
                 if config.sample_ratio < 1:
                     picked = sample_positions(start, start + len(rows), ratio=config.sample_ratio, seed=seed)
                     start += len(rows)
@@ -137,5 +137,5 @@ def _hold_rows(processed: Artifact, split: str, columns: list[str], starts: np.n
     parts = processed.files(f"{split}/", ".parquet")
     total = sum(count_samples(part) for part in parts)
     stride = max(1, -(-total // CURVE_SAMPLES))
-    held = [read_rows(part, columns, starts)[::stride] for part in parts]
+    held = [read_rows(processed.check(part), columns, starts)[::stride] for part in parts]
     return lambda: held

@@ -136,7 +136,7 @@ def _choose(
         ranked = rank_rows(counts, oov_rows)
         return take_hot_rows(ranked, counts, num_rows=num_rows, num_oov=len(oov_rows))
     starts = column_offsets(offsets, table_of_column(processed.counts))
-    held = _hold_rows(processed.files("train/", ".parquet"), columns, starts, scratch / "work" / "rows")
+    held = _hold_rows(processed, columns, starts, scratch / "work" / "rows")
     return select_sample_aware(
         counts,
         oov_rows,
@@ -179,14 +179,14 @@ def _affordable_rows(budget: str | int, num_rows: int, num_oov: int, row_bytes: 
     return affordable
 
 
-def _hold_rows(parts: Sequence[Path], columns: list[str], starts: np.ndarray, folder: Path) -> list[Path]:
+def _hold_rows(processed: Artifact, columns: list[str], starts: np.ndarray, folder: Path) -> list[Path]:
     """Decode the training rows once; the rounds then read them as mapped arrays."""
     held = []
-    for part in parts:
+    for part in processed.files("train/", ".parquet"):
         path = folder / f"{part.stem}.npy"
         if not path.exists():
             with write_atomically(path) as partial, partial.open("wb") as stream:
-                np.save(stream, read_rows(part, columns, starts))
+                np.save(stream, read_rows(processed.check(part), columns, starts))
         held.append(path)
     return held
 
@@ -252,7 +252,7 @@ def _write_shards(
                 hits += tally["hits"]
                 num_done += 1
                 advance(sum(tally["samples"]), "")
-            loaded = in_order(columns.read, parts[num_done:], _WORKERS)
+            loaded = in_order(lambda part: columns.read(processed.check(part)), parts[num_done:], _WORKERS)
             for samples, path in zip(loaded, tallies[num_done:], strict=True):
                 found = samples.X_cat < num_hot
                 is_hot = np.asarray(found.all(axis=1))

@@ -208,3 +208,86 @@ def test_a_file_hash_covers_every_byte(tmp_path: Path, size: int):
     path = tmp_path / "file"
     path.write_bytes(bytes(size))
     assert hash_file(path) == xxhash.xxh3_64_hexdigest(bytes(size))
+
+
+# --- altered after publishing --------------------------------------------------------------------------------
+
+
+def test_nothing_is_altered_at_first(tmp_path: Path):
+    artifact = publish_files(tmp_path, a="one", sub__b="two")
+    assert artifact.find_altered() == artifact.find_altered(by_hash=True) == []
+
+
+def test_altered_files_show_by_size_or_time_without_hashing_the_others(tmp_path: Path, monkeypatch):
+    artifact = publish_files(tmp_path, a="one", b="two", c="three", d="four")
+    long_ago = (artifact.path / "manifest.json").stat().st_mtime_ns - 10**9
+    for name in "abcd":
+        os.utime(artifact.path / name, ns=(long_ago, long_ago))
+    (artifact.path / "a").unlink()
+    (artifact.path / "b").write_text("longer")
+    (artifact.path / "c").write_text("Three")
+    hashed: list[str] = []
+    monkeypatch.setattr("slipstream.io.artifacts.hash_file", lambda path: hashed.append(path.name) or "")
+    assert artifact.find_altered() == ["a", "b", "c"]
+    assert hashed == ["c"]
+
+
+def test_a_touched_or_copied_file_is_not_taken_for_altered(tmp_path: Path):
+    artifact = publish_files(tmp_path, a="one")
+    os.utime(artifact.path / "a")
+    assert artifact.find_altered() == []
+
+
+def test_hashing_finds_what_size_and_time_hide(tmp_path: Path):
+    artifact = publish_files(tmp_path, a="one")
+    long_ago = (artifact.path / "manifest.json").stat().st_mtime_ns - 10**9
+    (artifact.path / "a").write_text("onE")
+    os.utime(artifact.path / "a", ns=(long_ago, long_ago))
+    assert artifact.find_altered() == []
+    assert artifact.find_altered(by_hash=True) == ["a"]
+
+
+# --- names in a manifest -------------------------------------------------------------------------------------
+
+
+def rewrite_outputs(artifact_path: Path, outputs: object) -> None:
+    manifest = json.loads((artifact_path / "manifest.json").read_text())
+    (artifact_path / "manifest.json").write_text(json.dumps(manifest | {"outputs": outputs}))
+
+
+@pytest.mark.parametrize("name", ["/etc/hostname", "../outside", "sub/../../outside", "", ".", "a\0b"])
+def test_names_that_leave_the_folder_are_refused(tmp_path: Path, name: str):
+    artifact = publish_files(tmp_path, a="one")
+    rewrite_outputs(artifact.path, {name: {"bytes": 3, "xxh3": "0" * 16}})
+    with pytest.raises(ArtifactError, match="is damaged: output .* is not inside") as caught:
+        open_artifact(artifact.path)
+    assert str(artifact.path) in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("listed", ["link", "folder/secret"])
+def test_links_that_leave_the_folder_are_refused(tmp_path: Path, listed: str):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "secret").write_text("one")
+    artifact = publish_files(tmp_path, a="one")
+    (artifact.path / "link").symlink_to(tmp_path / "elsewhere" / "secret")
+    (artifact.path / "folder").symlink_to(tmp_path / "elsewhere")
+    rewrite_outputs(artifact.path, {listed: artifact.manifest["outputs"]["a"]})
+    with pytest.raises(ArtifactError, match="link that leads out"):
+        open_artifact(artifact.path)
+
+
+def test_a_run_folder_reached_through_a_link_is_like_any_other(tmp_path: Path):
+    artifact = publish_files(tmp_path / "real", a="one")
+    (tmp_path / "alias").symlink_to(tmp_path / "real")
+    opened = open_artifact(tmp_path / "alias" / artifact.path.relative_to(tmp_path / "real"))
+    assert opened.check(opened.path / "a").read_text() == "one"
+
+
+@pytest.mark.parametrize(
+    "outputs", [None, [], 3, {"a": 3}, {"a": {"bytes": 3}}, {"a": {"bytes": "3", "xxh3": "0"}}, {"a": {"xxh3": "0"}}]
+)
+def test_outputs_of_another_form_are_a_damaged_manifest(tmp_path: Path, outputs: object):
+    artifact = publish_files(tmp_path, a="one")
+    rewrite_outputs(artifact.path, outputs)
+    with pytest.raises(ArtifactError, match="is damaged"):
+        open_artifact(artifact.path)
