@@ -238,11 +238,12 @@ def test_an_altered_artifact_is_named_with_the_stage_to_run(tmp_path: Path):
 def altered_model(folder: Path, tmp_path: Path) -> tuple[list[object], Path]:
     """Arguments of a finished run whose model was altered, and the model."""
     runs = Path(shutil.copytree(folder / "runs", tmp_path / "runs"))
-    model = next(runs.glob("*/train/*/model.safetensors"))
+    arguments = [folder / "tiny.toml", "--runs", runs]
+    model = Path(call_json("run", *arguments)["stages"]["train"]["output"]) / "model.safetensors"
     content = bytearray(model.read_bytes())
     content[-1] ^= 1
     model.write_bytes(content)
-    return [folder / "tiny.toml", "--runs", runs], model
+    return arguments, model
 
 
 def test_run_show_and_plan_tell_an_altered_model(altered_model: tuple[list[object], Path]):

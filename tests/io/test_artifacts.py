@@ -259,7 +259,7 @@ def rewrite_outputs(artifact_path: Path, outputs: object) -> None:
 def test_names_that_leave_the_folder_are_refused(tmp_path: Path, name: str):
     artifact = publish_files(tmp_path, a="one")
     rewrite_outputs(artifact.path, {name: {"bytes": 3, "xxh3": "0" * 16}})
-    with pytest.raises(ArtifactError, match="is damaged: output .* is not inside") as caught:
+    with pytest.raises(ArtifactError, match=r"is damaged: output .* is not inside") as caught:
         open_artifact(artifact.path)
     assert str(artifact.path) in str(caught.value.hint)
 
