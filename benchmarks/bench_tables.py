@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from slipstream.config import PipelineConfig, load_pipeline, to_dict
+from slipstream.config import PipelineConfig, load_pipeline
 from slipstream.embedding.duplicates import Distinct, sort_lookups
 from slipstream.embedding.quantized import quantize_linears
 from slipstream.embedding.tiers.lookahead import StagedBatch
@@ -34,6 +34,7 @@ from slipstream.io.artifacts import Artifact
 from slipstream.io.samples import concat_samples, read_shard
 from slipstream.models.build import build_model
 from slipstream.ops.metrics import measure_quality
+from slipstream.options import to_dict
 from slipstream.pipeline import export_model, run_pipeline
 from slipstream.stages import evaluate
 from slipstream.stages.train import choose_tables

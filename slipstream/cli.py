@@ -124,7 +124,7 @@ def check(
     if files:
         _check_files(config, runs)
     if as_json:
-        from slipstream.config import to_dict
+        from slipstream.options import to_dict
 
         typer.echo(json.dumps(to_dict(config), indent=1))
     else:

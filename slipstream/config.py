@@ -1,79 +1,22 @@
 """The pipeline file: every knob on one page.
 
 One TOML file is one complete run. It becomes a tree of frozen dataclasses; the string under a field is its
-documentation. The schema is closed: unknown keys, wrong types and values out of range are `ConfigError`s that
-name the dotted key. Fields marked `execution` change how fast a stage works, never what it writes, so they
-stay out of fingerprints.
+documentation. `options.py` reads and checks them. Fields marked `speed_only` change how fast a stage works, never what
+it writes, so they stay out of fingerprints.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
-import tomllib
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal
 
 from slipstream.errors import ConfigError
+from slipstream.options import build, check_size, parse_budget, read_tree, require, speed_only
 from slipstream.registry import ChoiceOf
-
-_SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_SIZE_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-_T = TypeVar("_T")
-
-
-def _execution(default: Any) -> Any:
-    return field(default=default, metadata={"execution": True})
-
-
-def parse_bytes(text: str | int) -> int:
-    """Turn `4096`, `"64MiB"` or `"1.5GB"` into bytes.
-
-    Raises:
-        ValueError: Not a size, or negative.
-    """
-    if isinstance(text, bool):
-        raise ValueError(f"expected a size such as 65536 or '64MiB', found {text!r}")
-    if isinstance(text, int):
-        size = text
-    else:
-        match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
-        if match is None or match[2].upper() not in _SIZE_UNITS:
-            raise ValueError(f"expected a size such as 65536 or '64MiB', found {text!r}")
-        size = round(float(match[1]) * _SIZE_UNITS[match[2].upper()])
-    if size < 0:
-        raise ValueError(f"expected a size of at least 0 bytes, found {text!r}")
-    return size
-
-
-def parse_budget(text: str | int, *, total_bytes: int) -> int:
-    """Turn a hot budget into bytes: a size, or `"1%"` of `total_bytes`.
-
-    Raises:
-        ValueError: Not a budget, or not above zero.
-    """
-    if isinstance(text, str) and text.strip().endswith("%"):
-        try:
-            percent = float(text.strip()[:-1])
-        except ValueError:
-            raise ValueError(f"expected a budget such as '64MiB' or '1%', found {text!r}") from None
-        if not 0 < percent <= 100:
-            raise ValueError(f"expected a share above 0% and up to 100%, found {text!r}")
-        return int(total_bytes * percent / 100)
-    size = parse_bytes(text)
-    if size == 0:
-        raise ValueError(f"expected a budget above 0 bytes, found {text!r}")
-    return size
-
-
-def _require(holds: bool, key: str, expected: str, found: object) -> None:
-    if not holds:
-        raise ConfigError(f"`{key}` must be {expected}, found {found!r}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,14 +42,12 @@ class DatasetConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        _require(self.num_samples >= 100, "dataset.num_samples", "at least 100", self.num_samples)
-        _require(self.num_days >= 1, "dataset.num_days", "at least 1", self.num_days)
-        _require(self.max_ind_range >= 0, "dataset.max_ind_range", "at least 0", self.max_ind_range)
-        _require(
-            0 < self.negative_keep_ratio <= 1, "dataset.negative_keep_ratio", "in (0, 1]", self.negative_keep_ratio
-        )
-        _require(self.history_length >= 1, "dataset.history_length", "at least 1", self.history_length)
-        _require(self.points_per_user >= 1, "dataset.points_per_user", "at least 1", self.points_per_user)
+        require(self.num_samples >= 100, "dataset.num_samples", "at least 100", self.num_samples)
+        require(self.num_days >= 1, "dataset.num_days", "at least 1", self.num_days)
+        require(self.max_ind_range >= 0, "dataset.max_ind_range", "at least 0", self.max_ind_range)
+        require(0 < self.negative_keep_ratio <= 1, "dataset.negative_keep_ratio", "in (0, 1]", self.negative_keep_ratio)
+        require(self.history_length >= 1, "dataset.history_length", "at least 1", self.history_length)
+        require(self.points_per_user >= 1, "dataset.points_per_user", "at least 1", self.points_per_user)
         if self.source != "synthetic" and not self.raw:
             raise ConfigError(
                 f"`dataset.raw` must name the raw files of source `{self.source}`, found nothing",
@@ -129,7 +70,7 @@ class TableLimits:
         """Check ranges."""
         for name, least in (("freq_threshold", 1), ("max_rows", 0), ("num_buckets", 0)):
             value = getattr(self, name)
-            _require(value is None or value >= least, f"preprocess.{name}", f"at least {least}", value)
+            require(value is None or value >= least, f"preprocess.{name}", f"at least {least}", value)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,23 +95,23 @@ class PreprocessConfig:
     """Share of lines that may be rejected before the run stops with an error."""
     samples_per_part: int = 262_144
     """Samples in each Parquet part; the last part of a split may be shorter."""
-    chunk_bytes: str | int = _execution("24MiB")
+    chunk_bytes: str | int = speed_only("24MiB")
     """Raw text parsed at once; memory grows with it, results do not change."""
-    num_threads: int = _execution(0)
+    num_threads: int = speed_only(0)
     """Chunks worked on at once; 0 takes one more than cores."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
         TableLimits(freq_threshold=self.freq_threshold, max_rows=self.max_rows, num_buckets=self.num_buckets)
-        _require(
+        require(
             0 <= self.max_reject_ratio <= 1,
             "preprocess.max_reject_ratio",
             "in [0, 1]",
             self.max_reject_ratio,
         )
-        _require(self.samples_per_part >= 1, "preprocess.samples_per_part", "at least 1", self.samples_per_part)
-        _require(self.num_threads >= 0, "preprocess.num_threads", "at least 0", self.num_threads)
-        _sized("preprocess.chunk_bytes", self.chunk_bytes, least=1024)
+        require(self.samples_per_part >= 1, "preprocess.samples_per_part", "at least 1", self.samples_per_part)
+        require(self.num_threads >= 0, "preprocess.num_threads", "at least 0", self.num_threads)
+        check_size("preprocess.chunk_bytes", self.chunk_bytes, least=1024)
 
     def limits_of(self, table: str) -> TableLimits:
         """Limits of one table, every field filled in."""
@@ -191,8 +132,8 @@ class ProfileConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        _require(0 < self.sample_ratio <= 1, "profile.sample_ratio", "in (0, 1]", self.sample_ratio)
-        _require(
+        require(0 < self.sample_ratio <= 1, "profile.sample_ratio", "in (0, 1]", self.sample_ratio)
+        require(
             bool(self.curve) and all(0 < share <= 1 for share in self.curve),
             "profile.curve",
             "a list of shares in (0, 1]",
@@ -224,15 +165,15 @@ class SegregateConfig:
             parse_budget(self.hot_budget, total_bytes=100)
         except ValueError as exc:
             raise ConfigError(f"`segregate.hot_budget`: {exc}") from exc
-        _require(self.access_threshold >= 0, "segregate.access_threshold", "at least 0", self.access_threshold)
-        _require(self.sample_aware_power > 0, "segregate.sample_aware_power", "above 0", self.sample_aware_power)
-        _require(
+        require(self.access_threshold >= 0, "segregate.access_threshold", "at least 0", self.access_threshold)
+        require(self.sample_aware_power > 0, "segregate.sample_aware_power", "above 0", self.sample_aware_power)
+        require(
             self.sample_aware_rounds >= 1,
             "segregate.sample_aware_rounds",
             "at least 1",
             self.sample_aware_rounds,
         )
-        _require(self.samples_per_shard >= 1, "segregate.samples_per_shard", "at least 1", self.samples_per_shard)
+        require(self.samples_per_shard >= 1, "segregate.samples_per_shard", "at least 1", self.samples_per_shard)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -254,18 +195,18 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        _require(self.embedding_dim >= 1, "model.embedding_dim", "at least 1", self.embedding_dim)
+        require(self.embedding_dim >= 1, "model.embedding_dim", "at least 1", self.embedding_dim)
         widths_ok = all(width >= 1 for width in self.bottom_mlp + self.top_mlp)
-        _require(widths_ok, "model.bottom_mlp and model.top_mlp", "positive widths", "a width below 1")
+        require(widths_ok, "model.bottom_mlp and model.top_mlp", "positive widths", "a width below 1")
         steps_ok = bool(self.step_mlp) and all(width >= 1 for width in self.step_mlp + self.attention_mlp)
-        _require(steps_ok, "model.step_mlp and model.attention_mlp", "positive widths", self.step_mlp)
-        _require(
+        require(steps_ok, "model.step_mlp and model.attention_mlp", "positive widths", self.step_mlp)
+        require(
             bool(self.bottom_mlp) and self.bottom_mlp[-1] == self.embedding_dim,
             "model.bottom_mlp",
             f"a list that ends in embedding_dim = {self.embedding_dim}",
             self.bottom_mlp,
         )
-        _require(
+        require(
             bool(self.top_mlp) and self.top_mlp[-1] == 1,
             "model.top_mlp",
             "a list that ends in 1",
@@ -307,7 +248,7 @@ class TableRule:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        _require(self.min_rows >= 0, "tables.rules.min_rows", "at least 0", self.min_rows)
+        require(self.min_rows >= 0, "tables.rules.min_rows", "at least 0", self.min_rows)
         _check_table_options(self.period, self.tt_ranks)
 
 
@@ -332,7 +273,7 @@ class TablesConfig:
     def __post_init__(self) -> None:
         """Check ranges."""
         _check_table_options(self.period, self.tt_ranks)
-        _require(self.quantize_linears in (0, 4, 8), "tables.quantize_linears", "0, 4 or 8", self.quantize_linears)
+        require(self.quantize_linears in (0, 4, 8), "tables.quantize_linears", "0, 4 or 8", self.quantize_linears)
 
     @property
     def used(self) -> set[str]:
@@ -358,9 +299,9 @@ class TablesConfig:
 
 
 def _check_table_options(period: int | None, tt_ranks: tuple[int, ...] | None) -> None:
-    _require(period is None or period >= 1, "tables.period", "at least 1", period)
+    require(period is None or period >= 1, "tables.period", "at least 1", period)
     ranks_ok = tt_ranks is None or (1 <= len(tt_ranks) <= 3 and all(rank >= 1 for rank in tt_ranks))
-    _require(ranks_ok, "tables.tt_ranks", "one to three ranks of at least 1", tt_ranks)
+    require(ranks_ok, "tables.tt_ranks", "one to three ranks of at least 1", tt_ranks)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -379,7 +320,7 @@ class TrainConfig:
     """Share of all rows that mode `cached` holds on the device."""
     cache_policy: Literal["rank", "lfu"] = "rank"
     """Who leaves the cache first: `rank` the row least used in the training split, `lfu` the least used so far."""
-    checkpoint_steps: int = _execution(5000)
+    checkpoint_steps: int = speed_only(5000)
     """Steps between checkpoints that an interrupted run goes on from; 0 keeps none."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Accelerator; `auto` takes CUDA where there is one."""
@@ -415,25 +356,25 @@ class TrainConfig:
     """Steps between TensorBoard points and progress updates."""
     eval_batch_size: int = 16_384
     """Samples per evaluation step."""
-    num_threads: int = _execution(0)
+    num_threads: int = speed_only(0)
     """CPU threads of torch; 0 takes torch's default."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
         for name in ("epochs", "batch_size", "chunk_batches", "log_every", "eval_batch_size"):
-            _require(getattr(self, name) >= 1, f"train.{name}", "at least 1", getattr(self, name))
+            require(getattr(self, name) >= 1, f"train.{name}", "at least 1", getattr(self, name))
         if self.faithful and self.mode not in ("fae", "slipstream"):
             raise ConfigError(
                 f"`train.faithful` goes with mode `fae` or `slipstream`, found `{self.mode}`",
                 hint="set train.mode, or leave train.faithful out",
             )
-        _require(0 < self.cache_ratio <= 1, "train.cache_ratio", "in (0, 1]", self.cache_ratio)
-        _require(self.seed is None or 0 <= self.seed < 2**32, "train.seed", "in [0, 2^32)", self.seed)
+        require(0 < self.cache_ratio <= 1, "train.cache_ratio", "in (0, 1]", self.cache_ratio)
+        require(self.seed is None or 0 <= self.seed < 2**32, "train.seed", "in [0, 2^32)", self.seed)
         for name in ("staging_rows", "num_threads", "weight_decay", "checkpoint_steps"):
-            _require(getattr(self, name) >= 0, f"train.{name}", "at least 0", getattr(self, name))
-        _require(self.lr > 0, "train.lr", "above 0", self.lr)
-        _require(0 <= self.lr_warmup < 1, "train.lr_warmup", "in [0, 1)", self.lr_warmup)
-        _require(self.eps > 0, "train.eps", "above 0", self.eps)
+            require(getattr(self, name) >= 0, f"train.{name}", "at least 0", getattr(self, name))
+        require(self.lr > 0, "train.lr", "above 0", self.lr)
+        require(0 <= self.lr_warmup < 1, "train.lr_warmup", "in [0, 1)", self.lr_warmup)
+        require(self.eps > 0, "train.eps", "above 0", self.eps)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -474,13 +415,13 @@ class SkipConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        _require(0 <= self.target_drop < 1, "skip.target_drop", "in [0, 1)", self.target_drop)
-        _require(0 < self.floor <= 1, "skip.floor", "in (0, 1]", self.floor)
-        _require(0 < self.alpha <= 1, "skip.alpha", "in (0, 1]", self.alpha)
-        _require(self.threshold is None or self.threshold >= 0, "skip.threshold", "at least 0", self.threshold)
+        require(0 <= self.target_drop < 1, "skip.target_drop", "in [0, 1)", self.target_drop)
+        require(0 < self.floor <= 1, "skip.floor", "in (0, 1]", self.floor)
+        require(0 < self.alpha <= 1, "skip.alpha", "in (0, 1]", self.alpha)
+        require(self.threshold is None or self.threshold >= 0, "skip.threshold", "at least 0", self.threshold)
         for name in ("warmup_steps", "refresh_steps", "window_steps"):
-            _require(getattr(self, name) >= 0, f"skip.{name}", "at least 0", getattr(self, name))
-        _require(self.sample_size >= 1, "skip.sample_size", "at least 1", self.sample_size)
+            require(getattr(self, name) >= 0, f"skip.{name}", "at least 0", getattr(self, name))
+        require(self.sample_size >= 1, "skip.sample_size", "at least 1", self.sample_size)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -502,13 +443,13 @@ class PipelineConfig:
 
     def __post_init__(self) -> None:
         """Check the name, the seed, and keys that only make sense together."""
-        _require(
+        require(
             re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name) is not None,
             "name",
             "letters, digits, '.', '_' or '-'",
             self.name,
         )
-        _require(0 <= self.seed < 2**32, "seed", "in [0, 2^32)", self.seed)
+        require(0 <= self.seed < 2**32, "seed", "in [0, 2^32)", self.seed)
         if "int4" in self.tables.used and self.model.embedding_dim % 2:
             raise ConfigError(
                 f"`model.embedding_dim` must be even for int4 tables, two values to a byte; "
@@ -553,19 +494,7 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> PipelineConfig:
     Raises:
         ConfigError: The file cannot be read, or a key, type or value is wrong.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as exc:
-        raise ConfigError(f"expected a pipeline file at `{path}`: {exc.strerror}") from exc
-    except UnicodeDecodeError as exc:
-        raise ConfigError(f"expected a TOML text file at `{path}`, found bytes that are not UTF-8") from exc
-    try:
-        tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as exc:
-        raise ConfigError(f"`{path}` is not valid TOML: {exc}") from exc
-    for override in overrides:
-        _apply_override(tree, override)
-    return build_pipeline(tree)
+    return build_pipeline(read_tree(path, overrides))
 
 
 def build_pipeline(tree: Mapping[str, Any]) -> PipelineConfig:
@@ -574,114 +503,4 @@ def build_pipeline(tree: Mapping[str, Any]) -> PipelineConfig:
     Raises:
         ConfigError: A key, type or value is wrong.
     """
-    return _build(PipelineConfig, tree, "")
-
-
-def to_dict(config: Any, *, execution: bool = True) -> dict[str, Any]:
-    """Plain values of a config dataclass, defaults filled in.
-
-    Args:
-        config: Any dataclass of this module.
-        execution: Keep the fields that do not change results.
-    """
-    plain: dict[str, Any] = {}
-    for spec in dataclasses.fields(config):
-        if not execution and spec.metadata.get("execution"):
-            continue
-        plain[spec.name] = _plain(getattr(config, spec.name), execution=execution)
-    return plain
-
-
-def _plain(value: Any, *, execution: bool) -> Any:
-    if dataclasses.is_dataclass(value):
-        return to_dict(value, execution=execution)
-    if isinstance(value, Mapping):
-        return {key: _plain(item, execution=execution) for key, item in sorted(value.items())}
-    return [_plain(item, execution=execution) for item in value] if isinstance(value, tuple) else value
-
-
-def _sized(key: str, value: str | int, *, least: int) -> None:
-    try:
-        size = parse_bytes(value)
-    except ValueError as exc:
-        raise ConfigError(f"`{key}`: {exc}") from exc
-    _require(size >= least, key, f"at least {least} bytes", value)
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key.strip():
-        raise ConfigError(f"expected `--set key=value`, found `{override}`", hint="for example --set train.epochs=2")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    *parents, last = key.strip().split(".")
-    for parent in parents:
-        tree = tree.setdefault(parent, {})
-        if not isinstance(tree, dict):
-            raise ConfigError(f"`{parent}` in `--set {override}` is a value, not a section")
-    tree[last] = value
-
-
-def _build(cls: type[_T], tree: Mapping[str, Any], prefix: str) -> _T:
-    hints = get_type_hints(cls, include_extras=True)
-    specs = {spec.name: spec for spec in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for key in tree:
-        if key not in specs:
-            close = difflib.get_close_matches(key, specs, n=1, cutoff=0.5)
-            known = f"did you mean `{prefix}{close[0]}`?" if close else f"known keys: {', '.join(specs)}"
-            raise ConfigError(f"unknown key `{prefix}{key}`", hint=known)
-    values = {}
-    for name, spec in specs.items():
-        required = spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
-        if name in tree:
-            values[name] = _convert(hints[name], tree[name], f"{prefix}{name}")
-        elif required:
-            raise ConfigError(f"missing key `{prefix}{name}`", hint="every pipeline file must set it")
-    return cls(**values)
-
-
-def _convert(hint: Any, value: Any, key: str) -> Any:
-    origin, args = get_origin(hint), get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"`{key}` must be a section, found {value!r}")
-        return _build(typing.cast(type, hint), value, f"{key}.")
-    if origin is Literal:
-        return _choose(args, value, key)
-    if origin is Annotated:
-        return _choose(args[1].find().names(), value, key)
-    if origin is tuple:
-        items = value if isinstance(value, list) else [value]
-        return tuple(_convert(args[0], item, f"{key}[{index}]") for index, item in enumerate(items))
-    if origin in (types.UnionType, typing.Union):
-        present = [option for option in args if option is not types.NoneType]
-        if len(present) == 1:
-            return _convert(present[0], value, key)
-        for option in present:
-            if _fits(option, value):
-                return option(value)
-        names = " or ".join(option.__name__ for option in present)
-        raise ConfigError(f"`{key}` must be {names}, found {type(value).__name__}: {value!r}")
-    if origin is not None and issubclass(origin, Mapping):
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"`{key}` must be a section, found {value!r}")
-        return {name: _convert(args[1], item, f"{key}.{name}") for name, item in value.items()}
-    if not _fits(hint, value):
-        raise ConfigError(f"`{key}` must be {hint.__name__}, found {type(value).__name__}: {value!r}")
-    return hint(value)
-
-
-def _choose(choices: Sequence[Any], value: Any, key: str) -> Any:
-    if value not in choices or isinstance(value, bool):
-        close = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1)
-        hint = f"did you mean `{close[0]}`?" if close else None
-        raise ConfigError(f"`{key}` must be one of {', '.join(map(str, choices))}, found {value!r}", hint=hint)
-    return value
-
-
-def _fits(hint: type, value: Any) -> bool:
-    if isinstance(value, bool):
-        return hint is bool
-    return isinstance(value, int | float) if hint is float else isinstance(value, hint)
+    return build(PipelineConfig, tree)

@@ -17,7 +17,7 @@ from typing import Any
 
 import xxhash
 
-from slipstream.config import PipelineConfig, to_dict
+from slipstream.config import PipelineConfig
 from slipstream.errors import ArtifactError
 from slipstream.io.artifacts import (
     Artifact,
@@ -34,6 +34,7 @@ from slipstream.io.artifacts import (
     scratch_dir,
 )
 from slipstream.ops.hot_set import hot_row_bytes
+from slipstream.options import to_dict
 from slipstream.progress import Progress, Silent
 
 _VERBS = {"generate": "preprocess", "profile": "segregate"}

@@ -10,15 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import tiny_config, tiny_tree, write_toml
 
-from slipstream.config import (
-    PipelineConfig,
-    build_pipeline,
-    load_pipeline,
-    parse_budget,
-    parse_bytes,
-    to_dict,
-)
+from slipstream.config import PipelineConfig, build_pipeline, load_pipeline
 from slipstream.errors import ConfigError
+from slipstream.options import parse_budget, parse_bytes, to_dict
 from slipstream.pipeline import plan_pipeline
 
 # --- sizes ---------------------------------------------------------------------------------------------------

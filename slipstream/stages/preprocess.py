@@ -24,7 +24,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from slipstream.config import PreprocessConfig, parse_bytes
+from slipstream.config import PreprocessConfig
 from slipstream.datasets.source import ColumnarSource, Source
 from slipstream.errors import ConfigError, DataError
 from slipstream.io.artifacts import write_atomically
@@ -43,6 +43,7 @@ from slipstream.ops.vocabulary import (
     build_vocabulary,
     hash_to_buckets,
 )
+from slipstream.options import parse_bytes
 from slipstream.progress import Progress
 from slipstream.schema import LABEL, MISSING_ID, SPLITS, dense_name, table_name
 

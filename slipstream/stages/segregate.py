@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from slipstream.config import SegregateConfig, parse_budget
+from slipstream.config import SegregateConfig
 from slipstream.errors import CapacityError
 from slipstream.io.artifacts import Artifact, write_atomically, write_json
 from slipstream.io.capacity import require_disk
@@ -45,6 +45,7 @@ from slipstream.ops.hot_set import (
     take_hot_rows,
 )
 from slipstream.ops.parallel import in_order
+from slipstream.options import parse_budget
 from slipstream.progress import Progress
 from slipstream.schema import SHARD_GROUPS, dense_name, table_name
 

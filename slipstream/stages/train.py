@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from slipstream.config import ModelConfig, SkipConfig, TablesConfig, TrainConfig, to_dict
+from slipstream.config import ModelConfig, SkipConfig, TablesConfig, TrainConfig
 from slipstream.embedding.quantized import quantize_linears
 from slipstream.embedding.row_cache import RowCache
 from slipstream.embedding.tiers.lookahead import LookAhead
@@ -31,6 +31,7 @@ from slipstream.io.artifacts import Artifact, write_atomically, write_json
 from slipstream.io.samples import Samples, read_shard, table_of_column
 from slipstream.models.build import build_model
 from slipstream.ops.metrics import measure_quality
+from slipstream.options import to_dict
 from slipstream.progress import Progress
 from slipstream.training.checkpoint import Checkpointer
 from slipstream.training.dense_optimizer import DenseOptimizer
