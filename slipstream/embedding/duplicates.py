@@ -56,23 +56,22 @@ class Distinct:
     """Where in `order` the lookups of each of `rows` begin. Shape (U,), int64."""
 
 
-def find_distinct(rows: Tensor, *, padding: int) -> Distinct:
+def find_distinct(rows: Tensor, *, padding: Tensor) -> Distinct:
     """Find the distinct rows of lookups in shapes that depend on nothing but L, so that a CUDA graph can hold it.
 
     Args:
         rows: Of each lookup. Shape (L,), integer.
-        padding: A row that no lookup has.
+        padding: Rows that no lookup has; at least as many as there can be distinct rows. Shape (U,), int64.
 
     Returns:
-        Distinct rows, ascending, followed by `padding` up to length L.
+        Distinct rows, ascending; from their end on, what `padding` has there. Shapes (U,) and (L,), int64 and int32.
     """
     by_row, order = torch.sort(rows, stable=True)
     is_first = torch.ones_like(by_row, dtype=torch.bool)
     torch.ne(by_row[1:], by_row[:-1], out=is_first[1:])
     ranks = is_first.cumsum(0) - 1
-    inverse = torch.empty_like(ranks).scatter_(0, order, ranks)
-    distinct = torch.full_like(ranks, padding).scatter_(0, ranks, by_row.long())
-    return Distinct(distinct, inverse)
+    inverse = torch.empty_like(ranks, dtype=torch.int32).scatter_(0, order, ranks.int())
+    return Distinct(padding.scatter(0, ranks, by_row.long()), inverse)
 
 
 def sort_lookups(rows: np.ndarray) -> SortedLookups:
@@ -108,9 +107,10 @@ def sum_duplicates(
     Returns:
         Shape (U, D).
     """
-    if gradients.is_cuda and not deterministic:
+    on_cpu = gradients.device.type == "cpu"
+    if not on_cpu and not deterministic:
         return gradients.new_zeros(num_unique, gradients.shape[1]).index_add_(0, inverse, gradients)
-    if gradients.is_cuda:  # bags there are summed one lookup after the other, and a few rows have most lookups
+    if not on_cpu:  # bags there are summed one lookup after the other, and a few rows have most lookups
         summed: Tensor = torch.ops.aten.embedding_dense_backward(gradients, inverse, num_unique, -1, False)
         return summed
     if order is None or starts is None:

@@ -124,7 +124,7 @@ def run(
         SummaryWriter(str(scratch / "events")) as events,
         ThreadPoolExecutor(max_workers=_NUM_LOADERS, thread_name_prefix="shards") as workers,
     ):
-        step = _make_step(config, model, rows, representations, num_dense=num_dense, num_tables=num_columns)
+        step = _make_step(config, model, rows, representations, num_dense=num_dense, layout=layout)
 
         def open_streams(epoch: int) -> dict[str, SampleStream]:
             return {
@@ -328,34 +328,25 @@ def _make_step(
     representations: Representations | None,
     *,
     num_dense: int,
-    num_tables: int,
+    layout: SlotLayout,
 ) -> TrainStep:
     kind: Literal["sgd", "adagrad"] = "sgd" if config.optimizer == "sgd" else "adagrad"
     optimizer = DenseOptimizer(model.parameters(), kind=kind, eps=config.eps, weight_decay=config.weight_decay)
+    options: dict[str, Any] = {
+        "model": model,
+        "rows": rows,
+        "dense_optimizer": optimizer,
+        "eps": config.eps,
+        "precision": config.precision,
+        "kernels": config.kernels,
+        "representations": representations,
+        "most_distinct": layout.most_distinct(config.batch_size),
+    }
     has_cores = representations is not None and representations.has_cores
     if rows.device.type == "cuda" and not config.deterministic and not config.faithful and not has_cores:
-        return FixedShapeStep(
-            batch_size=config.batch_size,
-            num_dense=num_dense,
-            num_tables=num_tables,
-            model=model,
-            rows=rows,
-            dense_optimizer=optimizer,
-            eps=config.eps,
-            precision=config.precision,
-            kernels=config.kernels,
-            representations=representations,
-        )
-    return TrainStep(
-        model=model,
-        rows=rows,
-        dense_optimizer=optimizer,
-        eps=config.eps,
-        precision=config.precision,
-        deterministic=config.deterministic,
-        kernels=config.kernels,
-        representations=representations,
-    )
+        num_tables = len(layout.column_tables)
+        return FixedShapeStep(batch_size=config.batch_size, num_dense=num_dense, num_tables=num_tables, **options)
+    return TrainStep(deterministic=config.deterministic, **options)
 
 
 def _init_rows(rows: TieredRows, layout: SlotLayout, padding_rows: Mapping[str, int], *, seed: int) -> None:

@@ -72,6 +72,10 @@ class SlotLayout:
         by_slot[np.concatenate([self.slot_maps[name] for name in self.tables])] = counts
         return by_slot[: self.num_rows]
 
+    def most_distinct(self, num_samples: int) -> int:
+        """How many distinct rows with tiers that many samples can look up at most."""
+        return sum(min(num_samples * self.column_tables.count(name), len(self.slot_maps[name])) for name in self.inside)
+
     def nbytes(self) -> int:
         """Bytes of the renumbering."""
         return 0 if self._codes is None else self._codes.nbytes

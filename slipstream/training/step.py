@@ -8,9 +8,9 @@ is how the tests prove it.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib import import_module
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,7 @@ class TrainStep:
         deterministic: Whether results on CUDA must repeat to the bit.
         kernels: What looks rows up and updates them: plain `torch`, or one `triton` kernel each.
         representations: What the model sees of rows; None for the rows themselves.
+        most_distinct: How many distinct rows a batch can look up at most; None: as many as it has lookups.
     """
 
     def __init__(
@@ -56,8 +57,11 @@ class TrainStep:
         deterministic: bool = False,
         kernels: Kernels = "torch",
         representations: Representations | None = None,
+        most_distinct: int | None = None,
     ) -> None:
         self.representations = representations
+        self._most_distinct = most_distinct
+        self._padding = rows.padding(0)
         self.tracker: RowTracker | None = None
         """Watches the rows that steps look up, where a rule asks for it."""
         self._kernels = kernels
@@ -86,6 +90,7 @@ class TrainStep:
             deterministic=self._deterministic,
             kernels=self._kernels,
             representations=self.representations,
+            most_distinct=self._most_distinct,
         )
 
     def settle(self) -> None:
@@ -105,7 +110,7 @@ class TrainStep:
             self.representations.begin_step(lr)
 
     def _compute(self, batch: StagedBatch) -> None:
-        distinct = batch.find_distinct(padding=self.rows.spare_position)
+        distinct = batch.find_distinct(padding=self._pad(batch.num_lookups()))
         values, looked_up = self._look_up(distinct)
         looked_up.requires_grad_()
         pooled = looked_up.view(len(batch), batch.num_lookups() // len(batch), self.rows.embedding_dim)
@@ -120,7 +125,7 @@ class TrainStep:
         self.dense_optimizer.step(self._lr, sample_weight=None if weights is None else _mean_by_weight(weights))
         gradients = looked_up.grad
         assert gradients is not None
-        if self.tracker is not None:
+        if self.tracker is not None and self.tracker.is_open:
             self.tracker.observe(
                 distinct.rows,
                 lambda: self._sum_by_row(pulls_of_lookups(gradients, batch.labels, weights), distinct),
@@ -128,6 +133,13 @@ class TrainStep:
         summed = self._sum_by_row(gradients, distinct)
         self._update(values, summed, distinct, None if weights is None else self._weigh_rows(weights, distinct))
         self._loss_sum += loss.detach() if weights is None else loss.detach() / weights.mean()
+
+    def _pad(self, num_lookups: int) -> Tensor:
+        """What stands for distinct rows that a batch could have looked up and has not. Shape (U,), int64."""
+        count = num_lookups if self._most_distinct is None else min(num_lookups, self._most_distinct)
+        if len(self._padding) < count:
+            self._padding = self.rows.padding(count)
+        return self._padding[:count]
 
     def _look_up(self, distinct: Distinct) -> tuple[Tensor | None, Tensor]:
         """(distinct rows (U, D), where the update needs them; rows of all lookups (L, D))."""
@@ -161,7 +173,8 @@ class TrainStep:
         rows = self.rows
         place = (rows.optimizer, rows.buffer, rows.buffer_state, distinct.rows)
         if self._row_kernels is not None:
-            self._row_kernels.update_rows(*place, summed, lr=self._lr, eps=self._eps, sample_weights=weights)
+            options = {"lr": self._lr, "eps": self._eps, "sample_weights": weights}
+            self._row_kernels.update_rows(*place, summed, first_spare=rows.first_spare, **options)
         else:
             assert values is not None
             update_rows(*place, values, summed, lr=self._lr, eps=self._eps, sample_weights=weights)
@@ -177,11 +190,20 @@ def _mean_by_weight(weights: Tensor) -> Tensor:
     return weights.square().sum() / weights.sum()
 
 
+@dataclass(kw_only=True, slots=True)
+class _Variant:
+    """One kind of step over the fixed buffers, and its graph."""
+
+    batch: StagedBatch
+    num_eager: int = 0
+    graph: torch.cuda.CUDAGraph | None = None
+
+
 class FixedShapeStep(TrainStep):
     """A step whose full batches all have one shape, captured as a CUDA graph after a few of them.
 
-    Batches of another size, the last of an epoch, take the plain path. The first batch with weights makes room for
-    them, so that trainings without weights have none to compute with.
+    Batches of another size, the last of an epoch, take the plain path. Steps with weights, and steps in a window of
+    the tracker, are graphs of their own, so that no other step pays for what they need.
 
     Args:
         batch_size: B of full batches.
@@ -197,14 +219,16 @@ class FixedShapeStep(TrainStep):
         if self.representations is not None and self.representations.has_cores:
             raise ValueError("expected tables in tiers only: lookups of cores cannot be captured; use TrainStep")
         device, num_lookups = self.rows.device, batch_size * num_tables
+        position_type = torch.int32 if self.rows.positions_fit_32_bits else torch.int64
         self._static = StagedBatch(
             dense=torch.zeros(batch_size, num_dense, device=device),
             labels=torch.zeros(batch_size, device=device),
-            positions=torch.zeros(num_lookups, dtype=torch.int64, device=device),
+            positions=torch.zeros(num_lookups, dtype=position_type, device=device),
             is_hot=False,
         )
-        self._num_eager = 0
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._pad(num_lookups)  # once for all: graphs read it where it is
+        self._variants: dict[tuple[bool, bool], _Variant] = {}
+        self._memory: Any = None
 
     def __call__(self, batch: StagedBatch, lr: float) -> None:
         """Train on a batch. Nothing waits for the device."""
@@ -212,28 +236,41 @@ class FixedShapeStep(TrainStep):
             super().__call__(batch, lr)
             return
         self._begin(lr)
-        self._load(batch)
-        if self.rows.device.type != "cuda" or self._num_eager < _EAGER_STEPS:
-            self._num_eager += 1
-            self._compute(self._static)
+        variant = self._load(batch)
+        if self.rows.device.type != "cuda" or variant.num_eager < _EAGER_STEPS:
+            variant.num_eager += 1
+            self._compute(variant.batch)
             return
-        if self._graph is None:
-            self._graph = torch.cuda.CUDAGraph()
-            self.dense_optimizer.zero_grad()
-            with torch.cuda.graph(self._graph):
-                self._compute(self._static)
-        self._graph.replay()
+        if variant.graph is None:
+            variant.graph = self._capture(variant.batch)
+        variant.graph.replay()
 
-    def _load(self, batch: StagedBatch) -> None:
-        if batch.weights is not None and self._static.weights is None:
-            self._static = replace(self._static, weights=torch.empty_like(batch.weights))
-            self._graph, self._num_eager = None, 0
-        static = self._static
+    def _capture(self, batch: StagedBatch) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        self.dense_optimizer.zero_grad()  # gradients belong to the graph's own memory
+        # thread_local: other threads go on copying rows and waiting for copies meanwhile
+        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+            self._compute(batch)
+        self._memory = graph.pool()  # graphs run one after the other and keep nothing there in between
+        return graph
+
+    def _load(self, batch: StagedBatch) -> _Variant:
+        """Copy a batch to where its kind of step reads it."""
+        is_watched = self.tracker is not None and self.tracker.is_open
+        key = (batch.weights is not None, is_watched)
+        if key not in self._variants:
+            weights = None if batch.weights is None else self._weights_like(batch.weights)
+            self._variants[key] = _Variant(batch=replace(self._static, weights=weights))
+        static = self._variants[key].batch
         assert batch.positions is not None and static.positions is not None
         static.dense.copy_(batch.dense)
         static.labels.copy_(batch.labels)
         static.positions.copy_(batch.positions)
         if batch.weights is not None and static.weights is not None:
             static.weights.copy_(batch.weights)
-        elif static.weights is not None:
-            static.weights.fill_(1.0)
+        return self._variants[key]
+
+    def _weights_like(self, weights: Tensor) -> Tensor:
+        """Where all steps with weights read them."""
+        known = (variant.batch.weights for variant in self._variants.values())
+        return next((held for held in known if held is not None), torch.empty_like(weights))

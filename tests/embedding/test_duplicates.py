@@ -28,10 +28,10 @@ def test_sorted_lookups_equal_the_unique_rows_of_numpy(dtype: type, rows: list[i
 @given(rows=st.lists(st.integers(0, 6), max_size=30))
 def test_distinct_rows_in_fixed_shapes_are_those_of_the_sort(dtype: torch.dtype, rows: list[int]):
     expected = sort_lookups(np.array(rows, np.int64))
-    found = find_distinct(torch.tensor(rows, dtype=dtype), padding=9)
-    num_padding = len(rows) - len(expected.unique)
-    assert found.rows.dtype == torch.int64
-    assert found.rows.tolist() == [*expected.unique.tolist(), *[9] * num_padding]
+    padding = torch.arange(100, 100 + min(len(rows), 7))  # rows are below 7, so there are at most 7 distinct ones
+    found = find_distinct(torch.tensor(rows, dtype=dtype), padding=padding)
+    assert (found.rows.dtype, found.inverse.dtype) == (torch.int64, torch.int32)
+    assert found.rows.tolist() == [*expected.unique.tolist(), *padding[len(expected.unique) :].tolist()]
     assert found.inverse.tolist() == expected.inverse.tolist()
 
 

@@ -49,10 +49,9 @@ def update_rows(
     lr: Tensor,
     eps: float,
     sample_weights: Tensor | None = None,
+    first_spare: int | None = None,
 ) -> None:
     """Apply one sparse step in place: what `slipstream.embedding.tiers.rows.update_rows` does.
-
-    A position may stand there several times if all its gradients are zero, as the padding of fixed-shape steps.
 
     Args:
         optimizer: Rule.
@@ -63,6 +62,7 @@ def update_rows(
         lr: Learning rate, without dimensions, on the same device.
         eps: Added to the root of the accumulator.
         sample_weights: The weight of the samples behind each gradient; None is 1. Shape (U,), float32.
+        first_spare: Positions from this one on are padding: nothing is read or written for them. None has no padding.
     """
     block, width = _block(weights.shape[1])
     if len(positions):
@@ -75,6 +75,7 @@ def update_rows(
             lr,
             len(positions),
             weights.shape[1],
+            len(weights) if first_spare is None else first_spare,
             eps,
             HAS_STATE=optimizer == "rowwise_adagrad",
             HAS_WEIGHTS=sample_weights is not None,
@@ -111,6 +112,7 @@ def _update(  # type: ignore[no-untyped-def]
     lr,
     num_rows,
     dim,
+    first_spare,
     eps,
     HAS_STATE: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
@@ -121,6 +123,7 @@ def _update(  # type: ignore[no-untyped-def]
     columns = tl.arange(0, WIDTH)
     exists = ranks < num_rows
     at = tl.load(positions + ranks, mask=exists, other=0)
+    exists = exists & (at < first_spare)
     inside = exists[:, None] & (columns < dim)[None, :]
     steps = tl.load(gradients + ranks[:, None] * dim + columns[None, :], mask=inside, other=0.0)
     if HAS_STATE:

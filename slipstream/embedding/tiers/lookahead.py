@@ -78,8 +78,8 @@ class StagedBatch:
         found = self.positions if self.distinct is None else self.distinct.inverse
         return 0 if found is None else len(found)
 
-    def find_distinct(self, *, padding: int) -> Distinct:
-        """The distinct positions: those the host found, or else found here, followed by `padding`."""
+    def find_distinct(self, *, padding: Tensor) -> Distinct:
+        """The distinct positions: those the host found, or else found here, filled up from `padding`."""
         if self.distinct is not None:
             return self.distinct
         assert self.positions is not None
@@ -87,7 +87,9 @@ class StagedBatch:
 
     def tensors(self) -> list[Tensor]:
         """Everything that went to the device."""
-        given = (self.dense, self.labels, self.positions, self.weights, self.outside)
+        found = self.distinct
+        of_distinct = () if found is None else (found.rows, found.inverse, found.order, found.starts)
+        given = (self.dense, self.labels, self.positions, self.weights, self.outside, *of_distinct)
         return [value for value in given if value is not None]
 
 
@@ -115,6 +117,10 @@ class _Chunk:
 
     plan: Plan
     batches: list[StagedBatch]
+    forwarded: list[Tensor] | None
+    """The plan's positions from and to, on the device; None where no row stays."""
+    moved: torch.cuda.Event | None
+    """The end of every move that the chunk needs; None where moves are over when they return."""
 
 
 class LookAhead:
@@ -185,20 +191,22 @@ class LookAhead:
         """
         # closed here, whatever a step raises: a pool must not be left to whichever thread collects garbage
         with closing(self._find_all_cold(batches)) as found, self._make_host() as host:
+            self._mover.mark_computed()  # the buffer as it is now: filled, trained on, read
             pending = _Pending(found)
             following = host.submit(self._prepare, pending, 1)
             for chunk_batches in self._chunk_sizes():
                 if (chunk := following.result()) is None:
                     break
+                self._mover.await_moved(chunk.moved)
                 between_chunks()
                 self._activate(chunk)
                 following = host.submit(self._leave_and_prepare, chunk.plan, pending, chunk_batches)
                 for batch in chunk.batches:
                     step(batch)
-            self._mover.mark_computed()
 
     def flush(self) -> None:
         """Write back every row that changed; afterwards the tiers hold the whole model."""
+        self._mover.mark_computed()
         self._mover.write_back(*self._placement.release())
 
     def counters(self) -> dict[str, int]:
@@ -269,7 +277,9 @@ class LookAhead:
         pending.put_back(offered[plan.num_batches :])
         self._mover.write_back(*plan.evicted)
         self._mover.fetch(*plan.fetched)
-        return _Chunk(plan, [self._stage(lookups) for lookups in offered[: plan.num_batches]])
+        forwarded = self._mover.to_device(plan.forwarded) if len(plan.forwarded[0]) else None
+        batches = [self._stage(lookups) for lookups in offered[: plan.num_batches]]
+        return _Chunk(plan, batches, forwarded, self._mover.mark_moved())
 
     def _request(self, offered: list[_Lookups]) -> Request:
         cold = [lookups.cold for lookups in offered]
@@ -282,31 +292,40 @@ class LookAhead:
 
     def _stage(self, lookups: _Lookups) -> StagedBatch:
         batch, found = lookups.batch, lookups.sorted
-        fits_32_bits = found is None and self._rows.spare_position < 2**31
+        fits_32_bits = found is None and self._rows.positions_fit_32_bits
         positions = lookups.slots.astype(np.int32 if fits_32_bits else np.int64)
         cold_positions = self._placement.positions_of(lookups.cold)
         inverse = lookups.cold_inverse
         positions[lookups.cold_places] = cold_positions if inverse is None else cold_positions[inverse]
         self.lookups += len(lookups.slots if found is None else found.order)
         self.cold_lookups += int(lookups.cold_counts.sum())
-        move = self._mover.to_device
+        arrays = {"dense": batch.dense, "labels": batch.labels, "positions": positions}
+        if batch.weights is not None:
+            arrays["weights"] = batch.weights
+        if self._columns is not None:
+            arrays["outside"] = _outside(batch.slots, self._columns)
+        if found is not None:
+            arrays |= {"inverse": found.inverse, "order": found.order, "starts": found.starts}
+        there = dict(zip(arrays, self._mover.to_device(list(arrays.values())), strict=True))
+        distinct = None
+        if found is not None:
+            distinct = Distinct(there.pop("positions"), there["inverse"], there["order"], there["starts"])
         return StagedBatch(
-            dense=move(batch.dense),
-            labels=move(batch.labels),
+            dense=there["dense"],
+            labels=there["labels"],
             is_hot=batch.is_hot,
-            positions=move(positions) if found is None else None,
-            distinct=None
-            if found is None
-            else Distinct(*(move(part) for part in (positions, found.inverse, found.order, found.starts))),
-            weights=None if batch.weights is None else move(batch.weights),
-            outside=None if self._columns is None else move(_outside(batch.slots, self._columns)),
+            positions=there.get("positions"),
+            distinct=distinct,
+            weights=there.get("weights"),
+            outside=there.get("outside"),
         )
 
     # --- main thread ---
 
     def _activate(self, chunk: _Chunk) -> None:
-        self._mover.await_fetches()
-        self._mover.forward(*chunk.plan.forwarded)
+        if chunk.forwarded is not None:
+            self._mover.hand_over(chunk.forwarded)
+            self._mover.forward(*chunk.forwarded)
         self._mover.mark_computed()
         for batch in chunk.batches:
             self._mover.hand_over(batch.tensors())

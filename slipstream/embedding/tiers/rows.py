@@ -3,15 +3,15 @@
 Every row has one owner. Hot rows live in the hot tier only, cold rows in the cold tier, except while batches that
 use them are at work: then they sit in the staging area of the device buffer.
 
-    buffer  [H+S+1, D]    0 .. H-1      hot rows, position = slot
+    buffer  [H+S+P, D]    0 .. H-1      hot rows, position = slot
                           H .. H+S-1    staging area: two halves that take turns, or a cache
-                          H+S           spare row that no slot has: fixed-shape steps send their padding there
+                          H+S ..        spare rows that no slot has: fixed-shape steps send their padding there
     cold    [V - H, D]    row of slot H + i at i
 
 A batch's slots become positions in the buffer, so a lookup is one gather and an update one scatter, whatever
 the batch. Optimizer state has the same layout and travels with its row.
 
-Shape suffixes: V rows of all tables, H hot rows, S staged rows, D embedding_dim, U unique positions.
+Shape suffixes: V rows of all tables, H hot rows, S staged rows, P spare rows, D embedding_dim, U unique positions.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 RowOptimizer = Literal["sgd", "rowwise_adagrad"]
+NUM_SPARE = 1024
+"""P. More than one: hundreds of thousands of stores to a single row would wait for each other on a GPU."""
 
 
 class TieredRows:
@@ -53,7 +55,7 @@ class TieredRows:
         self.num_staged = num_staged
         self.optimizer: RowOptimizer = optimizer
         self.device = device
-        num_positions = num_hot + num_staged + 1
+        num_positions = num_hot + num_staged + NUM_SPARE
         self.buffer = torch.zeros(num_positions, embedding_dim, device=device)
         self.cold = torch.zeros(self.num_cold, embedding_dim)
         self.buffer_state: Tensor | None = None
@@ -63,9 +65,18 @@ class TieredRows:
             self.cold_state = torch.zeros(self.num_cold)
 
     @property
-    def spare_position(self) -> int:
-        """Position of the row that no slot has."""
+    def first_spare(self) -> int:
+        """The position from which on there are only rows that no slot has."""
         return self.num_hot + self.num_staged
+
+    @property
+    def positions_fit_32_bits(self) -> bool:
+        """Whether every position is an int32: sorting those takes half as long."""
+        return len(self.buffer) <= 2**31
+
+    def padding(self, count: int) -> Tensor:
+        """Positions of spare rows, each as often as any other. Shape (count,), int64."""
+        return torch.arange(count, device=self.device).remainder_(NUM_SPARE).add_(self.first_spare)
 
     @property
     def pairs(self) -> list[tuple[Tensor, Tensor]]:

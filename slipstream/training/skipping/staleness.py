@@ -34,6 +34,9 @@ from slipstream.ops.hot_set import Movement
 UNTOUCHED = float("inf")
 """Movement of a row that was not looked up: above every threshold."""
 
+_NUM_BEYOND = 1024
+"""Entries for what lies beyond the hot tier; on a GPU additions to a single one would wait for each other."""
+
 _PIECE = 16_384
 """Samples whose pulls are looked up at a time."""
 
@@ -49,7 +52,7 @@ class RowTracker(Protocol):
         """Forget what came before."""
 
     def observe(self, rows: Tensor, sum_pulls: Callable[[], Tensor]) -> None:
-        """Note a step, in a window or not; the step may be part of a captured graph.
+        """Note a step of an open window; the step may be part of a captured graph.
 
         Args:
             rows: Distinct positions looked up; those beyond the hot tier are left out. Shape (U,), int64.
@@ -81,8 +84,8 @@ class MovementTracker:
     def __init__(self, hot_rows: Tensor) -> None:
         self._hot_rows = hot_rows
         self._snapshot: Tensor | None = None
-        # one more than there are rows: positions beyond the hot tier all end there, and nobody has to be waited for
-        self._touched = torch.zeros(len(hot_rows) + 1, dtype=torch.bool, device=hot_rows.device)
+        # more than there are rows: positions beyond the hot tier end there, and nobody has to be waited for
+        self._touched = torch.zeros(len(hot_rows) + _NUM_BEYOND, dtype=torch.bool, device=hot_rows.device)
 
     @property
     def is_open(self) -> bool:
@@ -98,7 +101,8 @@ class MovementTracker:
         """What an open window holds, for a checkpoint; nothing when none is open."""
         if self._snapshot is None:
             return {}
-        return {"snapshot": self._snapshot.cpu().numpy(), "touched": self._touched[:-1].cpu().numpy()}
+        touched = self._touched[: len(self._hot_rows)]
+        return {"snapshot": self._snapshot.cpu().numpy(), "touched": touched.cpu().numpy()}
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
         """Take over what `state` gave."""
@@ -106,11 +110,11 @@ class MovementTracker:
         if state:
             device = self._hot_rows.device
             self._snapshot = torch.from_numpy(state["snapshot"]).to(device)
-            self._touched[:-1] = torch.from_numpy(state["touched"]).to(device)
+            self._touched[: len(self._hot_rows)] = torch.from_numpy(state["touched"]).to(device)
 
     def observe(self, rows: Tensor, sum_pulls: Callable[[], Tensor]) -> None:
         """Note which rows a step looked up."""
-        self._touched.index_fill_(0, rows.clamp(max=len(self._hot_rows)), True)
+        self._touched.index_fill_(0, _watched(rows, len(self._hot_rows)), True)
 
     def close_window(self) -> np.ndarray:
         """Movement of each hot row since the window opened: max_j |w2 - w1|; UNTOUCHED where not looked up.
@@ -121,7 +125,7 @@ class MovementTracker:
         if self._snapshot is None:
             raise ValueError("expected an open window; call open_window first")
         moved = (self._hot_rows - self._snapshot).abs_().amax(dim=1)
-        moved[~self._touched[:-1]] = UNTOUCHED
+        moved[~self._touched[: len(moved)]] = UNTOUCHED
         self._snapshot = None
         return moved.cpu().numpy()
 
@@ -135,8 +139,9 @@ class PullTracker:
     """
 
     def __init__(self, num_hot: int, *, device: torch.device) -> None:
-        # the last entry takes what lies beyond the hot tier; its place in memory must not change, graphs add to it
-        self._sums = torch.zeros(num_hot + 1, 4, device=device)
+        # the last entries take what lies beyond the hot tier; its place in memory must not change, graphs add to it
+        self._num_hot = num_hot
+        self._sums = torch.zeros(num_hot + _NUM_BEYOND, 4, device=device)
         self._is_open = False
 
     @property
@@ -151,17 +156,17 @@ class PullTracker:
 
     def state(self) -> dict[str, np.ndarray]:
         """What an open window holds, for a checkpoint; nothing when none is open."""
-        return {"pulls": self._sums[:-1].cpu().numpy()} if self._is_open else {}
+        return {"pulls": self._sums[: self._num_hot].cpu().numpy()} if self._is_open else {}
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
         """Take over what `state` gave."""
         self._is_open = bool(state)
         if state:
-            self._sums[:-1].copy_(torch.from_numpy(state["pulls"]))
+            self._sums[: self._num_hot].copy_(torch.from_numpy(state["pulls"]))
 
     def observe(self, rows: Tensor, sum_pulls: Callable[[], Tensor]) -> None:
         """Add the pulls of a step."""
-        self._sums.index_add_(0, rows.clamp(max=len(self._sums) - 1), sum_pulls())
+        self._sums.index_add_(0, _watched(rows, self._num_hot), sum_pulls())
 
     def close_window(self) -> np.ndarray:
         """Mean pull of a lookup by samples that were not clicked, and by those that were; 0 where there was none.
@@ -172,9 +177,14 @@ class PullTracker:
         if not self._is_open:
             raise ValueError("expected an open window; call open_window first")
         self._is_open = False
-        pulls, samples = self._sums[:-1].T.reshape(2, 2, -1)
+        pulls, samples = self._sums[: self._num_hot].T.reshape(2, 2, -1)
         means: np.ndarray = (pulls / samples.clamp(min=torch.finfo(torch.float32).tiny)).cpu().numpy()
         return means
+
+
+def _watched(positions: Tensor, num_hot: int) -> Tensor:
+    """Where each position is counted: its own place in the hot tier, and one of the entries after it beyond."""
+    return torch.where(positions < num_hot, positions, positions.remainder(_NUM_BEYOND).add_(num_hot))
 
 
 def pulls_of_lookups(gradients: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:

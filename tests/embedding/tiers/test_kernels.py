@@ -60,16 +60,17 @@ def test_updates_equal_those_of_plain_pytorch(device: str, optimizer: str, dim: 
         sample_weights=None if sample_weights is None else sample_weights[:300],
     )
     padded = torch.cat([positions, torch.full((50,), 399, device=device)])
-    with_zeros = torch.cat([gradients, torch.zeros(50, dim, device=device)])
+    with_padding = torch.cat([gradients, torch.ones(50, dim, device=device)])
     kernels.update_rows(
         optimizer,
         weights,
         state if has_state else None,
         padded,
-        with_zeros,
+        with_padding,
         lr=lr,
         eps=1e-8,
         sample_weights=sample_weights,
+        first_spare=399,
     )
     torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(state, expected_state, rtol=1e-5, atol=1e-6)

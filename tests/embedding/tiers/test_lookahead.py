@@ -79,7 +79,7 @@ def gradients_of(looked_up: Tensor, labels: Tensor) -> Tensor:
 
 def trainer_of(rows: TieredRows):
     def step(batch: StagedBatch) -> None:
-        found = batch.find_distinct(padding=rows.spare_position)
+        found = batch.find_distinct(padding=rows.padding(batch.num_lookups()))
         values = rows.buffer[found.rows]
         gradients = gradients_of(values[found.inverse], batch.labels)
         summed = sum_duplicates(gradients, found.inverse, len(found.rows), order=found.order, starts=found.starts)
@@ -176,9 +176,9 @@ def test_steps_see_every_batch_once_in_order_and_their_own_rows(placement: str, 
     def look(batch: StagedBatch) -> None:
         slots_of = batches[len(seen)].slots
         seen.append(batch.labels.tolist())
-        found = batch.find_distinct(padding=rows.spare_position)
+        found = batch.find_distinct(padding=rows.padding(batch.num_lookups()))
         assert torch.equal(rows.buffer[found.rows][found.inverse], weights[slots_of.ravel()])
-        distinct = found.rows[found.rows != rows.spare_position]
+        distinct = found.rows[found.rows < rows.first_spare]
         assert len(distinct) == len(np.unique(slots_of))
         assert batch.num_lookups() == slots_of.size
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slipstream.embedding.duplicates import sum_duplicates
-from slipstream.embedding.tiers.rows import TieredRows, update_rows
+from slipstream.embedding.tiers.rows import NUM_SPARE, TieredRows, update_rows
 
 
 def make_tiers(num_rows: int, num_hot: int, optimizer: str = "rowwise_adagrad", dim: int = 2) -> TieredRows:
@@ -32,8 +32,8 @@ def test_rows_and_state_are_found_wherever_they_live(num_rows: int, data):
     assert torch.equal(rows.gather(asked), weights[place[asked]])
     assert torch.equal(rows.read_state(asked), state[place[asked]])
     assert len(rows.cold) == num_rows - rows.num_hot
-    assert len(rows.buffer) == rows.num_hot + 4 + 1  # one spare position
-    assert rows.spare_position == len(rows.buffer) - 1
+    assert rows.first_spare == rows.num_hot + 4
+    assert set(rows.padding(5000).tolist()) == set(range(rows.first_spare, len(rows.buffer)))
 
 
 @pytest.mark.parametrize("num_hot", [-1, 6])
@@ -54,7 +54,7 @@ def test_bytes_add_up_over_the_tiers(optimizer: str, per_row: int):
     assert rows.row_bytes == per_row
     tensors = [tensor for pair in rows.pairs for tensor in pair]
     held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    assert sum(rows.bytes_per_tier().values()) == held - per_row  # all but the spare position
+    assert sum(rows.bytes_per_tier().values()) == held - NUM_SPARE * per_row
 
 
 @pytest.mark.parametrize("sample_weights", [None, torch.tensor([0.5, 3.0])])
