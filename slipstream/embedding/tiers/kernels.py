@@ -17,6 +17,8 @@ from torch import Tensor
 from slipstream.embedding.tiers.rows import RowOptimizer
 
 _VALUES_PER_PROGRAM = 2048
+_NUMBERS = {"enable_fp_fusion": False}
+"""Products are rounded before they are added, as in plain PyTorch; left open, Triton asks for a choice at every run."""
 
 
 def gather_rows(buffer: Tensor, unique: Tensor, inverse: Tensor) -> Tensor:
@@ -34,7 +36,7 @@ def gather_rows(buffer: Tensor, unique: Tensor, inverse: Tensor) -> Tensor:
     block, width = _block(buffer.shape[1])
     if len(inverse):
         _gather[(triton.cdiv(len(inverse), block),)](
-            buffer, unique, inverse, looked_up, len(inverse), buffer.shape[1], BLOCK=block, WIDTH=width
+            buffer, unique, inverse, looked_up, len(inverse), buffer.shape[1], BLOCK=block, WIDTH=width, **_NUMBERS
         )
     return looked_up
 
@@ -81,6 +83,7 @@ def update_rows(
             HAS_WEIGHTS=sample_weights is not None,
             BLOCK=block,
             WIDTH=width,
+            **_NUMBERS,
         )
 
 
