@@ -5,7 +5,8 @@
     runs/<name>/.lock                            held while a process works in the run folder
 
 The fingerprint covers the stage's resolved config, the fingerprints of its inputs, the seed and the format
-version; not paths or times. Publishing is one rename, so a half-written folder never bears a published name.
+version; not paths or times. Publishing is one rename, and all that it names is forced to disk before, so a half-written
+folder never bears a published name, not even after a power cut.
 """
 
 from __future__ import annotations
@@ -201,11 +202,11 @@ def publish(run_dir: Path, key: StageKey, counts: Mapping[str, Any], *, seconds:
     process killed after it was written leaves nothing to do but `complete_publishing`.
     """
     scratch = scratch_dir(run_dir, key)
-    outputs = {
-        file.relative_to(scratch).as_posix(): {"bytes": file.stat().st_size, "xxh3": hash_file(file)}
-        for file in sorted(scratch.rglob("*"))
-        if file.is_file() and file.relative_to(scratch).parts[0] not in {MANIFEST, "work"}
-    }
+    outputs = {}
+    for file in sorted(scratch.rglob("*")):
+        if file.is_file() and file.relative_to(scratch).parts[0] not in {MANIFEST, "work"}:
+            sync(file)
+            outputs[file.relative_to(scratch).as_posix()] = {"bytes": file.stat().st_size, "xxh3": hash_file(file)}
     manifest = {
         "stage": key.stage,
         "slipstream": __version__,
@@ -218,6 +219,10 @@ def publish(run_dir: Path, key: StageKey, counts: Mapping[str, Any], *, seconds:
         "seconds": round(seconds, 3),
         "peak_bytes": peak_bytes,
     }
+    # names last: what the manifest lists must be on disk before a manifest can be, after a power cut too
+    for folder in {scratch, *(parent for name in outputs for parent in (scratch / name).parents)}:
+        if folder.is_relative_to(scratch):
+            sync(folder)
     write_json(scratch / MANIFEST, manifest)
     complete_publishing(run_dir, key)
     return Artifact(path=run_dir / key.stage / key.fingerprint, manifest=manifest)
@@ -229,7 +234,10 @@ def complete_publishing(run_dir: Path, key: StageKey) -> None:
     if (scratch / MANIFEST).exists():
         with wrap_write_errors(final):
             shutil.rmtree(scratch / "work", ignore_errors=True)
+            sync(scratch)
             scratch.rename(final)
+            for folder in (final.parent, run_dir, run_dir.parent):
+                sync(folder)
 
 
 def _partial_dir(run_dir: Path, key: StageKey) -> Path:
@@ -264,6 +272,7 @@ def write_json(path: Path, value: object) -> None:
     with wrap_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        sync(partial)
         partial.replace(path)
 
 
@@ -278,7 +287,17 @@ def write_atomically(path: Path) -> Iterator[Path]:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
+        sync(partial)
         partial.replace(path)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or the names in a folder, are on disk and survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
