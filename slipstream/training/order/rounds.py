@@ -168,6 +168,8 @@ class RoundPreparer:
                 round_samples=schedule.round_samples,
             )
             taken, total, begins_segment = 0, num_hot + num_cold, True
+            passed = [0, 0]  # hot and cold samples trained before the run was interrupted
+            is_open = False
             for index, part in enumerate(parts):
                 before, taken = taken, taken + part.num_hot + part.num_cold
                 task = _Task(
@@ -181,9 +183,13 @@ class RoundPreparer:
                 )
                 begins_segment = part.ends_segment
                 if (epoch, index) < self._start:
-                    _take(task)  # trained before the run was interrupted
-                else:
-                    yield task
+                    passed[0], passed[1] = passed[0] + part.num_hot, passed[1] + part.num_cold
+                    continue
+                if not is_open:
+                    streams["hot"].skip(passed[0])
+                    streams["cold"].skip(passed[1])
+                    is_open = True
+                yield task
 
     def _prepare(self, task: _Task, taken: Future[Taken]) -> PreparedRound:
         hot, cold = taken.result()

@@ -40,8 +40,20 @@ class SampleStream:
         self._next: Future[Samples] | None = None
         self._held: Samples | None = None
         self._used = 0
+        self._passed = 0
         self.remaining = int(sum(sizes))
         """Samples not yet taken."""
+
+    def skip(self, count: int) -> None:
+        """Pass over the next `count` samples before any is taken, and begin to load what comes after them.
+
+        Windows that are passed as a whole are not read; what their shuffling would have drawn is drawn all the same,
+        so that the order of the others stays.
+        """
+        if self._held is not None or self._next is not None:
+            raise ValueError("expected a stream that nothing was taken from")
+        self._passed = min(count, self.remaining)
+        self.remaining -= self._passed
         self._load_next()
 
     def take(self, count: int) -> Samples | None:
@@ -51,8 +63,10 @@ class SampleStream:
         self.remaining -= wanted
         while wanted:
             if self._held is None or self._used == len(self._held):
+                if self._next is None:
+                    self._load_next()
                 assert self._next is not None
-                self._held, self._used = self._next.result(), 0
+                self._held, self._used, self._passed = self._next.result(), self._passed, 0
                 self._load_next()
                 continue
             piece = self._held.take(slice(self._used, self._used + wanted))
@@ -61,25 +75,30 @@ class SampleStream:
             pieces.append(piece)
         return concat_samples(pieces) if pieces else None
 
-    def _cut_windows(self, sizes: Sequence[int], window_samples: int) -> Iterator[list[int]]:
+    def _cut_windows(self, sizes: Sequence[int], window_samples: int) -> Iterator[tuple[list[int], int]]:
+        """The shards of each window, and how many samples they hold."""
         window: list[int] = []
         held = 0
         for index in self._rng.permutation(len(sizes)).tolist():
             if window and held + sizes[index] > window_samples:
-                yield window
+                yield window, held
                 window, held = [], 0
             window.append(index)
             held += sizes[index]
         if window:
-            yield window
+            yield window, held
 
     def _load_next(self) -> None:
-        window = next(self._windows, None)
         self._next = None
-        if window is not None:
+        for window, size in self._windows:
+            if self._passed >= size:
+                self._passed -= size
+                self._rng.permutation(size)
+                continue
             # the pool takes tasks in this order, so the last one never waits for one that has no worker
             shards = [self._workers.submit(self._loaders[index]) for index in window]
             self._next = self._workers.submit(self._shuffle, shards)
+            return
 
     def _shuffle(self, shards: list[Future[Samples]]) -> Samples:
         samples = concat_samples([shard.result() for shard in shards])

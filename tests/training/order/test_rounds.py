@@ -167,3 +167,42 @@ def test_what_is_picked_already_is_not_decided_again(open_streams: OpenStreams, 
             assert (found.epoch, found.index) == (expected.epoch, expected.index)
             for mine, theirs in zip(found.batches, expected.batches, strict=True):
                 assert np.array_equal(mine.slots, theirs.slots)
+
+
+def test_resuming_reads_no_window_that_was_passed():
+    read: list[tuple[int, str, int]] = []
+
+    def open_shards(epoch: int, workers: ThreadPoolExecutor) -> dict[str, SampleStream]:
+        def loader(name: str, index: int) -> Callable[[], Samples]:
+            def load() -> Samples:
+                read.append((epoch, name, index))
+                return make_samples(np.zeros((50, 3), int), start=50 * index)
+
+            return load
+
+        return {
+            name: SampleStream(
+                [loader(name, index) for index in range(num_shards)],
+                [50] * num_shards,
+                seed=(epoch,),
+                window_samples=50,
+                workers=workers,
+            )
+            for name, num_shards in (("hot", 10), ("cold", 4))
+        }
+
+    with ThreadPoolExecutor(2) as workers:
+        whole = train_rounds(RULES["none"], lambda epoch: open_shards(epoch, workers))
+        assert len(read) == len(set(read)) == 2 * 14
+        at = len(whole) - 3
+        position = Position(
+            epoch=whole[at].epoch, round_index=whole[at].index, waiting=whole[at].waiting, picked=whole[at].picked
+        )
+        read.clear()
+        rest = train_rounds(RULES["none"], lambda epoch: open_shards(epoch, workers), position)
+    assert [len(one.batches) for one in rest] == [len(one.batches) for one in whole[at:]]
+    for one, other in zip(rest, whole[at:], strict=True):
+        for mine, theirs in zip(one.batches, other.batches, strict=True):
+            assert np.array_equal(mine.dense, theirs.dense)
+    assert {epoch for epoch, _, _ in read} == {1}
+    assert len(read) < 14 / 2

@@ -61,6 +61,35 @@ def test_the_order_does_not_depend_on_how_it_is_taken(workers, sizes, window_sam
     assert sorted(expected) == list(range(total))
 
 
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 30), st.integers(0, 60), st.integers(1, 9))
+def test_skipping_is_taking_without_reading_what_was_passed(workers, sizes, window_samples: int, passed: int, count):
+    whole = open_stream(sizes, seed=1, window_samples=window_samples, workers=workers)
+    expected = drain(whole, [sum(sizes)])[0][passed:]
+    read: list[int] = []
+    starts = np.cumsum([0, *sizes])
+
+    def load(index: int):
+        read.append(index)
+        return make_samples(np.zeros((sizes[index], 1), int), start=int(starts[index]))
+
+    loaders = [lambda index=index: load(index) for index in range(len(sizes))]
+    stream = SampleStream(loaders, sizes, seed=(1, 0), window_samples=window_samples, workers=workers)
+    stream.skip(passed)
+    assert stream.remaining == len(expected)
+    found = [number for taken in drain(stream, [count] * sum(sizes)) for number in taken]
+    assert found == expected
+    assert len(read) == len(set(read))
+    if window_samples <= min(sizes):  # windows of one shard: only those with samples to come are read
+        assert set(read) == {int(np.searchsorted(starts, number, side="right")) - 1 for number in expected}
+
+
+def test_a_stream_is_skipped_from_its_beginning_only(workers: ThreadPoolExecutor):
+    stream = open_stream([3], seed=0, window_samples=3, workers=workers)
+    stream.take(1)
+    with pytest.raises(ValueError, match="nothing was taken"):
+        stream.skip(1)
+
+
 def test_seeds_and_windows_shuffle(workers: ThreadPoolExecutor):
     def order(seed: int, window_samples: int) -> list[int]:
         return drain(open_stream([50] * 4, seed=seed, window_samples=window_samples, workers=workers), [200])[0]
