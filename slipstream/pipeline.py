@@ -262,6 +262,7 @@ def _stage_keys(config: PipelineConfig) -> dict[str, StageKey]:
     body |= {"source": dataset.source, "max_ind_range": dataset.max_ind_range}
     if dataset.source == "taobao":
         body |= {"history_length": dataset.history_length, "points_per_user": dataset.points_per_user}
+        body |= {"users_brought_together": True}
     if dataset.negative_keep_ratio < 1:
         body |= {"negative_keep_ratio": dataset.negative_keep_ratio}
     draws = config.preprocess.split == "random" or dataset.source == "taobao" or dataset.negative_keep_ratio < 1

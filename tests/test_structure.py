@@ -48,7 +48,7 @@ MAY_IMPORT = {
     "training": {"registry", "training", "embedding", "models", "io", "ops", "errors", "progress", "schema"},
     "embedding": {"registry", "embedding", "ops", "errors", "schema"},
     "models": {"registry", "models", "ops", "errors", "schema"},
-    "datasets": {"registry", "datasets", "ops", "errors", "schema"},
+    "datasets": {"registry", "datasets", "io", "ops", "errors", "progress", "schema"},
     "io": {"io", "ops", "errors", "schema"},
     "ops": {"ops", "schema"},
     "config": {"options", "registry", "errors", "schema"},

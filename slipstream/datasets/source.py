@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -79,15 +79,6 @@ class Source(Protocol):
         """What columns such as `cat_3` are called where the data come from; empty when they have no names."""
         return {}
 
-    @property
-    def cut(self) -> Callable[[bytes], int] | None:
-        """Where a stretch of text can be cut in two, for formats whose samples span lines; None: after any line.
-
-        The function gets text that starts at a cut and returns the last place to cut, or 0. Places must depend on the
-        lines around them alone, so that results do not depend on the size of blocks.
-        """
-        return None
-
     def parse(self, data: bytes) -> ParsedBlock:
         """Turn whole lines into samples and rejects."""
         ...
@@ -107,4 +98,29 @@ class ColumnarSource(Source, Protocol):
 
     def to_lines(self, columns: pl.DataFrame) -> bytes:
         """Write rows of a Parquet file as lines that `parse` accepts or rejects one by one."""
+        ...
+
+
+OWNER = "owner"
+"""Column of events that says whose they are, UInt64; owners are laid out in ascending order."""
+
+
+@runtime_checkable
+class GroupingSource(Source, Protocol):
+    """A raw format whose samples are made of several lines of one owner, wherever in the files these stand.
+
+    Lines become events; all events of an owner are brought together on disk, whatever their order was; samples are
+    made of whole groups of owners. They must depend on the events of a group alone, not on the order these come in.
+    """
+
+    def parse_events(self, data: bytes) -> ParsedBlock:
+        """Turn whole lines into rejects and events; events stand in the place of samples, integers, by `OWNER`."""
+        ...
+
+    def begins_group(self, owners: np.ndarray) -> np.ndarray:
+        """Whether a group begins with each of some owners, judged by the owner alone. Same shape, bool."""
+        ...
+
+    def make_samples(self, events: pl.DataFrame) -> pl.DataFrame:
+        """Samples of one or more whole groups, in the order of owners; events may stand in any order."""
         ...

@@ -1,8 +1,8 @@
 """Taobao UserBehavior logs, as sequences in the manner of TBSM.
 
-A line is an event: user, item, category, behaviour (pv, cart, fav or buy), Unix time; commas between, no header. The
-lines of a user stand together. A sample is what a user did last, and a candidate item: label 1 when the user took the
-candidate next, 0 when it was drawn at random. Every behaviour counts as an event.
+A line is an event: user, item, category, behaviour (pv, cart, fav or buy), Unix time; commas between, no header. Lines
+may stand in any order; samples do not depend on it. A sample is what a user did last, and a candidate item: label 1
+when the user took the candidate next, 0 when it was drawn at random. Every behaviour counts as an event.
 
     cat_0 user; cat_1, cat_2 item and category of the oldest event, …, cat_41, cat_42 those of the candidate
     int_0 … int_20 seconds from each event to the candidate, 0 for the candidate
@@ -12,10 +12,11 @@ There are three tables, user, item and category; all time steps look up the same
 `history_length` is padded in front with MISSING_ID.
 
 Positives are up to `points_per_user` events of a user, drawn among all but the first. The negative beside each has
-the same history and, as candidate, an event of another user: one of about a thousand that stand together in the file,
-and of these one whose last event was at nearly the same time. So an item is a negative as often as it is a positive, no
-list of all items is needed, and users held out by time draw from each other: with negatives from training users, a
-model could tell them by having seen them. Draws hash the seed, the user and a number, not the place in a block.
+the same history and, as candidate, an event of another user: one of about a thousand who are neighbours when users are
+sorted as text, as the published file has them, and of these one whose last event was at nearly the same time. So an
+item is a negative as often as it is a positive, no list of all items is needed, and users held out by time draw from
+each other: with negatives from training users, a model could tell them by having seen them. Draws hash the seed, the
+user and a number, not a place in the file; events of a user in the same second are taken by item, then category.
 
 Source: TBSM (facebookresearch/tbsm) and its taobao_prepare.py, which draw at most 10 positives and 10 negatives a user
 from the last 200 events, give every step its position as dense value, and keep the whole log in memory.
@@ -23,12 +24,13 @@ from the last 200 events, give every step its position as dense value, and keep 
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import numpy as np
 import polars as pl
 
-from slipstream.datasets.source import ParsedBlock, Source, SourceOptions
+from slipstream.datasets.source import OWNER, GroupingSource, ParsedBlock, SourceOptions
 from slipstream.ops.delimited import read_fields
 from slipstream.ops.split import mix64
 from slipstream.schema import LABEL, MISSING_ID, dense_name, table_name
@@ -40,14 +42,16 @@ FIELDS = ("user", "item", "category", "behaviour", "time")
 USER, ITEM, CATEGORY = 0, 1, 2
 """Tables."""
 
-_USERS_PER_CUT = 1024
+_USERS_PER_GROUP = 1024
 _NEIGHBOURHOODS = 16  # negatives come from an eighth of a group: a sixteenth to each side
 _LEAST_REACH = 64
+_MOST_DIGITS = 18
+_POWERS = 10 ** np.arange(_MOST_DIGITS, dtype=np.int64)
 _NUMBER = re.compile(rb"[0-9]{1,18}")
 _POSITION_STREAM, _NEGATIVE_STREAM = 1, 2
 
 
-class TaobaoSource(Source):
+class TaobaoSource(GroupingSource):
     """Events of users to samples of sequences.
 
     Args:
@@ -89,26 +93,20 @@ class TaobaoSource(Source):
         return names
 
     def parse(self, data: bytes) -> ParsedBlock:
-        """Turn the events of whole groups of users into samples, and into rejects what is no event."""
+        """Turn all events of a log into samples, and into rejects what is no event."""
+        parsed = self.parse_events(data)
+        return dataclasses.replace(parsed, samples=self.make_samples(parsed.samples))
+
+    def parse_events(self, data: bytes) -> ParsedBlock:
+        """Turn lines into events and rejects."""
         events, rejected, num_lines = read_events(data)
-        return ParsedBlock(samples=self._make_samples(events), rejected_lines=rejected, num_lines=num_lines)
+        owners = pl.Series(OWNER, _order_as_text(events["user"].to_numpy()))
+        events = events.select(owners, "item", "category", "time").sort(OWNER)
+        return ParsedBlock(samples=events, rejected_lines=rejected, num_lines=num_lines)
 
-    def cut(self, data: bytes) -> int:
-        """Where the last group of users in a text begins; 0 if only one is in it.
-
-        A group begins with the first line of every user whose hash is a multiple of a thousand or so.
-        """
-        stop, run_user, prefix = data.rfind(b"\n"), -1, b""
-        while stop > 0:
-            start = data.rfind(b"\n", 0, stop) + 1
-            # lines of one user follow one another, so nearly all are passed over at a glance
-            if not (prefix and data.startswith(prefix, start)) and _is_event(data[start:stop]):
-                digits = data[start:stop].partition(b",")[0]
-                if int(digits) != run_user and run_user >= 0 and _begins_group(np.array([run_user]))[0]:
-                    return _first_event(data, stop + 1)
-                run_user, prefix = int(digits), digits + b","
-            stop = start - 1
-        return 0
+    def begins_group(self, owners: np.ndarray) -> np.ndarray:
+        """Whether a user's hash is a multiple of a thousand or so."""
+        return np.asarray(mix64(_user_of(owners)) % np.uint64(_USERS_PER_GROUP) == 0)
 
     def explain(self, line: bytes) -> str:
         """Say why a line that `parse` rejected is no event."""
@@ -120,89 +118,86 @@ class TaobaoSource(Source):
         text = pl.Series(raw_ids).cast(pl.String)
         return pl.select(pl.when(missing).then(pl.lit("")).otherwise(text)).to_series()
 
-    def _make_samples(self, events: pl.DataFrame) -> pl.DataFrame:
-        users = events["user"].to_numpy()
-        is_first = np.ones(len(users), bool)
-        is_first[1:] = users[1:] != users[:-1]
-        run_starts = np.flatnonzero(is_first)
-        run_of_event = np.cumsum(is_first) - 1
-        run_users = users[run_starts]
-        order = np.lexsort((events["time"].to_numpy(), run_of_event))
-        items, categories, times = (events[name].to_numpy()[order] for name in ("item", "category", "time"))
-        run_bounds = np.append(run_starts, len(users))
+    def make_samples(self, events: pl.DataFrame) -> pl.DataFrame:
+        """The samples of whole groups of users.
 
-        positives = self._pick_positives(run_of_event, run_starts, run_users)
-        runs = run_of_event[positives]
-        last_times = times[run_bounds[1:] - 1]
-        negatives = self._pick_negatives(positives, runs, run_bounds, last_times, users)
-
-        # history steps, oldest first; places before the user's first event are padding
+        Args:
+            events: `OWNER`, item, category, time of each event.
+        """
+        log = _Log(events.sort(OWNER, "time", "item", "category"))
+        positives = self._pick_positives(log)
+        negatives = self._pick_negatives(log, positives)
+        runs = log.run_of_event[positives]
+        # row by row the places of a sample's events: the history, oldest first, then the positive itself; a place in
+        # front of the user's first event belongs to somebody else and is padding
         places = positives[:, None] + np.arange(1 - self._num_steps, 1)
-        is_padding = places < run_starts[runs][:, None]
+        is_padding = places < log.bounds[runs][:, None]
         places = np.where(is_padding, positives[:, None], places)
-        has_negative = negatives >= 0
-        # positive, negative, positive, negative, … where there is one
-        point = np.repeat(np.arange(len(positives)), 1 + has_negative)
+        seconds = np.where(is_padding, 0, log.times[positives][:, None] - log.times[places])
+        # Samples are positive, negative, positive, negative, …, no negative where there is nobody to draw from.
+        # `point` numbers the positives, each twice if a negative follows: the second of two equal numbers is that one.
+        point = np.repeat(np.arange(len(positives)), 1 + (negatives >= 0))
         label = np.ones(len(point), np.uint8)
         label[1:][point[1:] == point[:-1]] = 0
         candidate = np.where(label == 1, positives[point], negatives[point])
 
         samples = {LABEL: label}
-        seconds = times[positives][:, None] - times[places]
-        for step in range(self._num_steps):
-            samples[dense_name(step)] = np.where(is_padding[:, step], 0, seconds[:, step])[point]
-        samples[table_name(0)] = self._to_raw_id(users[positives])[point]
+        samples |= {dense_name(step): seconds[point, step] for step in range(self._num_steps)}
+        samples[table_name(0)] = self._to_raw_id(log.users[runs])[point]
         for step in range(self._num_steps):
             at = places[point, step] if step < self._num_steps - 1 else candidate
-            for offset, values in ((1, items), (2, categories)):
+            for offset, values in ((1, log.items), (2, log.categories)):
                 raw_ids = self._to_raw_id(values[at])
                 raw_ids[is_padding[point, step]] = MISSING_ID
                 samples[table_name(offset + 2 * step)] = raw_ids
-        samples["day"] = (last_times[runs] // 3600)[point]
+        samples["day"] = (log.last_times[runs] // 3600)[point]
         return pl.DataFrame(samples)
 
-    def _pick_positives(self, run_of_event: np.ndarray, run_starts: np.ndarray, run_users: np.ndarray) -> np.ndarray:
+    def _pick_positives(self, log: _Log) -> np.ndarray:
         """Events that become positives: the `points_per_user` of least hash among all but a user's first."""
-        event = np.arange(len(run_of_event))
-        nth = event - run_starts[run_of_event] if len(event) else event
-        draws = self._draw(run_users[run_of_event], nth, _POSITION_STREAM)
-        draws[nth == 0] = np.iinfo(np.uint64).max
-        ranked = np.lexsort((nth, draws, run_of_event))
-        # ranked lists the runs one after the other, each by its draws
+        event = np.arange(len(log.run_of_event))
+        nth = event - log.bounds[:-1][log.run_of_event]
+        draws = self._draw(log.users[log.run_of_event], nth, _POSITION_STREAM)
+        draws[nth == 0] = np.iinfo(np.uint64).max  # a user's first event has no history
+        # all events, user after user as before, but each user's by their draws: so the place that the n-th event of a
+        # user has in the log is, in `ranked`, the place of the user's n-th least draw
+        ranked = np.lexsort((nth, draws, log.run_of_event))
         is_picked = np.zeros(len(event), bool)
         is_picked[ranked[nth < self._points_per_user]] = True
         return np.flatnonzero(is_picked & (nth > 0))
 
-    def _pick_negatives(
-        self, positives: np.ndarray, runs: np.ndarray, run_bounds: np.ndarray, last_times: np.ndarray, users: np.ndarray
-    ) -> np.ndarray:
-        """For each positive an event of another user of the same group, -1 where there is none.
+    def _pick_negatives(self, log: _Log, positives: np.ndarray) -> np.ndarray:
+        """For each positive the event of another user of the same group, -1 where there is none.
 
-        The users of a group stand in the order of their last events, one's events after the other's; drawn is
-        among the events near the user's own.
+        Drawn is among the events near the user's own, when the users of a group stand in the order of their last
+        events, one's events after the other's.
         """
-        lengths = np.diff(run_bounds)
-        run_users = users[run_bounds[:-1]]
-        begins = _begins_group(run_users)
+        begins = self.begins_group(log.owners)
         begins[:1] = True
         group_of_run = np.cumsum(begins) - 1
-        order = np.lexsort((last_times, group_of_run))
-        ends = np.cumsum(lengths[order])
-        start_of_run = np.empty_like(lengths)
-        start_of_run[order] = ends - lengths[order]
-        event_at = np.repeat(run_bounds[:-1][order] - start_of_run[order], lengths[order]) + np.arange(len(users))
-        group_bounds = np.append(run_bounds[:-1][begins], len(users))
+        # Lay the events out anew: groups as they are, in each the users by their last event. A group's events take up
+        # the same places as before, so its bounds are those of the log.
+        order = np.lexsort((log.last_times, group_of_run))
+        lengths = np.diff(log.bounds)
+        new_start = np.empty_like(lengths)
+        new_start[order] = np.cumsum(lengths[order]) - lengths[order]
+        # which event of the log stands at each new place: a user's events keep their order and move together
+        moved_by = log.bounds[:-1] - new_start
+        event_at = np.arange(len(log.times)) + np.repeat(moved_by[order], lengths[order])
+        group_bounds = np.append(log.bounds[:-1][begins], len(log.times))
 
-        group = group_of_run[runs]
+        # A window around the user's own events, `reach` places to each side, ends where the group ends.
+        runs = log.run_of_event[positives]
+        group, own_start, own_length = group_of_run[runs], new_start[runs], lengths[runs]
         reach = np.maximum(np.diff(group_bounds) // _NEIGHBOURHOODS, _LEAST_REACH)[group]
-        start, stop = start_of_run[runs], start_of_run[runs] + lengths[runs]
-        low = np.maximum(start - reach, group_bounds[group])
-        high = np.minimum(stop + reach, group_bounds[group + 1])
-        others = (high - low) - lengths[runs]
-        draws = self._draw(run_users[runs], positives - run_bounds[runs], _NEGATIVE_STREAM)
-        drawn = (draws % np.maximum(others, 1).astype(np.uint64)).astype(np.int64) + low
-        drawn = np.where(drawn >= start, drawn + lengths[runs], drawn)
-        return np.where(others > 0, event_at[np.minimum(drawn, len(users) - 1)], -1)
+        low = np.maximum(own_start - reach, group_bounds[group])
+        high = np.minimum(own_start + own_length + reach, group_bounds[group + 1])
+        # Draw one of the window's other places: count from its beginning, and jump over the user's own.
+        num_others = (high - low) - own_length
+        draws = self._draw(log.users[runs], positives - log.bounds[runs], _NEGATIVE_STREAM)
+        drawn = (draws % np.maximum(num_others, 1).astype(np.uint64)).astype(np.int64) + low
+        drawn = np.where(drawn >= own_start, drawn + own_length, drawn)
+        return np.where(num_others > 0, event_at[np.minimum(drawn, len(event_at) - 1)], -1)
 
     def _draw(self, users: np.ndarray, numbers: np.ndarray, stream: int) -> np.ndarray:
         key = np.uint64(self._seed * 4 + stream)
@@ -247,15 +242,45 @@ def read_events(data: bytes) -> tuple[pl.DataFrame, np.ndarray, int]:
     return events, (~is_event).arg_true().to_numpy().astype(np.int64), text.height
 
 
-def _begins_group(users: np.ndarray) -> np.ndarray:
-    return np.asarray(mix64(users.astype(np.uint64)) % np.uint64(_USERS_PER_CUT) == 0)
+class _Log:
+    """Events in their final order, and where the run of each user, all of its events, lies.
+
+    Args:
+        events: By owner, then time.
+    """
+
+    def __init__(self, events: pl.DataFrame) -> None:
+        owner_of_event = events[OWNER].to_numpy()
+        is_first = np.ones(len(owner_of_event), bool)
+        is_first[1:] = owner_of_event[1:] != owner_of_event[:-1]
+        starts = np.flatnonzero(is_first)
+        self.items, self.categories, self.times = (events[name].to_numpy() for name in ("item", "category", "time"))
+        self.run_of_event = np.cumsum(is_first) - 1
+        """Number of the run of each event."""
+        self.bounds = np.append(starts, len(owner_of_event))
+        """Where each run begins, and at the end the number of events."""
+        self.owners = owner_of_event[starts]
+        self.users = _user_of(self.owners).astype(np.int64)
+        """Who each run is of."""
+        self.last_times = self.times[self.bounds[1:] - 1]
+        """When each user was seen last."""
 
 
-def _first_event(data: bytes, start: int) -> int:
-    """Where the first event at or after a line begins; there is one."""
-    while not _is_event(data[start : (stop := data.index(b"\n", start))]):
-        start = stop + 1
-    return start
+def _order_as_text(users: np.ndarray) -> np.ndarray:
+    """Numbers whose order is that of the users' decimal text: 1, 10, 100, 11, 2. Shape of `users`, uint64.
+
+    Text order is that of the digits moved to the left, where shorter numbers come first among equals: as one number,
+    the digits filled up with zeros on the right to 18 places, then how many there were.
+    """
+    num_digits = np.searchsorted(_POWERS[1:], users, side="right") + 1
+    filled_up = users.astype(np.uint64) * _POWERS[_MOST_DIGITS - num_digits].astype(np.uint64)
+    return filled_up * np.uint64(_MOST_DIGITS) + (num_digits - 1).astype(np.uint64)
+
+
+def _user_of(owners: np.ndarray) -> np.ndarray:
+    """Undo `_order_as_text`. Shape of `owners`, uint64."""
+    filled_up, digits_less_one = np.divmod(owners, np.uint64(_MOST_DIGITS))
+    return filled_up // _POWERS[_MOST_DIGITS - 1 - digits_less_one.astype(np.int64)].astype(np.uint64)
 
 
 def _is_event(line: bytes) -> bool:

@@ -92,14 +92,15 @@ class ParsedStore:
         """Whether a file was read to its end."""
         return (self._folder / f"{file_index:05d}.json").exists()
 
-    def open(self, chunk: ParsedChunk, columns: list[str]) -> pa.Table:
-        """Map columns of a chunk into memory; nothing is copied until it is used."""
+    def open(self, chunk: ParsedChunk, columns: list[str] | None = None) -> pa.Table:
+        """Map columns of a chunk, None for all, into memory; nothing is copied until it is used."""
         path = self._stem(chunk.file_index, chunk.block_index).with_suffix(".arrow")
         try:
             source = pa.memory_map(str(path), "rb")
         except OSError as exc:
             raise ArtifactError(f"expected a parsed chunk at `{path}`", hint="run with --force") from exc
-        return pa.ipc.open_file(source).read_all().select(columns)
+        table = pa.ipc.open_file(source).read_all()
+        return table if columns is None else table.select(columns)
 
     def rejects(self, chunk: ParsedChunk) -> pl.DataFrame:
         """Rejected lines of a chunk: position, reason, content."""

@@ -13,7 +13,7 @@ import io
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +51,8 @@ class RawBlock:
     """The lines, each ended by a newline except perhaps the file's last; or rows of a Parquet file."""
     end: int
     """Offset in the uncompressed stream just after the block; for Parquet, rows up to there."""
+    stored: int
+    """Bytes of the file, as it is stored, that were read up to here; for Parquet, its share of the rows."""
 
 
 def find_raw_files(patterns: Sequence[str]) -> list[str]:
@@ -158,7 +160,6 @@ def read_blocks(
     block_bytes: int,
     skip: int = 0,
     skip_blocks: int = 0,
-    cut: Callable[[bytes], int] | None = None,
 ) -> Iterator[RawBlock]:
     """Yield the lines of a file in blocks of about `block_bytes`.
 
@@ -168,7 +169,6 @@ def read_blocks(
         block_bytes: Size of a block; a longer single line makes a longer block.
         skip: Offset in the uncompressed stream to start from; must follow a newline.
         skip_blocks: Number of blocks before that offset.
-        cut: Finds the last place in a text where a block may end, 0 for none; None lets blocks end after any line.
 
     Raises:
         DataError: The file cannot be read, is truncated, or is not the format its name says.
@@ -178,12 +178,12 @@ def read_blocks(
         return
     offset, index = skip, skip_blocks
     with _open_stored(path) as stored, open_raw(path, stored) as stream:
-        if cut is None and stream is stored and stream.seekable() and "://" not in path:
+        if stream is stored and stream.seekable() and "://" not in path:
             for block in _read_whole_lines(stream, path, offset, block_bytes):
                 offset += len(block)
                 block = block.removeprefix(_BOM) if offset == len(block) else block
                 if block:
-                    yield RawBlock(file_index=file_index, block_index=index, data=block, end=offset)
+                    yield RawBlock(file_index=file_index, block_index=index, data=block, end=offset, stored=offset)
                     index += 1
             stream.seek(0)
         _skip_to(stream, path, offset)
@@ -192,24 +192,21 @@ def read_blocks(
             data, offset = data[len(_BOM) :] or _read(stream, path, block_bytes), len(_BOM)
         pieces: list[bytes] = []
         while data:
-            if cut:
-                pieces, data = [], b"".join((*pieces, data))
-            place = cut(data) if cut else data.rfind(b"\n") + 1
+            place = data.rfind(b"\n") + 1
             if place == 0:
                 pieces.append(data)
-                if not cut:
-                    _check_line_length(pieces, path)
+                _check_line_length(pieces, path)
             else:
                 block = b"".join((*pieces, memoryview(data)[:place]))
                 pieces = [data[place:]]
                 offset += len(block)
-                yield RawBlock(file_index=file_index, block_index=index, data=block, end=offset)
+                yield RawBlock(file_index=file_index, block_index=index, data=block, end=offset, stored=stored.tell())
                 index += 1
-            # a text without a place to cut is looked at again with as much added as it has already
-            data = _read(stream, path, max(block_bytes, len(pieces[0])) if cut else block_bytes)
+            data = _read(stream, path, block_bytes)
         block = b"".join(pieces)
         if block:
-            yield RawBlock(file_index=file_index, block_index=index, data=block, end=offset + len(block))
+            end = offset + len(block)
+            yield RawBlock(file_index=file_index, block_index=index, data=block, end=end, stored=stored.tell())
 
 
 def _read_whole_lines(stream: IO[bytes], path: str, offset: int, block_bytes: int) -> Iterator[bytes]:
@@ -242,6 +239,7 @@ def _check_line_length(pieces: Sequence[bytes], path: str) -> None:
 def _read_columns(path: str, file_index: int, block_rows: int, skip: int, skip_blocks: int) -> Iterator[RawBlock]:
     with _open_parquet(path) as file:
         done, index = 0, skip_blocks
+        size, num_rows = raw_size(path), max(file.metadata.num_rows, 1)
         for batch in _batches(file, path, block_rows):
             first, done = done, done + batch.num_rows
             if done <= skip:
@@ -249,7 +247,8 @@ def _read_columns(path: str, file_index: int, block_rows: int, skip: int, skip_b
             rows = batch.slice(max(skip - first, 0))
             frame = pl.from_arrow(pa.Table.from_batches([rows]))
             assert isinstance(frame, pl.DataFrame)
-            yield RawBlock(file_index=file_index, block_index=index, data=frame, end=done)
+            stored = size * done // num_rows
+            yield RawBlock(file_index=file_index, block_index=index, data=frame, end=done, stored=stored)
             index += 1
 
 

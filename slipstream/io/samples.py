@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from slipstream.errors import ArtifactError
@@ -144,6 +145,25 @@ def read_part(part: Path, dense: Sequence[str], tables: Sequence[str], slot_maps
         X_cat=np.ascontiguousarray(X_cat.T),
         y=table.column(LABEL).to_numpy().astype(np.float32),
     )
+
+
+def write_parquet(table: pa.Table, path: Path) -> None:
+    """Write a table whose bytes depend on its values alone, not on how it was cut into chunks.
+
+    Small integers and their transforms repeat, so dense columns go through a dictionary; bytes of equal weight
+    stand together in rows, so that zstd finds the zeros of their upper halves.
+    """
+    split_bytes = {name: "BYTE_STREAM_SPLIT" for name in table.column_names if name.startswith("cat_")}
+    with write_atomically(path) as partial:
+        pq.write_table(
+            table,
+            partial,
+            compression="zstd",
+            compression_level=-3,  # written in two thirds of the time of level 1, and a third larger
+            use_dictionary=[name for name in table.column_names if name.startswith("int_")],
+            column_encoding=split_bytes or None,
+            write_statistics=False,
+        )
 
 
 def write_shard(path: Path, samples: Samples) -> None:

@@ -15,22 +15,23 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from slipstream.config import PreprocessConfig
+from slipstream.datasets.parsing import parse_files
 from slipstream.datasets.source import ColumnarSource, Source
 from slipstream.errors import ConfigError, DataError
 from slipstream.io.artifacts import write_atomically
 from slipstream.io.capacity import require_disk, require_memory
-from slipstream.io.parsed import ParsedChunk, ParsedStore, dictionary_of
-from slipstream.io.raw import RawBlock, estimate_text_bytes, is_parquet, raw_size, read_blocks
+from slipstream.io.parsed import dictionary_of
+from slipstream.io.raw import estimate_text_bytes, is_parquet
+from slipstream.io.samples import write_parquet
 from slipstream.io.split_layout import Piece, SplitLayout
 from slipstream.ops import split as splits
 from slipstream.ops.dense import transform_dense
@@ -47,8 +48,6 @@ from slipstream.options import parse_bytes
 from slipstream.progress import Progress
 from slipstream.schema import LABEL, MISSING_ID, SPLITS, dense_name, table_name
 
-_REJECTS_PER_PART = 65_536
-_HOPELESS_LINES = 100_000
 # Measured on Criteo text: bytes on disk per byte of text, and of memory per worker and byte of a chunk.
 _DISK_PER_TEXT_BYTE = 0.8
 _MEMORY_PER_WORKER = 9
@@ -90,10 +89,19 @@ def run(
     # one more than cores: there is always one that waits for the disk or for its turn in Python
     workers = config.num_threads or (os.cpu_count() or 1) + 1
     _check_capacity(config, files, scratch, workers)
-    store = ParsedStore(scratch / "work" / "parsed")
-    chunks = _parse(config, source=source, files=files, store=store, workers=workers, progress=progress)
-    rejected = _check_rejects(chunks, files, store, config.max_reject_ratio)
-    layout = SplitLayout(config.split, chunks, store=store, seed=seed, negative_keep_ratio=negative_keep_ratio)
+    parsed = parse_files(
+        source,
+        files=files,
+        folder=scratch / "work",
+        chunk_bytes=parse_bytes(config.chunk_bytes),
+        max_reject_ratio=config.max_reject_ratio,
+        workers=workers,
+        progress=progress,
+    )
+    rejected = parsed.check_rejects(config.max_reject_ratio)
+    layout = SplitLayout(
+        config.split, parsed.samples, store=parsed.store, seed=seed, negative_keep_ratio=negative_keep_ratio
+    )
     vocabularies, minima = _count(
         config, source=source, layout=layout, scratch=scratch, workers=workers, progress=progress
     )
@@ -108,9 +116,9 @@ def run(
         workers=workers,
         progress=progress,
     )
-    _write_rejects(chunks, files, store, scratch / "rejects")
+    parsed.write_rejects(scratch / "rejects")
     return {
-        "lines": sum(chunk.num_lines for chunk in chunks),
+        "lines": parsed.num_lines,
         "rejected": rejected,
         "samples": layout.totals,
         "positives": _count_positives(scratch),
@@ -159,130 +167,6 @@ def _check_lookup_memory(vocabularies: Sequence[Vocabulary]) -> None:
         hint="make the vocabulary smaller: raise `preprocess.freq_threshold`, or set `preprocess.max_rows` or "
         "`preprocess.num_buckets`, for all tables or for the largest; what is parsed is kept",
     )
-
-
-# --- pass 1: parse -------------------------------------------------------------------------------------------
-
-
-def _parse(
-    config: PreprocessConfig,
-    *,
-    source: Source,
-    files: Sequence[str],
-    store: ParsedStore,
-    workers: int,
-    progress: Progress,
-) -> list[ParsedChunk]:
-    dense = [dense_name(index) for index in range(source.num_dense)]
-    chunks: list[ParsedChunk] = []
-    rejected = lines = 0
-    total_bytes = sum(raw_size(file) for file in files)
-    with progress.task("parse", total_bytes, "B") as advance:
-        for file_index, path in enumerate(files):
-            finished = store.finished(file_index)
-            if not store.is_complete(file_index):
-                blocks = read_blocks(
-                    path,
-                    file_index=file_index,
-                    block_bytes=parse_bytes(config.chunk_bytes),
-                    skip=finished[-1].end if finished else 0,
-                    skip_blocks=len(finished),
-                    cut=source.cut,
-                )
-                for chunk in in_order(lambda block: _parse_block(block, source, store, dense), blocks, workers):
-                    finished.append(chunk)
-                    lines, rejected = lines + chunk.num_lines, rejected + chunk.num_rejected
-                    advance(0, f"{lines:,} lines")
-                    if lines >= _HOPELESS_LINES and rejected > lines / 2:
-                        _check_rejects(chunks + finished, files, store, config.max_reject_ratio)
-                store.mark_complete(file_index, len(finished))
-            advance(raw_size(path), "")
-            chunks += finished
-    return chunks
-
-
-def _parse_block(block: RawBlock, source: Source, store: ParsedStore, dense: list[str]) -> ParsedChunk:
-    data = block.data
-    if not isinstance(data, bytes):
-        assert isinstance(source, ColumnarSource)
-        data = source.to_lines(data)
-    parsed = source.parse(data)
-    rejects = []
-    if parsed.rejected_lines.size:
-        lines = data.split(b"\n")
-        for position in parsed.rejected_lines.tolist():
-            line = lines[position].removesuffix(b"\r")
-            rejects.append((position, source.explain(line), line))
-    if "day" in parsed.samples.columns:
-        counted = parsed.samples["day"].value_counts().sort("day")
-        day_counts = {str(day): count for day, count in counted.iter_rows()}
-    else:
-        day_counts = {str(block.file_index): parsed.samples.height}
-    chunk = ParsedChunk(
-        file_index=block.file_index,
-        block_index=block.block_index,
-        num_lines=parsed.num_lines,
-        num_samples=parsed.samples.height,
-        num_rejected=len(rejects),
-        end=block.end,
-        day_counts=day_counts,
-    )
-    store.write(chunk, parsed.samples, rejects, dense)
-    return chunk
-
-
-def _check_rejects(chunks: Sequence[ParsedChunk], files: Sequence[str], store: ParsedStore, max_ratio: float) -> int:
-    lines = sum(chunk.num_lines for chunk in chunks)
-    rejected = sum(chunk.num_rejected for chunk in chunks)
-    if rejected > max_ratio * lines or rejected == lines:
-        examples = _first_rejects(chunks, files, store, limit=3)
-        found = f"{rejected:,} of {lines:,} lines are no samples" if lines else "the raw files are empty"
-        raise DataError(
-            "\n  ".join([f"{found}; `preprocess.max_reject_ratio` allows {max_ratio:.2%}", *examples]),
-            hint="check `dataset.source` and `dataset.raw`, or raise `preprocess.max_reject_ratio`",
-        )
-    return rejected
-
-
-def _first_rejects(chunks: Sequence[ParsedChunk], files: Sequence[str], store: ParsedStore, *, limit: int) -> list[str]:
-    found: list[str] = []
-    for chunk, first_line in _with_first_lines(chunks):
-        if chunk.num_rejected:
-            for position, reason, _ in store.rejects(chunk).head(limit).iter_rows():
-                found.append(f"{files[chunk.file_index]}, line {first_line + position}: {reason}")
-        if len(found) >= limit:
-            break
-    return found[:limit]
-
-
-def _with_first_lines(chunks: Iterable[ParsedChunk]) -> Iterator[tuple[ParsedChunk, int]]:
-    file_index, line = -1, 1
-    for chunk in chunks:
-        if chunk.file_index != file_index:
-            file_index, line = chunk.file_index, 1
-        yield chunk, line
-        line += chunk.num_lines
-
-
-def _write_rejects(chunks: Sequence[ParsedChunk], files: Sequence[str], store: ParsedStore, out_dir: Path) -> None:
-    pieces: list[pl.DataFrame] = []
-    number = 0
-    for chunk, first_line in _with_first_lines(chunks):
-        if not chunk.num_rejected:
-            continue
-        frame = store.rejects(chunk).select(
-            pl.lit(Path(files[chunk.file_index]).name).alias("file"),
-            (pl.col("position") + first_line).alias("line"),
-            "reason",
-            "content",
-        )
-        pieces.append(frame)
-        while sum(piece.height for piece in pieces) >= _REJECTS_PER_PART:
-            stacked = pl.concat(pieces, rechunk=True)
-            _write_parquet(stacked.head(_REJECTS_PER_PART).to_arrow(), out_dir / f"part-{number:05d}.parquet")
-            pieces, number = [stacked.slice(_REJECTS_PER_PART)], number + 1
-    if sum(piece.height for piece in pieces):
-        _write_parquet(pl.concat(pieces, rechunk=True).to_arrow(), out_dir / f"part-{number:05d}.parquet")
 
 
 # --- pass 2: count -------------------------------------------------------------------------------------------
@@ -349,7 +233,7 @@ def _count_table(
             "count": vocabulary.counts,
         }
     )
-    _write_parquet(frame.to_arrow(), scratch / "vocab" / f"{name}.parquet")
+    write_parquet(frame.to_arrow(), scratch / "vocab" / f"{name}.parquet")
     with write_atomically(kept) as path, path.open("wb") as stream:
         np.savez(stream, raw_ids=vocabulary.raw_ids, counts=vocabulary.counts)
     return vocabulary
@@ -389,7 +273,7 @@ def _encode(
         code, number, first, stop = part
         path = out_dir / SPLITS[code] / f"part-{number:05d}.parquet"
         if not path.exists():
-            _write_parquet(encoder.encode(code, first, stop), path)
+            write_parquet(encoder.encode(code, first, stop), path)
         return stop - first
 
     with progress.task("encode", sum(layout.totals.values()), "samples") as advance:
@@ -468,25 +352,6 @@ class _Encoder:
 
 
 # --- helpers -------------------------------------------------------------------------------------------------
-
-
-def _write_parquet(table: pa.Table, path: Path) -> None:
-    """Write a table whose bytes depend on its values alone, not on how it was cut into chunks.
-
-    Small integers and their transforms repeat, so dense columns go through a dictionary; bytes of equal weight
-    stand together in rows, so that zstd finds the zeros of their upper halves.
-    """
-    split_bytes = {name: "BYTE_STREAM_SPLIT" for name in table.column_names if name.startswith("cat_")}
-    with write_atomically(path) as partial:
-        pq.write_table(
-            table,
-            partial,
-            compression="zstd",
-            compression_level=-3,  # written in two thirds of the time of level 1, and a third larger
-            use_dictionary=[name for name in table.column_names if name.startswith("int_")],
-            column_encoding=split_bytes or None,
-            write_statistics=False,
-        )
 
 
 def _count_positives(out_dir: Path) -> dict[str, int]:

@@ -4,6 +4,7 @@ import gzip
 import json
 from collections import Counter
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,13 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from slipstream.config import build_pipeline
-from slipstream.datasets import taobao
+from slipstream.datasets import parsing, taobao
+from slipstream.datasets.parsing import ParsedFiles, parse_files
 from slipstream.datasets.taobao import TaobaoSource, read_events
 from slipstream.errors import ConfigError
-from slipstream.io.raw import read_blocks
 from slipstream.ops.split import latest_seventh
 from slipstream.pipeline import run_pipeline
+from slipstream.progress import Silent
 from slipstream.schema import MISSING_ID
 
 LINE = b"1,2268318,2520377,pv,1511544070"
@@ -42,19 +44,17 @@ def draw(seed: int, stream: int, user: int, number: int) -> int:
     return mix(mix(mix(seed * 4 + stream) ^ user) ^ number)
 
 
-def make_samples_plainly(lines: list[bytes], users_per_cut: int, seed: int = 0) -> list[list[int]]:
+def make_samples_plainly(lines: list[bytes], users_per_group: int, seed: int = 0) -> list[list[int]]:
     """The samples of a log, written as the description of the source says, one by one."""
-    runs: list[tuple[int, list[tuple[int, int, int]]]] = []
+    of_user: dict[int, list[tuple[int, int, int]]] = {}
     for line in lines:
         user, item, category, _, time = line.decode().split(",")
-        if not runs or runs[-1][0] != int(user):
-            runs.append((int(user), []))
-        runs[-1][1].append((int(time), int(item), int(category)))
+        of_user.setdefault(int(user), []).append((int(time), int(item), int(category)))
     groups: list[list[tuple[int, list[tuple[int, int, int]]]]] = []
-    for user, events in runs:
-        if not groups or mix(user) % users_per_cut == 0:
+    for user, events in sorted(of_user.items(), key=lambda item: str(item[0])):
+        if not groups or mix(user) % users_per_group == 0:
             groups.append([])
-        groups[-1].append((user, sorted(events, key=lambda event: event[0])))
+        groups[-1].append((user, sorted(events)))
     samples = []
     for group in groups:
         by_time = sorted(group, key=lambda run: run[1][-1][0])
@@ -88,7 +88,7 @@ def make_samples_plainly(lines: list[bytes], users_per_cut: int, seed: int = 0) 
 @st.composite
 def logs(draw_: st.DrawFn) -> list[bytes]:
     lines = []
-    for user in draw_(st.lists(st.integers(1, 40), min_size=1, max_size=12)):
+    for user in draw_(st.lists(st.integers(0, 40) | st.integers(0, 10**18 - 1), min_size=1, max_size=12)):
         for _ in range(draw_(st.integers(1, 7))):
             item, time = draw_(st.integers(1, 9)), draw_(st.integers(0, 20_000))
             lines.append(b"%d,%d,%d,%s,%d" % (user, item, item % 3, draw_(st.sampled_from([b"pv", b"buy"])), time))
@@ -97,37 +97,71 @@ def logs(draw_: st.DrawFn) -> list[bytes]:
 
 @settings(max_examples=120)
 @given(logs(), st.sampled_from([1, 2, 3, 1024]), st.integers(0, 3))
-def test_samples_are_those_of_a_plain_reader(lines: list[bytes], users_per_cut: int, seed: int):
+def test_samples_are_those_of_a_plain_reader(lines: list[bytes], users_per_group: int, seed: int):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(taobao, "_USERS_PER_CUT", users_per_cut)
+        patch.setattr(taobao, "_USERS_PER_GROUP", users_per_group)
         parsed = make_source(seed).parse(b"\n".join(lines))
-    assert [list(row) for row in parsed.samples.iter_rows()] == make_samples_plainly(lines, users_per_cut, seed)
+    assert [list(row) for row in parsed.samples.iter_rows()] == make_samples_plainly(lines, users_per_group, seed)
     assert parsed.num_lines == len(lines)
 
 
 @settings(max_examples=60)
-@given(logs(), st.integers(1, 400), st.sampled_from([1, 2, 5]))
-def test_samples_do_not_depend_on_the_size_of_blocks(
-    tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], block_bytes: int, users_per_cut: int
+@given(logs(), st.integers(1, 1500), st.sampled_from([1, 2, 5]), st.randoms(use_true_random=False))
+def test_samples_depend_neither_on_the_order_of_lines_nor_on_the_size_of_blocks(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], chunk_bytes: int, users_per_group: int, random: Random
 ):
-    broken = {1: b"bad", 3: lines[-1].partition(b",")[0] + b",bad"}
-    lines = [
-        piece
-        for index, line in enumerate(lines)
-        for piece in (line.partition(b",")[0] + b",bad", broken.get(index % 5, b""), line)
-        if piece and (piece is line or index % 2)
-    ]
-    path = tmp_path_factory.mktemp("log") / "log.csv"
-    path.write_bytes(b"\n".join(lines) + b"\n")
-    source = make_source()
+    whole = [*lines, b"bad", lines[0].partition(b",")[0] + b",bad"] * 3
+    shuffled = random.sample(whole, len(whole))
+    folder = tmp_path_factory.mktemp("log")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(taobao, "_USERS_PER_CUT", users_per_cut)
-        blocks = list(read_blocks(str(path), file_index=0, block_bytes=block_bytes, cut=source.cut))
-        parsed = [source.parse(block.data) for block in blocks if isinstance(block.data, bytes)]
-        whole = source.parse(path.read_bytes())
-    assert b"".join(block.data for block in blocks if isinstance(block.data, bytes)) == path.read_bytes()
-    assert pl.concat([block.samples for block in parsed]).equals(whole.samples)
-    assert sum(len(block.rejected_lines) for block in parsed) == len(whole.rejected_lines)
+        patch.setattr(taobao, "_USERS_PER_GROUP", users_per_group)
+        patch.setattr(parsing, "_BYTES_PER_EVENT", 400)
+        expected = make_source().parse(b"\n".join(whole))
+        (folder / "a.csv").write_bytes(b"\n".join(shuffled[::2]))
+        (folder / "b.csv").write_bytes(b"\n".join(shuffled[1::2]))
+        parsed = parse_log([folder / "a.csv", folder / "b.csv"], folder, chunk_bytes=chunk_bytes)
+    assert samples_of(parsed).equals(expected.samples)
+    assert parsed.num_lines == len(whole)
+    assert sum(chunk.num_rejected for chunk in parsed.lines) == len(expected.rejected_lines)
+
+
+def parse_log(files: list[Path], folder: Path, *, chunk_bytes: int = 1 << 20) -> ParsedFiles:
+    return parse_files(
+        make_source(),
+        files=[str(file) for file in files],
+        folder=folder,
+        chunk_bytes=chunk_bytes,
+        max_reject_ratio=0.01,
+        workers=2,
+        progress=Silent(),
+    )
+
+
+def samples_of(parsed: ParsedFiles) -> pl.DataFrame:
+    expected = make_source().parse(b"").samples
+    read = [pl.from_arrow(parsed.store.open(chunk)) for chunk in parsed.samples]
+    return pl.concat([frame.cast(expected.schema) for frame in read if isinstance(frame, pl.DataFrame)])
+
+
+@given(st.lists(st.integers(0, 2000) | st.integers(0, 10**18 - 1), min_size=1))
+def test_users_are_laid_out_as_text_and_come_back(users: list[int]):
+    owners = taobao._order_as_text(np.array(users))
+    assert taobao._user_of(owners).tolist() == users
+    assert np.array(users)[np.argsort(owners)].tolist() == sorted(users, key=str)
+
+
+def test_gathering_goes_on_where_it_stopped(tmp_path: Path, log: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(taobao, "_USERS_PER_GROUP", 4)
+    expected = samples_of(parse_log([log], tmp_path / "whole"))
+    parsed = parse_log([log], tmp_path / "killed", chunk_bytes=4096)
+    assert len(parsed.samples) > 6 and len(parsed.lines) > 3
+    for left in (tmp_path / "killed/parsed/00000.json", *(tmp_path / "killed/parsed").glob("00000-00000[3-9].json")):
+        left.unlink()
+    kept = (tmp_path / "killed/parsed/00000-000002.arrow").stat().st_mtime_ns
+    again = parse_log([log], tmp_path / "killed", chunk_bytes=9000)
+    assert len(again.samples) < len(parsed.samples), "stretches of another size from where it stopped"
+    assert samples_of(again).equals(expected)
+    assert (tmp_path / "killed/parsed/00000-000002.arrow").stat().st_mtime_ns == kept
 
 
 @pytest.mark.parametrize(
@@ -289,7 +323,7 @@ def test_every_real_line_is_an_event(real_data: Path, name: str, num_users: int)
 def test_real_samples_are_those_of_a_plain_reader(real_data: Path):
     data = gzip.decompress((real_data / "taobao_114users_10000.csv.gz").read_bytes())
     parsed = make_source().parse(data)
-    expected = make_samples_plainly(data.splitlines(), users_per_cut=1024)
+    expected = make_samples_plainly(data.splitlines(), users_per_group=1024)
     assert [list(row) for row in parsed.samples.iter_rows()] == expected
 
 
@@ -302,3 +336,20 @@ def test_real_events_go_through_the_pipeline(real_data: Path, tmp_path: Path):
     assert sum(counts["positives"].values()) * 2 == sum(counts["samples"].values())
     assert result.counts("segregate")["hot_sample_share"] > 0
     assert np.isfinite(result.counts("train")["test"]["logloss"])
+
+
+@pytest.mark.real_data
+def test_a_real_log_in_time_order_gives_the_samples_of_the_sorted_one(real_data: Path, tmp_path: Path):
+    lines = gzip.decompress((real_data / "taobao_100001.csv.gz").read_bytes()).splitlines()
+    by_time = sorted(lines, key=lambda line: int(line.rpartition(b",")[2]))
+    published = ["preprocess"]
+    results = []
+    for name, content in (("by_user", lines), ("by_time", by_time)):
+        (tmp_path / f"{name}.csv").write_bytes(b"\n".join(content) + b"\n")
+        config = taobao_config(tmp_path / f"{name}.csv", chunk_bytes=500_000)
+        done = run_pipeline(config, tmp_path / name, stages=published).stages["preprocess"].artifact
+        results.append({key: entry["xxh3"] for key, entry in done.manifest["outputs"].items()})
+        assert done.counts["lines"] == 100_001 and done.counts["rejected"] == 0
+        events_of_user = Counter(line.partition(b",")[0] for line in lines)
+        assert sum(done.counts["positives"].values()) == sum(min(count - 1, 4) for count in events_of_user.values())
+    assert results[0] == results[1]
