@@ -32,9 +32,7 @@ from slipstream.embedding.tiers.lookahead import StagedBatch
 from slipstream.embedding.tiers.rows import TieredRows
 from slipstream.io.artifacts import Artifact
 from slipstream.io.samples import concat_samples, read_shard
-from slipstream.models.build import build_model
 from slipstream.ops.metrics import measure_quality
-from slipstream.options import to_dict
 from slipstream.pipeline import export_model, run_pipeline
 from slipstream.stages import evaluate
 from slipstream.stages.train import choose_tables
@@ -197,7 +195,7 @@ def make_step(config: PipelineConfig, segregated: Artifact) -> tuple[TrainStep, 
     rows = TieredRows(
         num_rows=layout.num_rows,
         num_hot=layout.num_rows,
-        embedding_dim=config.model.embedding_dim,
+        embedding_dim=config.model.row_width,
         num_staged=0,
         optimizer=config.train.optimizer,
         device=device,
@@ -208,7 +206,7 @@ def make_step(config: PipelineConfig, segregated: Artifact) -> tuple[TrainStep, 
         representations = Representations(
             specs,
             layout=layout,
-            embedding_dim=config.model.embedding_dim,
+            embedding_dim=config.model.row_width,
             optimizer=config.train.optimizer,
             eps=config.train.eps,
             seed=0,
@@ -216,7 +214,7 @@ def make_step(config: PipelineConfig, segregated: Artifact) -> tuple[TrainStep, 
         )
         representations.settle(rows)
     torch.manual_seed(0)
-    model = build_model(to_dict(config.model), num_dense=counts["num_dense"], num_columns=len(slot_maps))
+    model = config.model.build(num_dense=counts["num_dense"], num_columns=len(slot_maps))
     if config.tables.quantize_linears:
         quantize_linears(model, config.tables.quantize_linears)
     kind = "sgd" if config.train.optimizer == "sgd" else "adagrad"

@@ -126,17 +126,12 @@ def make_case(contender: str, args: argparse.Namespace) -> Case:
     )
 
 
-def make_model(case: Case, device: torch.device) -> DLRM:
+def make_model(case: Case, device: torch.device) -> torch.nn.Module:
     """The network of the configuration."""
     torch.manual_seed(0)
     config = CONFIGS[case.args.config]
-    return DLRM(
-        num_dense=NUM_DENSE,
-        num_tables=len(case.table_of),
-        embedding_dim=config["dim"],
-        bottom_mlp=config["bottom"],
-        top_mlp=config["top"],
-    ).to(device)
+    model = DLRM(embedding_dim=config["dim"], bottom_mlp=config["bottom"], top_mlp=config["top"])
+    return model.build(num_dense=NUM_DENSE, num_columns=len(case.table_of)).to(device)
 
 
 def open_streams(case: Case, pool: ThreadPoolExecutor) -> dict[str, SampleStream]:
@@ -210,7 +205,7 @@ class FixedShapeCeilingStep(WithoutEmbeddings, FixedShapeStep):
     """The ceiling on a GPU, captured as the others are."""
 
 
-def make_step(case: Case, model: DLRM, rows: TieredRows) -> TrainStep:
+def make_step(case: Case, model: torch.nn.Module, rows: TieredRows) -> TrainStep:
     """The step that training takes on this device, or what stands for it."""
     args = case.args
     kind = "sgd" if args.optimizer == "sgd" else "adagrad"

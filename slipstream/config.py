@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from slipstream.errors import ConfigError
+from slipstream.models.dlrm import DLRM
+from slipstream.models.model import Model
 from slipstream.options import build, check_size, parse_budget, read_tree, require, speed_only
 from slipstream.registry import ChoiceOf
 
@@ -174,44 +176,6 @@ class SegregateConfig:
             self.sample_aware_rounds,
         )
         require(self.samples_per_shard >= 1, "segregate.samples_per_shard", "at least 1", self.samples_per_shard)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelConfig:
-    """The network around the tables."""
-
-    name: Literal["dlrm", "tbsm"] = "dlrm"
-    """Architecture: `dlrm`; `tbsm` for sequences, that is for source `taobao`."""
-    embedding_dim: int = 16
-    """Width of every row."""
-    bottom_mlp: tuple[int, ...] = (512, 256, 64, 16)
-    """Layer widths after the dense input; the last must equal `embedding_dim`."""
-    top_mlp: tuple[int, ...] = (512, 256, 1)
-    """Layer widths after the interaction, in `tbsm` after attention; the last must be 1."""
-    step_mlp: tuple[int, ...] = (15, 15)
-    """Layer widths after the interaction of one time step, for `tbsm`."""
-    attention_mlp: tuple[int, ...] = (15, 15)
-    """Hidden widths between the time steps' weights before and after, for `tbsm`."""
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        require(self.embedding_dim >= 1, "model.embedding_dim", "at least 1", self.embedding_dim)
-        widths_ok = all(width >= 1 for width in self.bottom_mlp + self.top_mlp)
-        require(widths_ok, "model.bottom_mlp and model.top_mlp", "positive widths", "a width below 1")
-        steps_ok = bool(self.step_mlp) and all(width >= 1 for width in self.step_mlp + self.attention_mlp)
-        require(steps_ok, "model.step_mlp and model.attention_mlp", "positive widths", self.step_mlp)
-        require(
-            bool(self.bottom_mlp) and self.bottom_mlp[-1] == self.embedding_dim,
-            "model.bottom_mlp",
-            f"a list that ends in embedding_dim = {self.embedding_dim}",
-            self.bottom_mlp,
-        )
-        require(
-            bool(self.top_mlp) and self.top_mlp[-1] == 1,
-            "model.top_mlp",
-            "a list that ends in 1",
-            self.top_mlp,
-        )
 
 
 Representation = Literal["dense", "int8", "int4", "tt"]
@@ -436,7 +400,7 @@ class PipelineConfig:
     preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     segregate: SegregateConfig = field(default_factory=SegregateConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: Annotated[Model, ChoiceOf("slipstream.models.registry:MODELS")] = field(default_factory=DLRM)
     tables: TablesConfig = field(default_factory=TablesConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     skip: SkipConfig = field(default_factory=SkipConfig)
@@ -450,10 +414,10 @@ class PipelineConfig:
             self.name,
         )
         require(0 <= self.seed < 2**32, "seed", "in [0, 2^32)", self.seed)
-        if "int4" in self.tables.used and self.model.embedding_dim % 2:
+        if "int4" in self.tables.used and self.model.row_width % 2:
             raise ConfigError(
-                f"`model.embedding_dim` must be even for int4 tables, two values to a byte; "
-                f"found {self.model.embedding_dim}",
+                f"`model.embedding_dim` must make rows of even width for int4 tables, two values to a byte; found "
+                f"{self.model.embedding_dim}, which makes rows of {self.model.row_width} in `{self.model.name}`",
                 hint="set another model.embedding_dim, or use int8",
             )
         if "tt" in self.tables.used and self.train.faithful:
@@ -461,11 +425,11 @@ class PipelineConfig:
                 "`train.faithful` does not go with tt tables: the published order copies whole tables of rows",
                 hint="leave train.faithful out, or use another representation",
             )
-
-        if self.model.name == "tbsm" and self.dataset.source != "taobao":
+        if self.model.sources and self.dataset.source not in self.model.sources:
             raise ConfigError(
-                f"`model.name` = 'tbsm' needs sequences, found source `{self.dataset.source}`",
-                hint="set dataset.source = 'taobao', or another model",
+                f"`model.name` = '{self.model.name}' is for source {', '.join(self.model.sources)}, "
+                f"found `dataset.source` = '{self.dataset.source}'",
+                hint="set another model, or another dataset.source",
             )
 
     @property

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from slipstream.errors import ConfigError
+from slipstream.registry import Registry
 
 _SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _SIZE_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -184,6 +185,8 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     if origin is Literal:
         return _choose(args, value, key)
     if origin is Annotated:
+        if dataclasses.is_dataclass(args[0]):
+            return _build_chosen(args[0], args[1].find(), value, key)
         return _choose(args[1].find().names(), value, key)
     if origin is tuple:
         items = value if isinstance(value, list) else [value]
@@ -204,6 +207,22 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     if not _fits(hint, value):
         raise ConfigError(f"`{key}` must be {hint.__name__}, found {type(value).__name__}: {value!r}")
     return hint(value)
+
+
+def _build_chosen(base: Any, registry: Registry[Any], value: Any, key: str) -> Any:
+    """A section whose key `name` says which dataclass the others belong to."""
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"`{key}` must be a section, found {value!r}")
+    defaults = {spec.name: spec.default for spec in dataclasses.fields(base)}
+    name = _choose(registry.names(), value.get("name", defaults["name"]), f"{key}.name")
+    keys_of = {other: [spec.name for spec in dataclasses.fields(registry.get(other))] for other in registry.names()}
+    for unknown in [inner for inner in value if inner not in keys_of[name]]:
+        if owners := [other for other, keys in keys_of.items() if unknown in keys]:
+            raise ConfigError(
+                f"`{key}.{unknown}` belongs to {', '.join(owners)}, found `{key}.name` = '{name}'",
+                hint=f"leave it out; --set '{key}={{name=\"{name}\"}}' replaces the whole section",
+            )
+    return build(registry.get(name), value, f"{key}.")
 
 
 def _choose(choices: Sequence[Any], value: Any, key: str) -> Any:

@@ -309,7 +309,7 @@ def _stage_keys(config: PipelineConfig) -> dict[str, StageKey]:
 def row_bytes_of(config: PipelineConfig) -> int:
     """Accelerator bytes of one hot row under a pipeline's optimizer and skip criterion."""
     return hot_row_bytes(
-        embedding_dim=config.model.embedding_dim,
+        embedding_dim=config.model.row_width,
         optimizer=config.train.optimizer,
         movement=config.movement if config.criterion == "stale" else None,
     )

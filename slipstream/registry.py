@@ -1,6 +1,7 @@
 """What a name in a pipeline file stands for, where more can be added: one registry for each such key.
 
     dataset.source    slipstream.datasets.registry:SOURCES    every module of slipstream/datasets with a `build`
+    model.name        slipstream.models.registry:MODELS       every module of slipstream/models with a `Model` subclass
 
 To add a thing is to write it down where its registry looks; the choices of the pipeline file, the command line and the
 reference follow. Looking at names loads nothing heavy: a module found in a folder is imported when somebody asks for
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import ast
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -34,13 +35,15 @@ class Registry(Generic[T]):
 
     Args:
         what: One of the things, for messages: `source`.
-        package: A package, each of whose modules that defines `attribute` at its top level stands for a thing of the
-            module's name; None for none.
-        attribute: What such a module holds.
+        package: A package, each of whose modules that defines a thing at its top level stands for it by the module's
+            name; None for none.
+        attribute: Name of the function or class that is a thing.
+        subclass_of: Or the name of the class that a thing has for its base, whatever its own name.
     """
 
-    def __init__(self, what: str, *, package: str | None = None, attribute: str = "") -> None:
-        self._what, self._package, self._attribute = what, package, attribute
+    def __init__(self, what: str, *, package: str | None = None, attribute: str = "", subclass_of: str = "") -> None:
+        self._what, self._package = what, package
+        self._attribute, self._subclass_of = attribute, subclass_of
         self._entries: dict[str, _Entry] = {}
         self._is_complete = package is None
 
@@ -90,10 +93,15 @@ class Registry(Generic[T]):
         item = entries[name].item
         return cast(T, find_attribute(item) if isinstance(item, str) else item)
 
+    def _names_thing(self, node: ast.stmt) -> bool:
+        if self._subclass_of:
+            return isinstance(node, ast.ClassDef) and self._subclass_of in map(ast.unparse, node.bases)
+        return getattr(node, "name", None) == self._attribute
+
     def _all(self) -> dict[str, _Entry]:
         if not self._is_complete:
             assert self._package is not None
-            self._entries = _find_modules(self._package, self._attribute) | self._entries
+            self._entries = _find_modules(self._package, self._names_thing) | self._entries
             self._is_complete = True
         return self._entries
 
@@ -123,15 +131,15 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean `{close[0]}`?" if close else ""
 
 
-def _find_modules(package: str, attribute: str) -> dict[str, _Entry]:
-    """Modules of a package that define an attribute, without importing them; the first line of each says what it is."""
+def _find_modules(package: str, is_thing: Callable[[ast.stmt], bool]) -> dict[str, _Entry]:
+    """Modules of a package that define a thing, without importing them; the first line of each says what it is."""
     spec = find_spec(package)
     assert spec is not None and spec.submodule_search_locations is not None, package
     entries = {}
     for folder in map(Path, spec.submodule_search_locations):
         for path in sorted(folder.glob("*.py")):
             tree = ast.parse(path.read_text(encoding="utf-8"))
-            if any(getattr(node, "name", None) == attribute for node in tree.body):
+            for name in [node.name for node in tree.body if is_thing(node)]:  # type: ignore[attr-defined]
                 first_line = (ast.get_docstring(tree) or "").partition("\n")[0].rstrip(".")
-                entries[path.stem] = _Entry(first_line, f"{package}.{path.stem}:{attribute}")
+                entries[path.stem] = _Entry(first_line, f"{package}.{path.stem}:{name}")
     return entries

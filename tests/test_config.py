@@ -12,6 +12,7 @@ from strategies import tiny_config, tiny_tree, write_toml
 
 from slipstream.config import PipelineConfig, build_pipeline, load_pipeline
 from slipstream.errors import ConfigError
+from slipstream.models.dlrm import DLRM
 from slipstream.options import parse_budget, parse_bytes, to_dict
 from slipstream.pipeline import plan_pipeline
 
@@ -71,6 +72,7 @@ def test_a_whole_budget_is_every_byte(total: int):
         ("train__epoch", 2, "did you mean `train.epochs`?"),
         ("skip__tresh", 0.1, "did you mean `skip.threshold`?"),
         ("train__qqqq", 2, "known keys: mode,"),
+        ("model__botom_mlp", [4], "did you mean `model.bottom_mlp`?"),
         ("preprocess__tables", {"cat_2": {"max_row": 3}}, "did you mean `preprocess.tables.cat_2.max_rows`?"),
     ],
 )
@@ -107,6 +109,23 @@ def test_a_wrong_type_is_named_with_its_key(key: str, value: Any, message: str):
     with pytest.raises(ConfigError) as caught:
         tiny_config(**{key: value})
     assert str(caught.value).startswith(message)
+
+
+def test_a_key_of_another_model_names_its_owner():
+    with pytest.raises(ConfigError, match=r"belongs to tbsm, found `model\.name` = 'dlrm'") as caught:
+        tiny_config(model__step_mlp=[7, 7])
+    assert "leave it out" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("section", [3, ["dlrm"]])
+def test_a_model_is_a_section(section: Any):
+    with pytest.raises(ConfigError, match="`model` must be a section"):
+        tiny_config(model=section)
+
+
+def test_a_section_without_a_name_is_dlrm():
+    assert tiny_config(model={}).model == DLRM()
+    assert build_pipeline({"name": "x", "dataset": {"source": "synthetic"}}).model == DLRM()
 
 
 def test_a_misspelt_choice_is_corrected():
@@ -318,8 +337,7 @@ OTHER_VALUES: dict[str, dict[str, Any]] = {
     "model.embedding_dim": {"model__embedding_dim": 8, "model__bottom_mlp": [8, 8]},
     "model.bottom_mlp": {"model__bottom_mlp": [16, 4]},
     "model.top_mlp": {"model__top_mlp": [16, 1]},
-    "model.step_mlp": {"model__step_mlp": [7, 7]},
-    "model.attention_mlp": {"model__attention_mlp": [7, 7]},
+    "model.name": {"model": {"name": "tbsm", "embedding_dim": 4, "bottom_mlp": [8, 4], "top_mlp": [8, 1]}},
     "tables.tt_ranks": {"tables__tt_ranks": [2, 2]},
     "tables.quantize_linears": {"tables__quantize_linears": 8},
     "tables.rules": {"tables__rules": [{"min_rows": 100, "representation": "int8"}]},
@@ -346,7 +364,7 @@ def fingerprints(config: PipelineConfig, tmp_path: Path) -> dict[str, str]:
 
 
 def keys_of(section: str) -> list[tuple[str, Any, Any, bool]]:
-    cls = get_type_hints(PipelineConfig)[section]
+    cls = type(getattr(tiny_config(), section))
     hints = get_type_hints(cls)
     specs = dataclasses.fields(cls)
     return [

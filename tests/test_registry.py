@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from slipstream.models.registry import MODELS
 from slipstream.registry import ChoiceOf, Registry, find_attribute
 
 
@@ -49,6 +50,23 @@ def test_a_name_is_taken_once(things: Registry[int]):
 def test_an_unknown_name_is_refused_with_the_known_ones(things: Registry[int]):
     with pytest.raises(ValueError, match=re.escape("expected a thing: one, two; found `tow`; did you mean `two`?")):
         things.get("tow")
+
+
+def test_modules_are_found_by_the_base_of_what_they_define(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = tmp_path / "shelf_of_classes"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("")
+    (folder / "ground.py").write_text("class Thing: ...\n")
+    (folder / "three.py").write_text("from shelf_of_classes.ground import Thing\n\nclass Three(Thing): ...\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    things: Registry[type] = Registry("thing", package="shelf_of_classes", subclass_of="Thing")
+    assert things.names() == ("three",)
+    assert things.get("three").__name__ == "Three"
+
+
+@pytest.mark.parametrize("name", MODELS.names())
+def test_a_model_knows_its_name(name: str):
+    assert MODELS.get(name)().name == name
 
 
 def test_a_choice_finds_its_registry():

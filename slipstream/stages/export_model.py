@@ -13,6 +13,7 @@ from typing import Any
 
 from slipstream.errors import ArtifactError, ConfigError
 from slipstream.io.artifacts import Artifact
+from slipstream.models.registry import read_model
 from slipstream.training.model_file import FILES, quantize_model, read_description
 from slipstream.training.representations import BITS
 
@@ -44,7 +45,7 @@ def run(trained: Artifact, *, representation: str, out_dir: Path) -> dict[str, A
         trained.check(trained.path / name)
         if (out_dir / name).exists():
             raise ConfigError(f"there is a model in `{out_dir}` already", hint="name another folder, or remove it")
-    width = read_description(trained.path)["embedding_dim"]
+    width = read_model(read_description(trained.path)).row_width
     if BITS[representation] == 4 and width % 2:
         raise ConfigError(
             f"int4 puts two values in a byte, and the model's rows have {width}", hint="use --quantize int8"

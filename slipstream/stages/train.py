@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from slipstream.config import ModelConfig, SkipConfig, TablesConfig, TrainConfig
+from slipstream.config import SkipConfig, TablesConfig, TrainConfig
 from slipstream.embedding.quantized import quantize_linears
 from slipstream.embedding.row_cache import RowCache
 from slipstream.embedding.tiers.lookahead import LookAhead
@@ -29,7 +29,7 @@ from slipstream.embedding.tiers.rows import TieredRows
 from slipstream.errors import CapacityError, ConfigError
 from slipstream.io.artifacts import Artifact, write_atomically, write_json
 from slipstream.io.samples import Samples, read_shard, table_of_column
-from slipstream.models.build import build_model
+from slipstream.models.model import Model
 from slipstream.ops.metrics import measure_quality
 from slipstream.options import to_dict
 from slipstream.progress import Progress
@@ -59,7 +59,7 @@ _STAGING_CAP = 1 << 19
 def run(
     config: TrainConfig,
     *,
-    model_config: ModelConfig,
+    model_config: Model,
     skip_config: SkipConfig,
     tables_config: TablesConfig,
     criterion: Criterion,
@@ -111,7 +111,7 @@ def run(
     _init_rows(rows, layout, padding_rows, seed=seed)
     representations = _represent(config, specs, layout, rows, seed=seed)
     torch.manual_seed(seed)
-    model = build_model(to_dict(model_config), num_dense=num_dense, num_columns=num_columns).to(device)
+    model = model_config.build(num_dense=num_dense, num_columns=num_columns).to(device)
     if tables_config.quantize_linears:
         quantize_linears(model, tables_config.quantize_linears)
     num_train = segregated.counts["samples"]["hot"] + segregated.counts["samples"]["cold"]
@@ -268,7 +268,7 @@ def _represent(
 
 def _place_rows(
     config: TrainConfig,
-    model_config: ModelConfig,
+    model_config: Model,
     layout: SlotLayout,
     counts: np.ndarray,
     *,
@@ -285,7 +285,7 @@ def _place_rows(
     num_staged = 2 * min(half, num_cold)
     if config.mode == "cached":
         num_staged = max(1, int(num_rows * config.cache_ratio))
-    dim = model_config.embedding_dim
+    dim = model_config.row_width
     with _fitting_the_device(f"{num_hot:,} hot rows and {num_staged:,} staged rows of {dim} floats"):
         rows = TieredRows(
             num_rows=num_rows,

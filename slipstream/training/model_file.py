@@ -31,9 +31,9 @@ from slipstream.embedding.quantized.abs_max import CHUNK_ROWS
 from slipstream.embedding.quantized.numbers import dequantize, pack, quantize, table_scale, unpack
 from slipstream.embedding.tiers.rows import TieredRows
 from slipstream.embedding.tt.bag import TTEmbeddingBag
-from slipstream.errors import ArtifactError
+from slipstream.errors import ArtifactError, ConfigError
 from slipstream.io.artifacts import write_atomically, write_json
-from slipstream.models.build import build_model
+from slipstream.models.registry import read_model
 from slipstream.training.representations import BITS, Representations
 
 FILES = _WEIGHTS, _DESCRIPTION = "model.safetensors", "model.json"
@@ -142,20 +142,21 @@ def load_model(folder: Path) -> tuple[nn.Module, StoredTables]:
     tensors, _ = read_tensors(folder / _WEIGHTS)
     try:
         column_tables: list[str] = description["column_tables"]
-        model = build_model(description, num_dense=description["num_dense"], num_columns=len(column_tables))
+        model = read_model(description)
+        network = model.build(num_dense=description["num_dense"], num_columns=len(column_tables))
         held: dict[str, str] = description["representations"]
         tables = {
-            name: _read_table(tensors, name, held[name], num_rows, description["embedding_dim"])
+            name: _read_table(tensors, name, held[name], num_rows, model.row_width)
             for name, num_rows in description["tables"].items()
         }
         dense = {name.removeprefix("dense."): value for name, value in tensors.items() if name.startswith("dense.")}
         if bits := description.get("quantize_linears", 0):
-            _use_packed_linears(model, bits)
-        model.load_state_dict(dense)
-    except (KeyError, RuntimeError) as exc:
+            _use_packed_linears(network, bits)
+        network.load_state_dict(dense)
+    except (ConfigError, KeyError, ValueError, RuntimeError) as exc:
         raise ArtifactError(f"expected a whole model in `{folder}`: {exc}") from exc
     nbytes = sum(value.nbytes for name, value in tensors.items() if name.startswith("tables."))
-    return model.eval(), StoredTables([tables[name] for name in column_tables], nbytes)
+    return network.eval(), StoredTables([tables[name] for name in column_tables], nbytes)
 
 
 def read_description(folder: Path) -> dict[str, Any]:

@@ -300,7 +300,7 @@ def test_modes_end_with_the_same_model(log: Path, tmp_path: Path):
 
 
 def test_the_model_needs_sequences():
-    with pytest.raises(ConfigError, match="needs sequences"):
+    with pytest.raises(ConfigError, match="is for source taobao, found"):
         build_pipeline({"name": "wrong", "dataset": {"source": "synthetic"}, "model": {"name": "tbsm"}})
 
 

@@ -6,15 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from slipstream.models.dlrm import DLRM, make_mlp
+from slipstream.errors import ConfigError
+from slipstream.models.dlrm import DLRM
+from slipstream.models.mlp import make_mlp
 
 
-def make_model(num_tables: int = 4) -> DLRM:
+def make_model(num_tables: int = 4) -> torch.nn.Module:
     torch.manual_seed(0)
-    return DLRM(num_dense=3, num_tables=num_tables, embedding_dim=5, bottom_mlp=(6, 5), top_mlp=(7, 1))
+    return DLRM(embedding_dim=5, bottom_mlp=(6, 5), top_mlp=(7, 1)).build(num_dense=3, num_columns=num_tables)
 
 
-def plain_forward(model: DLRM, dense: np.ndarray, looked_up: np.ndarray) -> list[float]:
+def plain_forward(model: torch.nn.Module, dense: np.ndarray, looked_up: np.ndarray) -> list[float]:
     """One sample after the other, from the paper: MLP, every pair's dot product, MLP."""
     state = {name: value.double().numpy() for name, value in model.state_dict().items()}
 
@@ -62,8 +64,8 @@ def test_samples_do_not_influence_each_other():
 
 
 def test_the_bottom_must_end_in_the_width_of_a_row():
-    with pytest.raises(ValueError, match=r"ends in 4, found \[8, 5\]"):
-        DLRM(num_dense=3, num_tables=2, embedding_dim=4, bottom_mlp=(8, 5), top_mlp=(1,))
+    with pytest.raises(ConfigError, match=r"ends in embedding_dim = 4, found \[8, 5\]"):
+        DLRM(embedding_dim=4, bottom_mlp=(8, 5), top_mlp=(1,))
 
 
 def test_initial_weights_have_the_spread_of_the_reference():

@@ -10,18 +10,10 @@ STEPS, SHARED, FEATURES, DIM = 5, 1, 2, 4
 COLUMNS = SHARED + STEPS * FEATURES
 
 
-def make_model(**options: int) -> TBSM:
+def make_model(num_steps: int = STEPS, num_columns: int = COLUMNS) -> torch.nn.Module:
     torch.manual_seed(3)
-    return TBSM(
-        num_steps=options.get("num_steps", STEPS),
-        num_columns=COLUMNS,
-        num_shared=SHARED,
-        embedding_dim=DIM,
-        bottom_mlp=[6, DIM],
-        step_mlp=[7, 7],
-        attention_mlp=[6],
-        top_mlp=[8, 1],
-    )
+    options = TBSM(embedding_dim=DIM, bottom_mlp=(6, DIM), step_mlp=(7, 7), attention_mlp=(6,), top_mlp=(8, 1))
+    return options.build(num_dense=num_steps, num_columns=num_columns)
 
 
 def make_inputs(num_samples: int = 9) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,9 +54,10 @@ def test_padding_gets_no_gradient_and_changes_nothing():
     torch.testing.assert_close(model(other, looked_up), before)
 
 
-def test_steps_must_divide_the_columns():
-    with pytest.raises(ValueError, match="expected two steps or more that divide the 10 columns"):
-        make_model(num_steps=4)
+@pytest.mark.parametrize(("num_steps", "num_columns"), [(1, 11), (5, 4)])
+def test_there_are_two_steps_at_least_and_each_has_a_column(num_steps: int, num_columns: int):
+    with pytest.raises(ValueError, match="expected two steps or more, with a column each"):
+        make_model(num_steps, num_columns)
 
 
 def test_it_learns_whether_the_candidate_was_in_the_history():

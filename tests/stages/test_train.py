@@ -22,7 +22,6 @@ from slipstream.embedding.tiers.lookahead import Batch, LookAhead
 from slipstream.errors import CapacityError, ConfigError, TrainingError
 from slipstream.io.artifacts import Artifact
 from slipstream.io.samples import Samples, concat_samples, read_shard
-from slipstream.models.dlrm import DLRM
 from slipstream.pipeline import RunResult, run_pipeline
 from slipstream.schema import table_name
 
@@ -149,13 +148,7 @@ def initial_tensors(result: RunResult) -> dict[str, Tensor]:
             -bound, bound, generator=generator
         )
     torch.manual_seed(config.train_seed)
-    model = DLRM(
-        num_dense=13,
-        num_tables=26,
-        embedding_dim=config.model.embedding_dim,
-        bottom_mlp=config.model.bottom_mlp,
-        top_mlp=config.model.top_mlp,
-    )
+    model = config.model.build(num_dense=13, num_columns=26)
     return tensors | {f"dense.{name}": value for name, value in model.state_dict().items()}
 
 

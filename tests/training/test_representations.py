@@ -259,7 +259,8 @@ def make_step(kind: str, cls: type[TrainStep] = TrainStep, **options: Any) -> Tr
     )
     representations.settle(rows)
     torch.manual_seed(0)
-    model = DLRM(num_dense=DENSE, num_tables=len(ROWS), embedding_dim=DIM, bottom_mlp=[5, DIM], top_mlp=[6, 1])
+    dlrm = DLRM(embedding_dim=DIM, bottom_mlp=(5, DIM), top_mlp=(6, 1))
+    model = dlrm.build(num_dense=DENSE, num_columns=len(ROWS))
     dense_kind = "sgd" if kind == "sgd" else "adagrad"
     optimizer = DenseOptimizer(model.parameters(), kind=dense_kind, eps=1e-8)
     return cls(model=model, rows=rows, dense_optimizer=optimizer, eps=1e-8, representations=representations, **options)
@@ -518,7 +519,7 @@ def test_a_step_with_cores_cannot_be_captured():
         specs, layout=layout, embedding_dim=DIM, optimizer="sgd", eps=1e-8, seed=0, device=CPU
     )
     rows = TieredRows(num_rows=13, num_hot=13, embedding_dim=DIM, num_staged=0, optimizer="sgd", device=CPU)
-    model = DLRM(num_dense=DENSE, num_tables=len(ROWS), embedding_dim=DIM, bottom_mlp=[DIM], top_mlp=[1])
+    model = DLRM(embedding_dim=DIM, bottom_mlp=(DIM,), top_mlp=(1,)).build(num_dense=DENSE, num_columns=len(ROWS))
     with pytest.raises(ValueError, match="cannot be captured"):
         FixedShapeStep(
             batch_size=BATCH,
@@ -570,7 +571,7 @@ def test_the_largest_rule_that_fits_holds_and_overrides_win():
         ({"tables": {"quantize_linears": 3}}, "must be 0, 4 or 8"),
         (
             {"tables": {"representation": "int4"}, "model__embedding_dim": 3, "model__bottom_mlp": [3]},
-            "`model.embedding_dim` must be even for int4",
+            "`model.embedding_dim` must make rows of even width for int4 tables",
         ),
         (
             {"tables": {"representation": "tt"}, "train__faithful": True, "train__mode": "fae"},

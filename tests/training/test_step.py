@@ -43,12 +43,12 @@ def make_batch(size: int, seed: int, *, weighted: bool, sorted_by_host: bool = F
     )
 
 
-def make_model() -> DLRM:
+def make_model() -> torch.nn.Module:
     torch.manual_seed(0)
-    return DLRM(num_dense=DENSE, num_tables=TABLES, embedding_dim=DIM, bottom_mlp=[5, DIM], top_mlp=[6, 1])
+    return DLRM(embedding_dim=DIM, bottom_mlp=(5, DIM), top_mlp=(6, 1)).build(num_dense=DENSE, num_columns=TABLES)
 
 
-def make_step(make: type[TrainStep], model: DLRM, rows: TieredRows, *, kind: str, kernels: str) -> TrainStep:
+def make_step(make: type[TrainStep], model: torch.nn.Module, rows: TieredRows, *, kind: str, kernels: str) -> TrainStep:
     options = {
         "model": model,
         "rows": rows,
