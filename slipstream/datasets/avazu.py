@@ -37,6 +37,7 @@ _HEX_FIELDS = FIELDS[5:14]
 _DECIMAL_FIELDS = tuple(name for name in _SPARSE if name not in _HEX_FIELDS)
 _HOUR, _WEEKDAY = len(_SPARSE), len(_SPARSE) + 1
 _ID = re.compile(rb"[0-9]{1,20}")
+_AFTER_ID = re.compile(rb"^([^,\n]*)(?=,)", re.MULTILINE)
 _HEX = re.compile(rb"[0-9a-fA-F]{8}")
 _INT = re.compile(rb"-?[0-9]{1,10}")
 _DECIMAL_BASE = 1 << 40
@@ -53,6 +54,9 @@ class AvazuSource(Source):
     num_dense = 1
     num_tables = len(_SPARSE) + 2
     extra_columns = ("id",)
+    fields = FIELDS
+    separator = ","
+    label_field = "click"
 
     def __init__(self, *, max_ind_range: int = 0) -> None:
         self._max_ind_range = max_ind_range
@@ -109,6 +113,14 @@ class AvazuSource(Source):
         return ParsedBlock(
             samples=samples, rejected_lines=bad.arg_true().to_numpy().astype(np.int64), num_lines=text.height
         )
+
+    def lacks_label(self, line: bytes) -> bool:
+        """Whether a line, header or not, has all fields but one, as in Kaggle's test.csv."""
+        return line.count(b",") == len(FIELDS) - 2
+
+    def add_label(self, data: bytes) -> bytes:
+        """Put a label, 0, after the first field of every line; a header gets back the name it lacks."""
+        return _AFTER_ID.sub(rb"\1,0", data).replace(_HEADER.replace(b",click,", b",0,"), _HEADER)
 
     def explain(self, line: bytes) -> str:
         """Say why a line that `parse` rejected is no sample."""

@@ -35,6 +35,7 @@ class CriteoSource(Source):
 
     num_dense = _NUM_DENSE
     num_tables = _NUM_TABLES
+    fields = tuple(_NAMES)
 
     def __init__(self, *, max_ind_range: int = 0) -> None:
         self._max_ind_range = max_ind_range
@@ -87,6 +88,14 @@ class CriteoSource(Source):
             elif field and not _HEX.fullmatch(field):
                 return f"{name}: expected up to 8 hex digits, found {_show(field)}"
         return "not a sample line"
+
+    def lacks_label(self, line: bytes) -> bool:
+        """Whether a line has all fields but one, as in Kaggle's test.txt."""
+        return line.count(b"\t") == len(_NAMES) - 2
+
+    def add_label(self, data: bytes) -> bytes:
+        """Put a label, 0, before every line."""
+        return b"0\t" + data.removesuffix(b"\n").replace(b"\n", b"\n0\t") + b"\n"
 
     def to_lines(self, columns: pl.DataFrame) -> bytes:
         """Write rows of a Parquet file as lines: label, int_0…, cat_0…; ids as text or as integers below 2^32."""

@@ -9,6 +9,8 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import polars as pl
 
+from slipstream.schema import LABEL
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParsedBlock:
@@ -86,6 +88,29 @@ class Source(Protocol):
     def explain(self, line: bytes) -> str:
         """Say why a line that `parse` rejected is no sample."""
         ...
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Names of the fields of a line, in order, the label among them; empty where a sample is not one line."""
+        return ()
+
+    @property
+    def label_field(self) -> str:
+        """Which of the fields is the label."""
+        return LABEL
+
+    @property
+    def separator(self) -> str:
+        """What stands between fields."""
+        return "\t"
+
+    def lacks_label(self, line: bytes) -> bool:
+        """Whether a line, the first of a file, shows that its lines are samples but for their label."""
+        return False
+
+    def add_label(self, data: bytes) -> bytes:
+        """Put a label, 0, into lines of a file that lacks them, each ended by a newline; `parse` takes the result."""
+        raise NotImplementedError
 
     def format_raw_ids(self, raw_ids: np.ndarray) -> pl.Series:
         """Write raw ids as the source writes them; MISSING_ID as the empty string."""

@@ -300,6 +300,16 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def link_or_copy(source: Path, path: Path) -> None:
+    """Give a file that will not change a second name, or make a copy where the file system has no links."""
+    with write_atomically(path) as partial:
+        partial.unlink(missing_ok=True)
+        try:
+            partial.hardlink_to(source)
+        except OSError:
+            shutil.copyfile(source, partial)
+
+
 @contextlib.contextmanager
 def wrap_write_errors(path: Path) -> Iterator[None]:
     """Turn failures of the operating system while writing into a `CapacityError` or `ArtifactError`."""

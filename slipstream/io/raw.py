@@ -11,6 +11,7 @@ import glob as globbing
 import gzip
 import io
 import re
+import sys
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,9 @@ import zstandard
 
 from slipstream.errors import DataError
 from slipstream.ops.npz import NpzLines
+
+STDIN = "-"
+"""Names standard input among raw files, where it is read once: it can neither be measured nor read again."""
 
 _BOM = b"\xef\xbb\xbf"
 _LINE_WINDOW = 1 << 16
@@ -55,15 +59,22 @@ class RawBlock:
     """Bytes of the file, as it is stored, that were read up to here; for Parquet, its share of the rows."""
 
 
-def find_raw_files(patterns: Sequence[str]) -> list[str]:
+def find_raw_files(patterns: Sequence[str], *, named_by: str = "`dataset.raw`", stdin: bool = False) -> list[str]:
     """Expand paths, globs and addresses, in the order given; matches of one glob by name, `day_2` before `day_10`.
+
+    Args:
+        patterns: What to expand.
+        named_by: Who names them, for messages.
+        stdin: Whether `-` means standard input.
 
     Raises:
         DataError: A pattern matches nothing, or names a folder.
     """
     found: list[str] = []
     for pattern in patterns:
-        if "://" in pattern:
+        if stdin and pattern == STDIN:
+            matches = [pattern]
+        elif "://" in pattern:
             matches = _find_remote(pattern)
         elif Path(pattern).exists():
             matches = [pattern]
@@ -72,13 +83,13 @@ def find_raw_files(patterns: Sequence[str]) -> list[str]:
             matches = sorted(names, key=_natural)
         if not matches:
             raise DataError(
-                f"`dataset.raw` names `{pattern}`, and there is no such file",
+                f"{named_by} names `{pattern}`, and there is no such file",
                 hint="check the path; a relative one starts at the folder you run in",
             )
         for match in matches:
             if "://" not in match and Path(match).is_dir():
                 raise DataError(
-                    f"`dataset.raw` names the folder `{match}`, expected files",
+                    f"{named_by} names the folder `{match}`, expected files",
                     hint=f"use a glob such as `{match.rstrip('/')}/*.gz`",
                 )
         found += matches
@@ -178,7 +189,7 @@ def read_blocks(
         return
     offset, index = skip, skip_blocks
     with _open_stored(path) as stored, open_raw(path, stored) as stream:
-        if stream is stored and stream.seekable() and "://" not in path:
+        if stream is stored and stream.seekable() and "://" not in path and path != STDIN:
             for block in _read_whole_lines(stream, path, offset, block_bytes):
                 offset += len(block)
                 block = block.removeprefix(_BOM) if offset == len(block) else block
@@ -286,6 +297,9 @@ def open_raw(path: str, stored: IO[bytes]) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def _open_stored(path: str) -> Iterator[IO[bytes]]:
+    if path == STDIN:
+        yield sys.stdin.buffer
+        return
     try:
         stream: IO[bytes] = fsspec.open(path, "rb").open() if "://" in path else Path(path).expanduser().open("rb")
     except OSError as exc:

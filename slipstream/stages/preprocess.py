@@ -1,7 +1,7 @@
 """Preprocess: raw lines to encoded columns.
 
 Reads   raw files      plain, .gz or .zst, in any number, as one stream in the order given
-Writes  preprocess/    {train,val,test}/part-*.parquet, vocab/<table>.parquet, rejects/part-*.parquet
+Writes  preprocess/    {train,val,test}/part-*.parquet, vocab/<table>.parquet and .lookup.arrow, rejects/part-*.parquet
 Keeps   every line is a sample or a reject; the same bytes for the same input, whatever the threads or chunk size
 Costs   one pass over the text, then two over the parsed numbers on disk; memory for the chunks in flight and
         the vocabulary, never for the number of samples
@@ -29,6 +29,7 @@ from slipstream.datasets.source import ColumnarSource, Source
 from slipstream.errors import ConfigError, DataError
 from slipstream.io.artifacts import write_atomically
 from slipstream.io.capacity import require_disk, require_memory
+from slipstream.io.lookups import lookup_path, write_lookup
 from slipstream.io.parsed import dictionary_of
 from slipstream.io.raw import estimate_text_bytes, is_parquet
 from slipstream.io.samples import write_parquet
@@ -234,6 +235,7 @@ def _count_table(
         }
     )
     write_parquet(frame.to_arrow(), scratch / "vocab" / f"{name}.parquet")
+    write_lookup(lookup_path(scratch, name), vocabulary.lookup())
     with write_atomically(kept) as path, path.open("wb") as stream:
         np.savez(stream, raw_ids=vocabulary.raw_ids, counts=vocabulary.counts)
     return vocabulary

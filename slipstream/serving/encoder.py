@@ -1,0 +1,162 @@
+"""What a model needs to read raw lines: the source, the vocabularies, the transforms, as its folder describes them.
+
+Shape suffixes: n samples, F looked-up columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from slipstream.datasets.registry import SOURCES
+from slipstream.datasets.source import Source, SourceOptions
+from slipstream.errors import ArtifactError
+from slipstream.io.artifacts import Artifact, link_or_copy
+from slipstream.io.lookups import lookup_path, open_lookup
+from slipstream.ops.dense import transform_dense
+from slipstream.ops.vocabulary import RowLookup, hash_to_buckets
+from slipstream.schema import MISSING_ID, dense_name, table_name
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Encoding:
+    """How raw lines became samples: what preprocess was told, and what it learnt from the training split."""
+
+    source: str
+    """Name of the raw format."""
+    max_ind_range: int
+    """Raw ids were taken modulo this number; 0 kept them."""
+    history_length: int | None
+    """Past events in a sample, for sources of sequences."""
+    points_per_user: int | None
+    """Positive samples of one user at most, for sources of sequences."""
+    dense_transform: str
+    """Transform of dense columns."""
+    dense_minima: list[int]
+    """Smallest training value of each dense column, for the transform that shifts by it; empty for others."""
+    num_buckets: dict[str, int]
+    """Tables whose raw ids are hashed, and into how many buckets."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """What columns such as `cat_3` are called where the data come from."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for model.json."""
+        return asdict(self)
+
+
+def describe_encoding(processed: Artifact) -> Encoding:
+    """Say how the samples of a preprocess artifact were encoded."""
+    config, counts = processed.manifest["config"], processed.counts
+    own = {name: limits.get("num_buckets") for name, limits in config["tables"].items()}
+    buckets = {name: config["num_buckets"] if own.get(name) is None else own[name] for name in counts["rows_per_table"]}
+    return Encoding(
+        source=config["source"],
+        max_ind_range=config["max_ind_range"],
+        history_length=config.get("history_length"),
+        points_per_user=config.get("points_per_user"),
+        dense_transform=config["dense_transform"],
+        dense_minima=counts.get("dense_minima", []),
+        num_buckets={name: number for name, number in buckets.items() if number},
+        columns=counts.get("columns", {}),
+    )
+
+
+def write_vocabularies(processed: Artifact, folder: Path) -> None:
+    """Give a model's folder the vocabularies of the samples it was trained on.
+
+    They are links to the files of preprocess where the file system has links: a published artifact never changes.
+
+    Raises:
+        ArtifactError: A vocabulary is missing or altered.
+    """
+    for table in processed.counts["rows_per_table"]:
+        for name in (f"vocab/{table}.parquet", f"vocab/{table}.lookup.arrow"):
+            if name not in processed.manifest["outputs"]:
+                raise ArtifactError(
+                    f"`{processed.path}` lacks {name}: it was made by an older slipstream",
+                    hint="run `slipstream preprocess --force`, then go on",
+                )
+            link_or_copy(processed.check(processed.path / name), folder / name)
+
+
+class Encoder:
+    """Turns parsed lines into what a model reads.
+
+    Args:
+        folder: Folder of the model; its `vocab/` is mapped into memory.
+        description: What its model.json says.
+
+    Raises:
+        ArtifactError: The folder does not say how lines are encoded, or lacks a vocabulary.
+    """
+
+    def __init__(self, folder: Path, description: Mapping[str, Any]) -> None:
+        if "encoding" not in description:
+            raise ArtifactError(
+                f"the model in `{folder}` does not say how raw lines are encoded: it lacks `encoding` and `vocab/`",
+                hint="it was made by an older slipstream; train it again, or predict from encoded rows",
+            )
+        self.encoding = Encoding(**description["encoding"])
+        self.source = _build_source(self.encoding)
+        self._tables: list[str] = description["column_tables"]
+        self._lookups: dict[str, RowLookup] = {
+            name: open_lookup(lookup_path(folder, name)) for name in dict.fromkeys(self._tables)
+        }
+
+    def encode(self, parsed: pl.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+        """Encode samples.
+
+        Args:
+            parsed: Columns `int_*` and `cat_*` as `Source.parse` gives them.
+
+        Returns:
+            (dense values (n, dense columns) float32, rows (n, F) int64).
+        """
+        dense = np.empty((self.source.num_dense, parsed.height), np.float32)
+        minima = self.encoding.dense_minima or [0] * self.source.num_dense
+        for index, minimum in enumerate(minima):
+            values = parsed.get_column(dense_name(index)).fill_null(0).to_numpy()
+            dense[index] = transform_dense(values, name=self.encoding.dense_transform, minimum=minimum)
+        rows = np.empty((len(self._tables), parsed.height), np.int64)
+        for index, table in enumerate(self._tables):
+            raw_ids = parsed.get_column(table_name(index)).cast(pl.Int64).fill_null(MISSING_ID).to_numpy()
+            rows[index] = self.rows_of(table, raw_ids)
+        # filled column by column, then turned: a row at a time would jump through memory
+        return np.ascontiguousarray(dense.T), np.ascontiguousarray(rows.T)
+
+    def rows_of(self, table: str, raw_ids: np.ndarray) -> np.ndarray:
+        """Rows of raw ids in a table; unknown ones get row 0.
+
+        Args:
+            table: Its name.
+            raw_ids: As the source's parser gives them. Shape (n,), int64.
+
+        Returns:
+            Shape (n,), int32.
+
+        Raises:
+            ValueError: There is no such table.
+        """
+        if table not in self._lookups:
+            raise ValueError(f"expected one of the tables {', '.join(self._lookups)}; found `{table}`")
+        buckets = self.encoding.num_buckets.get(table, 0)
+        # each distinct id is looked up once, and then stands for all its places: a few ids are most of the column
+        encoded = pa.array(raw_ids).dictionary_encode()
+        distinct = encoded.dictionary.to_numpy()
+        rows = self._lookups[table](hash_to_buckets(distinct, buckets) if buckets else distinct)
+        return rows[encoded.indices.to_numpy()]
+
+
+def _build_source(encoding: Encoding) -> Source:
+    sequences = {
+        name: value
+        for name in ("history_length", "points_per_user")
+        if (value := getattr(encoding, name)) is not None
+    }
+    return SOURCES.get(encoding.source)(SourceOptions(max_ind_range=encoding.max_ind_range, **sequences))

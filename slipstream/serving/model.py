@@ -1,0 +1,85 @@
+"""A trained model, ready to predict: encoded rows, parsed samples or raw lines in, click probabilities out.
+
+Shape suffixes: n samples, F looked-up columns, D width of a row.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor, nn
+
+from slipstream.serving.encoder import Encoder
+from slipstream.training.model_file import load_model, read_description
+
+_BATCH = 4096
+"""Samples at once: their rows fit a processor's cache."""
+
+
+class ServedModel(nn.Module):
+    """A model in evaluation mode, on the CPU.
+
+    Args:
+        folder: Folder of the model: a train artifact, or an exported model.
+
+    Raises:
+        ArtifactError: The folder holds no whole model.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+        self.description: dict[str, Any] = read_description(folder)
+        """What model.json says."""
+        self.network, self._tables = load_model(folder)
+        self.eval()
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """What turns parsed lines into encoded rows.
+
+        Raises:
+            ArtifactError: The folder does not say how lines are encoded.
+        """
+        return Encoder(self.folder, self.description)
+
+    def forward(self, dense: Tensor, rows_nF: Tensor) -> Tensor:
+        """Logits of encoded samples.
+
+        Args:
+            dense: Transformed dense values. Shape (n, dense columns), float32.
+            rows_nF: Row of each looked-up column, in its own table. Shape (n, F), int64.
+
+        Returns:
+            Shape (n,), float32.
+        """
+        logits: Tensor = self.network(dense, self._tables.look_up(rows_nF))
+        return logits
+
+    def predict(self, dense: np.ndarray, rows_nF: np.ndarray) -> np.ndarray:
+        """Click probabilities of encoded samples.
+
+        Args:
+            dense: As for `forward`.
+            rows_nF: As for `forward`, of any integer type.
+
+        Returns:
+            Shape (n,), float32.
+        """
+        probabilities = np.empty(len(dense), np.float32)
+        with torch.inference_mode():
+            for start in range(0, len(dense), _BATCH):
+                piece = slice(start, start + _BATCH)
+                rows = torch.from_numpy(rows_nF[piece].astype(np.int64, copy=False))
+                logits = self(torch.from_numpy(np.ascontiguousarray(dense[piece])), rows)
+                probabilities[piece] = torch.sigmoid(logits).numpy()
+        return probabilities
+
+    def predict_parsed(self, parsed: pl.DataFrame) -> np.ndarray:
+        """Click probabilities of parsed samples: columns `int_*` and `cat_*` as the source gives them. Shape (n,)."""
+        return self.predict(*self.encoder.encode(parsed))

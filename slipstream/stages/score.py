@@ -1,0 +1,153 @@
+"""Score: raw lines to click probabilities, by a trained model.
+
+Reads   a model's folder    weights, vocabularies, transforms: all it takes
+        raw files           what preprocess reads, and standard input as `-`; with or without labels
+Writes  one file            Parquet, CSV or JSON lines by its suffix: one row for every line, in order
+Keeps   the probabilities that training predicted for the same lines, to the bit on a CPU
+Costs   one pass over the text; memory for the stored tables and the blocks in flight, 5 bytes a line for metrics
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+
+from slipstream.io.artifacts import hash_file
+from slipstream.io.raw import STDIN, RawBlock, fingerprint_raw, find_raw_files, raw_size, read_blocks
+from slipstream.ops.metrics import measure_quality
+from slipstream.ops.parallel import in_order
+from slipstream.progress import Progress
+from slipstream.serving.line_scorer import LineScorer, ScoredLines
+from slipstream.serving.model import ServedModel
+from slipstream.serving.score_file import ScoredBlock, ScoreFile
+from slipstream.training.model_file import FILES
+
+_BLOCK_BYTES = 8 << 20
+"""Text scored at once; memory grows with it."""
+
+
+def run(
+    model: ServedModel,
+    *,
+    raw: Sequence[str],
+    out: Path,
+    keep: Sequence[str] = (),
+    progress: Progress,
+) -> dict[str, Any]:
+    """Score the lines of raw files; goes on where a killed run of the same files and model stopped.
+
+    Args:
+        model: The model.
+        raw: Paths, globs, addresses, or `-` for standard input.
+        out: File to write; its suffix decides the format.
+        keep: Columns of a line to pass on, by the names of the source.
+        progress: Told how far it is.
+
+    Returns:
+        `output`, `lines`, `samples`, `rejected`; with labels also `quality`: `auc`, `logloss`, `ne`, `calibration`,
+        `accuracy`.
+
+    Raises:
+        ConfigError: A column to keep is not there, or the suffix of `out` names no format.
+        DataError: A file cannot be read, or a sample of its source is not a single line.
+    """
+    files = find_raw_files(raw, named_by="--raw", stdin=True)
+    scorer = LineScorer(model, keep=keep)
+    scores = ScoreFile(out, key=_key(model, files, keep))
+    # without a size nobody knows how much of standard input is left
+    total = None if STDIN in files else sum(map(raw_size, files))
+    with progress.task("score", total, "B") as advance, _one_thread_a_block():
+        blocks = [
+            block
+            for index, file in enumerate(files)
+            for block in _score_file(scorer, scores, file, file_index=index, advance=advance)
+        ]
+    counts = {
+        "output": str(out),
+        "lines": sum(block.num_lines for block in blocks),
+        "samples": sum(block.num_samples for block in blocks),
+    }
+    counts["rejected"] = counts["lines"] - counts["samples"]
+    if counts["samples"] and all(block.is_labelled for block in blocks):
+        counts["quality"] = _measure(scores)
+    scores.finish()
+    return counts
+
+
+def _score_file(
+    scorer: LineScorer, scores: ScoreFile, file: str, *, file_index: int, advance: Any
+) -> Iterator[ScoredBlock]:
+    finished = [] if file == STDIN else scores.finished(file_index)
+    yield from finished
+    is_labelled = finished[0].is_labelled if finished else None
+    num_lines = sum(block.num_lines for block in finished)
+    done = finished[-1].end if finished else 0
+    blocks = read_blocks(
+        file, file_index=file_index, block_bytes=_BLOCK_BYTES, skip=done, skip_blocks=len(finished)
+    )
+    first = next(blocks, None)
+    if first is None:
+        return
+    if is_labelled is None:
+        is_labelled = scorer.is_labelled(first)
+
+    def score(block: RawBlock) -> tuple[RawBlock, ScoredLines]:
+        return block, scorer.score(block, is_labelled=is_labelled)
+
+    # one more than cores: there is always one that waits for the disk or for its turn in Python
+    for block, scored in in_order(score, _chain(first, blocks), (os.cpu_count() or 1) + 1):
+        whole = ScoredBlock(
+            file_index=file_index,
+            block_index=block.block_index,
+            num_lines=scored.lines.height,
+            num_samples=scored.num_samples,
+            is_labelled=is_labelled,
+            end=block.end,
+        )
+        scores.add(whole, scored.lines, file=file, first_line=num_lines + 1)
+        num_lines += whole.num_lines
+        advance(block.end - done, f"{num_lines:,} lines")
+        done = block.end
+        yield whole
+
+
+def _chain(first: RawBlock, others: Iterator[RawBlock]) -> Iterator[RawBlock]:
+    yield first
+    yield from others
+
+
+def _key(model: ServedModel, files: Sequence[str], keep: Sequence[str]) -> dict[str, Any]:
+    """What the parts of a killed run must have been made from to be of use."""
+    return {
+        "model": [hash_file(model.folder / name) for name in FILES],
+        "raw": [file if file == STDIN else fingerprint_raw(file) for file in files],
+        "names": list(files),
+        "keep": list(keep),
+        "block_bytes": _BLOCK_BYTES,
+    }
+
+
+def _measure(scores: ScoreFile) -> dict[str, float]:
+    """Quality over all samples: probabilities and labels are read back, 5 bytes a line."""
+    parts = [part.drop_nulls() for part in scores.read(["probability", "_label"])]
+    both = pl.concat(parts)
+    return asdict(measure_quality(both.get_column("_label").to_numpy(), both.get_column("probability").to_numpy()))
+
+
+@contextmanager
+def _one_thread_a_block() -> Iterator[None]:
+    """Let torch compute each block in the thread that scores it: blocks keep the cores busy, and threads do not wait."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
