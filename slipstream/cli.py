@@ -247,6 +247,41 @@ _stage_command("segregate", "Choose the hot rows and split samples by them; prof
 _stage_command("train", "Train with hot rows on the device and cold rows on the host.")
 
 
+@app.command(epilog="Example: slipstream score runs/tiny/train/* --raw 'day_23.gz' --out scores.parquet --keep cat_0")
+def score(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a train artifact or an exported model.")],
+    raw: Annotated[
+        list[str],
+        typer.Option("--raw", metavar="FILES", help="Path, quoted glob, address, or - for stdin; repeatable."),
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="File to write: .parquet, .csv or .jsonl.")],
+    keep: Annotated[
+        list[str],
+        typer.Option("--keep", metavar="COLUMNS", help="Columns to pass on, with commas between; repeatable."),
+    ] = _NO_OVERRIDES,
+    as_json: _Json = False,
+    quiet: _Quiet = False,
+) -> None:
+    """Write a click probability for every raw line, in order; with labels, say how good they are."""
+    from rich.console import Console
+
+    from slipstream.pipeline import score_lines
+    from slipstream.progress import Silent
+    from slipstream.report import RichProgress, score_table
+
+    summary = score_lines(
+        model,
+        raw=raw,
+        out=out,
+        keep=[name for names in keep for name in names.split(",")],
+        progress=Silent() if quiet else RichProgress(Console(stderr=True)),
+    )
+    if as_json:
+        typer.echo(json.dumps(_without_nan(summary), indent=1))
+    elif not quiet:
+        _answer(score_table(summary))
+
+
 export = typer.Typer(
     no_args_is_help=True,
     help="Write what other projects load.",

@@ -210,6 +210,35 @@ def export_model(artifact: Path, *, representation: str, out_dir: Path) -> dict[
     return export_model.run(open_artifact(artifact), representation=representation, out_dir=out_dir)
 
 
+def score_lines(
+    model: Path,
+    *,
+    raw: Sequence[str],
+    out: Path,
+    keep: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Score raw lines by a trained model.
+
+    Args:
+        model: Folder of the model.
+        raw: Paths, globs, addresses, or `-` for standard input.
+        out: File to write: Parquet, CSV or JSON lines by its suffix.
+        keep: Columns of a line to pass on.
+        progress: Told how far it is.
+
+    Returns:
+        Lines, samples, rejects, and with labels the quality.
+
+    Raises:
+        SlipstreamError: Whatever scoring expects to go wrong.
+    """
+    from slipstream.serving.model import ServedModel
+    from slipstream.stages import score
+
+    return score.run(ServedModel(model), raw=raw, out=out, keep=keep, progress=progress or Silent())
+
+
 def clean_run(runs_dir: Path, name: str) -> list[Path]:
     """Remove what killed processes left in a run folder; returns what was removed."""
     run_dir = runs_dir / name
@@ -449,6 +478,7 @@ def _train(config: PipelineConfig, inputs: Mapping[str, Artifact], scratch: Path
         skip_config=config.skip,
         tables_config=config.tables,
         criterion=config.criterion,
+        processed=inputs["preprocess"],
         segregated=inputs["segregate"],
         counts=read_counts(inputs["profile"]),
         seed=config.train_seed,

@@ -111,11 +111,7 @@ def _facts(result: RunResult) -> Iterator[tuple[str, str]]:
             quality = trained[split]
             best = teacher.get(split, {}).get("auc")
             beside = f" (teacher {best:.4f})" if best else ""
-            yield (
-                split,
-                f"AUC {quality['auc']:.4f}{beside}, logloss {quality['logloss']:.4f}, NE {quality['ne']:.4f}, "
-                f"calibration {quality['calibration']:.3f}, accuracy {quality['accuracy']:.4f}",
-            )
+            yield split, _show_quality(quality, beside)
         yield (
             "speed",
             f"{trained['samples_per_second']:,.0f} samples/s on {trained['device']} over "
@@ -133,6 +129,25 @@ def _facts(result: RunResult) -> Iterator[tuple[str, str]]:
         tiers = ", ".join(f"{name} {show_bytes(size)}" for name, size in trained["bytes_per_tier"].items())
         moved = show_bytes(trained["bytes_to_device"]), show_bytes(trained["bytes_to_host"])
         yield "memory", f"{tiers}; moved {moved[0]} to the device, {moved[1]} back"
+
+
+def score_table(summary: Mapping[str, Any]) -> Table:
+    """What became of scored lines."""
+    table = Table(show_header=False, box=None)
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column()
+    table.add_row("lines", f"{summary['lines']:,}, of which {summary['rejected']:,} are no samples")
+    if quality := summary.get("quality"):
+        table.add_row("quality", _show_quality(quality))
+    table.add_row("written", summary["output"])
+    return table
+
+
+def _show_quality(quality: Mapping[str, float], beside: str = "") -> str:
+    return (
+        f"AUC {quality['auc']:.4f}{beside}, logloss {quality['logloss']:.4f}, NE {quality['ne']:.4f}, "
+        f"calibration {quality['calibration']:.3f}, accuracy {quality['accuracy']:.4f}"
+    )
 
 
 def curve_table(curve: Sequence[Mapping[str, Any]]) -> Table:

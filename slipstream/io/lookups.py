@@ -22,7 +22,11 @@ _SCHEMA = pa.schema({"raw_id": pa.int64(), "row": pa.int32()})
 def write_lookup(path: Path, lookup: RowLookup) -> None:
     """Write the map of one table."""
     table = pa.table([lookup.sorted_raw_ids, lookup.rows], schema=_SCHEMA)
-    with write_atomically(path) as partial, pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as out:
+    with (
+        write_atomically(path) as partial,
+        pa.OSFile(str(partial), "wb") as sink,
+        pa.ipc.new_file(sink, _SCHEMA) as out,
+    ):
         out.write_table(table)
 
 

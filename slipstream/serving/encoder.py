@@ -149,14 +149,13 @@ class Encoder:
         # each distinct id is looked up once, and then stands for all its places: a few ids are most of the column
         encoded = pa.array(raw_ids).dictionary_encode()
         distinct = encoded.dictionary.to_numpy()
-        rows = self._lookups[table](hash_to_buckets(distinct, buckets) if buckets else distinct)
-        return rows[encoded.indices.to_numpy()]
+        rows: np.ndarray = self._lookups[table](hash_to_buckets(distinct, buckets) if buckets else distinct)
+        places: np.ndarray = encoded.indices.to_numpy()
+        return np.take(rows, places)
 
 
 def _build_source(encoding: Encoding) -> Source:
     sequences = {
-        name: value
-        for name in ("history_length", "points_per_user")
-        if (value := getattr(encoding, name)) is not None
+        name: value for name in ("history_length", "points_per_user") if (value := getattr(encoding, name)) is not None
     }
     return SOURCES.get(encoding.source)(SourceOptions(max_ind_range=encoding.max_ind_range, **sequences))

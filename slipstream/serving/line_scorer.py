@@ -12,7 +12,7 @@ from slipstream.datasets.source import ColumnarSource, Source
 from slipstream.errors import ConfigError, DataError
 from slipstream.io.raw import RawBlock
 from slipstream.ops.delimited import read_fields
-from slipstream.schema import LABEL, dense_name, table_name
+from slipstream.schema import LABEL
 from slipstream.serving.model import ServedModel
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from slipstream.serving.encoder import Encoder
 from slipstream.training.model_file import load_model, read_description
+from slipstream.training.predict import independent_logits
 
 _BATCH = 4096
 """Samples at once: their rows fit a processor's cache."""
@@ -58,8 +59,7 @@ class ServedModel(nn.Module):
         Returns:
             Shape (n,), float32.
         """
-        logits: Tensor = self.network(dense, self._tables.look_up(rows_nF))
-        return logits
+        return independent_logits(self.network, dense, self._tables.look_up(rows_nF))
 
     def predict(self, dense: np.ndarray, rows_nF: np.ndarray) -> np.ndarray:
         """Click probabilities of encoded samples.

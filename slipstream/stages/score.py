@@ -16,12 +16,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import polars as pl
 import torch
 
 from slipstream.io.artifacts import hash_file
-from slipstream.io.raw import STDIN, RawBlock, fingerprint_raw, find_raw_files, raw_size, read_blocks
+from slipstream.io.raw import STDIN, RawBlock, find_raw_files, fingerprint_raw, raw_size, read_blocks
 from slipstream.ops.metrics import measure_quality
 from slipstream.ops.parallel import in_order
 from slipstream.progress import Progress
@@ -70,13 +69,9 @@ def run(
             for index, file in enumerate(files)
             for block in _score_file(scorer, scores, file, file_index=index, advance=advance)
         ]
-    counts = {
-        "output": str(out),
-        "lines": sum(block.num_lines for block in blocks),
-        "samples": sum(block.num_samples for block in blocks),
-    }
-    counts["rejected"] = counts["lines"] - counts["samples"]
-    if counts["samples"] and all(block.is_labelled for block in blocks):
+    lines, samples = sum(block.num_lines for block in blocks), sum(block.num_samples for block in blocks)
+    counts: dict[str, Any] = {"output": str(out), "lines": lines, "samples": samples, "rejected": lines - samples}
+    if samples and all(block.is_labelled for block in blocks):
         counts["quality"] = _measure(scores)
     scores.finish()
     return counts
@@ -90,9 +85,7 @@ def _score_file(
     is_labelled = finished[0].is_labelled if finished else None
     num_lines = sum(block.num_lines for block in finished)
     done = finished[-1].end if finished else 0
-    blocks = read_blocks(
-        file, file_index=file_index, block_bytes=_BLOCK_BYTES, skip=done, skip_blocks=len(finished)
-    )
+    blocks = read_blocks(file, file_index=file_index, block_bytes=_BLOCK_BYTES, skip=done, skip_blocks=len(finished))
     first = next(blocks, None)
     if first is None:
         return
@@ -144,7 +137,7 @@ def _measure(scores: ScoreFile) -> dict[str, float]:
 
 @contextmanager
 def _one_thread_a_block() -> Iterator[None]:
-    """Let torch compute each block in the thread that scores it: blocks keep the cores busy, and threads do not wait."""
+    """Let torch compute each block in the thread that scores it: the blocks in flight keep the cores busy."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

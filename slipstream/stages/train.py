@@ -1,7 +1,8 @@
 """Train: shards to a model, with hot rows on the device and cold rows on the host.
 
 Reads   segregate/   hot, cold, val and test shards, slots.npz
-Writes  train/       model.safetensors, model.json, predictions_{val,test}.npy, staleness.json, losses.json, events/
+Writes  train/       model.safetensors, model.json, vocab/: the whole model
+                     predictions_{val,test}.npy, staleness.json, losses.json, events/
 Keeps   each row in one place; over the same batch order every exact mode ends with the same model
 Costs   one pass over the training shards an epoch; device memory for hot rows, staging and what watches rows move
 """
@@ -33,6 +34,7 @@ from slipstream.models.model import Model
 from slipstream.ops.metrics import measure_quality
 from slipstream.options import to_dict
 from slipstream.progress import Progress
+from slipstream.serving.encoder import describe_encoding, write_vocabularies
 from slipstream.training.checkpoint import Checkpointer
 from slipstream.training.dense_optimizer import DenseOptimizer
 from slipstream.training.faithful import FaithfulRule, FaithfulTrainer
@@ -63,6 +65,7 @@ def run(
     skip_config: SkipConfig,
     tables_config: TablesConfig,
     criterion: Criterion,
+    processed: Artifact,
     segregated: Artifact,
     counts: np.ndarray,
     seed: int,
@@ -78,6 +81,7 @@ def run(
         skip_config: Section `skip`.
         tables_config: Section `tables`.
         criterion: The skip criterion in force.
+        processed: The preprocess artifact, whose vocabularies and transforms go with the model.
         segregated: The segregate artifact.
         counts: Access counts per global row, which mode `cached` ranks by. Shape (V,), int64.
         seed: Of initial weights, batch order and dropping.
@@ -90,6 +94,7 @@ def run(
     """
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
+    write_vocabularies(processed, scratch)
     device = resolve_device(config.device)
     check_kernels(config.kernels, device)
     num_dense: int = segregated.counts["num_dense"]
@@ -177,6 +182,7 @@ def run(
             "tables": segregated.counts["tables"],
             "column_tables": layout.column_tables,
             "quantize_linears": tables_config.quantize_linears,
+            "encoding": describe_encoding(processed).to_json(),
             **to_dict(model_config),
         },
         representations=representations,
