@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from slipstream.serving.encoder import Encoder
 from slipstream.training.model_file import load_model, read_description
-from slipstream.training.predict import independent_logits
+from slipstream.training.predict import click_probabilities
 
 _BATCH = 4096
 """Samples at once: their rows fit a processor's cache."""
@@ -59,7 +59,8 @@ class ServedModel(nn.Module):
         Returns:
             Shape (n,), float32.
         """
-        return independent_logits(self.network, dense, self._tables.look_up(rows_nF))
+        logits: Tensor = self.network(dense, self._tables.look_up(rows_nF))
+        return logits
 
     def predict(self, dense: np.ndarray, rows_nF: np.ndarray) -> np.ndarray:
         """Click probabilities of encoded samples.
@@ -75,9 +76,9 @@ class ServedModel(nn.Module):
         with torch.inference_mode():
             for start in range(0, len(dense), _BATCH):
                 piece = slice(start, start + _BATCH)
-                rows = torch.from_numpy(rows_nF[piece].astype(np.int64, copy=False))
-                logits = self(torch.from_numpy(np.ascontiguousarray(dense[piece])), rows)
-                probabilities[piece] = torch.sigmoid(logits).numpy()
+                looked_up = self._tables.look_up(torch.from_numpy(rows_nF[piece].astype(np.int64, copy=False)))
+                given = torch.from_numpy(np.ascontiguousarray(dense[piece]))
+                probabilities[piece] = click_probabilities(self.network, given, looked_up).numpy()
         return probabilities
 
     def predict_parsed(self, parsed: pl.DataFrame) -> np.ndarray:

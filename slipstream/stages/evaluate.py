@@ -16,7 +16,7 @@ import torch
 from slipstream.io.artifacts import MANIFEST, Artifact, open_artifact
 from slipstream.io.samples import read_shard
 from slipstream.training.model_file import FILES, load_model
-from slipstream.training.predict import independent_logits
+from slipstream.training.predict import click_probabilities
 
 
 def run(folder: Path, *, segregated: Artifact, split: str, batch_size: int = 16_384) -> tuple[np.ndarray, np.ndarray]:
@@ -51,6 +51,6 @@ def run(folder: Path, *, segregated: Artifact, split: str, batch_size: int = 16_
                 piece = samples.take(slice(start, start + batch_size))
                 looked_up = tables.look_up(torch.from_numpy(row_of_slot[piece.X_cat]))
                 dense = torch.from_numpy(np.ascontiguousarray(piece.X_int))
-                probabilities.append(torch.sigmoid(independent_logits(model, dense, looked_up)).numpy())
+                probabilities.append(click_probabilities(model, dense, looked_up).numpy())
                 labels.append(piece.y)
     return np.concatenate(probabilities), np.concatenate(labels)

@@ -1,7 +1,7 @@
 """Export a model: a trained one with its fp32 tables rounded and packed.
 
 Reads   train/        model.safetensors, model.json
-Writes  a folder      the same two files, fp32 tables as int8 or int4
+Writes  a folder      a whole model too: the same two files, fp32 tables as int8 or int4; and vocab/
 Keeps   dense layers, cores, and tables that were trained on few bits, as they are
 Costs   one pass over the tables; memory for the tables twice
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from slipstream.errors import ArtifactError, ConfigError
-from slipstream.io.artifacts import Artifact
+from slipstream.io.artifacts import Artifact, link_or_copy
 from slipstream.models.registry import read_model
 from slipstream.training.model_file import FILES, quantize_model, read_description
 from slipstream.training.representations import BITS
@@ -51,6 +51,9 @@ def run(trained: Artifact, *, representation: str, out_dir: Path) -> dict[str, A
             f"int4 puts two values in a byte, and the model's rows have {width}", hint="use --quantize int8"
         )
     quantize_model(trained.path, out_dir, representation=representation)
+    for name in trained.manifest["outputs"]:
+        if name.startswith("vocab/"):
+            link_or_copy(trained.check(trained.path / name), out_dir / name)
     weights = FILES[0]
     before, after = (folder.joinpath(weights).stat().st_size for folder in (trained.path, out_dir))
     return {

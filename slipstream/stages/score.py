@@ -84,8 +84,8 @@ def _score_file(
     yield from finished
     is_labelled = finished[0].is_labelled if finished else None
     num_lines = sum(block.num_lines for block in finished)
-    done = finished[-1].end if finished else 0
-    blocks = read_blocks(file, file_index=file_index, block_bytes=_BLOCK_BYTES, skip=done, skip_blocks=len(finished))
+    skip = finished[-1].end if finished else 0
+    blocks = read_blocks(file, file_index=file_index, block_bytes=_BLOCK_BYTES, skip=skip, skip_blocks=len(finished))
     first = next(blocks, None)
     if first is None:
         return
@@ -95,6 +95,7 @@ def _score_file(
     def score(block: RawBlock) -> tuple[RawBlock, ScoredLines]:
         return block, scorer.score(block, is_labelled=is_labelled)
 
+    read = 0
     # one more than cores: there is always one that waits for the disk or for its turn in Python
     for block, scored in in_order(score, _chain(first, blocks), (os.cpu_count() or 1) + 1):
         whole = ScoredBlock(
@@ -107,8 +108,8 @@ def _score_file(
         )
         scores.add(whole, scored.lines, file=file, first_line=num_lines + 1)
         num_lines += whole.num_lines
-        advance(block.end - done, f"{num_lines:,} lines")
-        done = block.end
+        advance(block.stored - read, f"{num_lines:,} lines")
+        read = block.stored
         yield whole
 
 

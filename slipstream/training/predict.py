@@ -14,13 +14,14 @@ from slipstream.io.samples import Samples
 from slipstream.training.representations import Representations
 
 _SAMPLES_MULTIPLE = 64
-"""Samples at once are a multiple of this: matrix products compute what is left over by other kernels."""
+"""Samples at once are a multiple of this: what is left over is computed by other instructions."""
 
 
-def independent_logits(model: nn.Module, dense: Tensor, looked_up: Tensor) -> Tensor:
-    """Logits that depend on each sample alone, to the bit on a CPU: not on how many others there are, nor on its place.
+def click_probabilities(model: nn.Module, dense: Tensor, looked_up: Tensor) -> Tensor:
+    """Probabilities that depend on each sample alone, to the bit on a CPU: not on the number or order of the others.
 
-    A matrix product rounds its last few rows otherwise than those in its even blocks, so batches are filled up.
+    The last few rows of a matrix product, and the last few values of a sigmoid, are rounded otherwise than those in
+    even blocks; so batches are filled up with zeros.
 
     Args:
         model: (dense (B, n), looked-up rows (B, T, D)) -> logits (B,).
@@ -33,8 +34,7 @@ def independent_logits(model: nn.Module, dense: Tensor, looked_up: Tensor) -> Te
     num_samples = len(dense)
     if missing := -num_samples % _SAMPLES_MULTIPLE:
         dense, looked_up = pad(dense, (0, 0, 0, missing)), pad(looked_up, (0, 0, 0, 0, 0, missing))
-    logits: Tensor = model(dense, looked_up)
-    return logits[:num_samples]
+    return torch.sigmoid(model(dense, looked_up))[:num_samples]
 
 
 def predict(
@@ -70,7 +70,7 @@ def predict(
                 else:
                     looked_up = representations.look_up(rows, piece.X_cat)
                 dense = torch.from_numpy(np.ascontiguousarray(piece.X_int)).to(rows.device)
-                probabilities.append(torch.sigmoid(independent_logits(model, dense, looked_up)).cpu().numpy())
+                probabilities.append(click_probabilities(model, dense, looked_up).cpu().numpy())
                 labels.append(piece.y)
     model.train(was_training)
     return np.concatenate(probabilities), np.concatenate(labels)
