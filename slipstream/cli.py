@@ -380,6 +380,9 @@ def _run(
         if stages == ["profile"]:
             _answer(curve_table(result.counts("profile")["curve"]))
         _answer(run_table(result))
+    if as_json or quiet:
+        for text in result.warnings:
+            _say(f"warning: {text}")
 
 
 def _to_json(result: RunResult) -> dict[str, Any]:
@@ -400,7 +403,12 @@ def _to_json(result: RunResult) -> dict[str, Any]:
             "output": str(stage.artifact.path),
             **_without_nan(counts),
         }
-    return {"name": result.config.name, "run_dir": str(result.run_dir), "stages": stages}
+    return {
+        "name": result.config.name,
+        "run_dir": str(result.run_dir),
+        "warnings": result.warnings,
+        "stages": stages,
+    }
 
 
 def _without_nan(value: Any) -> Any:

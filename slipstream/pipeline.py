@@ -82,6 +82,11 @@ class RunResult:
         result = self.stages.get(stage)
         return result.artifact.counts if result else {}
 
+    @property
+    def warnings(self) -> list[str]:
+        """What looks wrong though nothing failed, each with its stage."""
+        return [f"{name}: {text}" for name in self.stages for text in self.counts(name).get("warnings", [])]
+
 
 def stage_names(config: PipelineConfig) -> list[str]:
     """Stages of a pipeline, in order."""

@@ -81,7 +81,8 @@ def run_table(result: RunResult) -> RenderableType:
     for label, value in _facts(result):
         table.add_row(label, value)
     lines = [Text(f"  {stage.stage:<11} {stage.artifact.path}", style="dim") for stage in result.stages.values()]
-    return Group(table, Text("files", style="cyan"), *lines)
+    warnings = [Text(f"warning: {text}", style="yellow") for text in result.warnings]
+    return Group(table, *warnings, Text("files", style="cyan"), *lines)
 
 
 def _facts(result: RunResult) -> Iterator[tuple[str, str]]:
@@ -145,9 +146,13 @@ def score_table(summary: Mapping[str, Any]) -> Table:
 
 def _show_quality(quality: Mapping[str, float], beside: str = "") -> str:
     return (
-        f"AUC {quality['auc']:.4f}{beside}, logloss {quality['logloss']:.4f}, NE {quality['ne']:.4f}, "
-        f"calibration {quality['calibration']:.3f}, accuracy {quality['accuracy']:.4f}"
+        f"AUC {_figure(quality['auc'])}{beside}, logloss {quality['logloss']:.4f}, NE {_figure(quality['ne'])}, "
+        f"calibration {_figure(quality['calibration'], digits=3)}, accuracy {quality['accuracy']:.4f}"
     )
+
+
+def _figure(value: float | None, *, digits: int = 4) -> str:
+    return "undefined" if value is None or value != value else f"{value:.{digits}f}"
 
 
 def curve_table(curve: Sequence[Mapping[str, Any]]) -> Table:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from raw_logs import make_lines, write_pipeline, write_raw
 from strategies import tiny_tree, write_toml
 from typer.testing import CliRunner
 
@@ -168,6 +169,28 @@ def test_no_command_shows_help():
     result = CliRunner().invoke(app, [])
     assert "Usage:" in result.stdout + result.stderr
     assert "preprocess" in result.stdout + result.stderr
+
+
+def test_warnings_stand_in_the_report_and_in_json(tmp_path: Path):
+    lines = make_lines(2100)
+    # what clicks in training does not click in the days held out
+    flipped = [(b"1" if line.startswith(b"0") else b"0") + line[1:] for line in lines[1800:]]
+    raw = write_raw(tmp_path / "log", [*lines[:1800], *flipped])
+    arguments = [write_pipeline(tmp_path / "run.toml", raw), "--runs", tmp_path / "runs"]
+    arguments += ["--set", "train.epochs=4", "--set", "train.batch_size=64", "--set", "train.lr=0.1"]
+    [*warnings] = call_json("run", *arguments)["warnings"]
+    assert [text.partition(" is ")[0] for text in warnings] == ["train: NE of split test", "train: NE of split val"]
+    shown = " ".join(call("run", *arguments).stdout.split())
+    assert all(f"warning: {text}" in shown for text in warnings)
+    assert warnings[0] in call("run", *arguments, "--quiet").stderr
+
+
+def test_what_is_undefined_is_called_so(tmp_path: Path):
+    lines = make_lines(2100)
+    raw = write_raw(tmp_path / "log", [*lines[:1800], *(b"1" + line[1:] for line in lines[1800:])])
+    arguments = [write_pipeline(tmp_path / "run.toml", raw), "--runs", tmp_path / "runs"]
+    assert "AUC undefined" in call("run", *arguments).stdout
+    assert call_json("run", *arguments)["stages"]["train"]["test"]["auc"] is None
 
 
 # --- exit codes ----------------------------------------------------------------------------------------------

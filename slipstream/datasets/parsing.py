@@ -143,6 +143,12 @@ def parse_files(
     store = ParsedStore(folder / "parsed")
     most_events = max(1, chunk_bytes // _BYTES_PER_EVENT)
     samples = _gather(source, lines, line_store, store, most_events=most_events, workers=workers, progress=progress)
+    num_events = sum(chunk.num_samples for chunk in lines)
+    if num_events and not any(chunk.num_samples for chunk in samples):
+        raise DataError(
+            f"no sample came of {num_events:,} events: none has a second event of the same user before it",
+            hint="check that the field of the user is one, and that `dataset.raw` names all files",
+        )
     return ParsedFiles(files, lines, line_store, samples, store)
 
 

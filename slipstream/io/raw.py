@@ -11,9 +11,11 @@ import glob as globbing
 import gzip
 import io
 import re
+import stat
 import sys
 import zipfile
 import zlib
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +35,12 @@ from slipstream.ops.npz import NpzLines
 STDIN = "-"
 """Names standard input among raw files, where it is read once: it can neither be measured nor read again."""
 
+_OTHER_KINDS = (
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
 _BOM = b"\xef\xbb\xbf"
 _LINE_WINDOW = 1 << 16
 """A line end is looked for in so many bytes before a block is read."""
@@ -68,7 +76,7 @@ def find_raw_files(patterns: Sequence[str], *, named_by: str = "`dataset.raw`", 
         stdin: Whether `-` means standard input.
 
     Raises:
-        DataError: A pattern matches nothing, or names a folder.
+        DataError: A pattern matches nothing, or names a folder, a named pipe or a device.
     """
     found: list[str] = []
     for pattern in patterns:
@@ -87,12 +95,49 @@ def find_raw_files(patterns: Sequence[str], *, named_by: str = "`dataset.raw`", 
                 hint="check the path; a relative one starts at the folder you run in",
             )
         for match in matches:
-            if "://" not in match and Path(match).is_dir():
-                raise DataError(
-                    f"{named_by} names the folder `{match}`, expected files",
-                    hint=f"use a glob such as `{match.rstrip('/')}/*.gz`",
-                )
+            if "://" not in match:
+                _check_kind(match, named_by)
         found += matches
+    return found
+
+
+def _check_kind(path: str, named_by: str) -> None:
+    """Refuse what is no regular file: its size is unknown, and reading it may wait for ever."""
+    try:
+        mode = Path(path).expanduser().stat().st_mode
+    except OSError as exc:
+        raise DataError(f"cannot open raw file `{path}`: {exc.strerror or exc}") from exc
+    if stat.S_ISDIR(mode):
+        raise DataError(
+            f"{named_by} names the folder `{path}`, expected files",
+            hint=f"use a glob such as `{path.rstrip('/')}/*.gz`",
+        )
+    if not stat.S_ISREG(mode):
+        kind = next((name for test, name in _OTHER_KINDS if test(mode)), "something else")
+        raise DataError(
+            f"{named_by} names `{path}`, which is {kind}, expected a file",
+            hint="raw files are read more than once: write to a file first what it gives",
+        )
+
+
+def find_twins(files: Sequence[str]) -> list[str]:
+    """Warn, in plain words, of raw files that are named twice or hold the same.
+
+    Only files of equal size are hashed; large ones by samples of their content, as in `fingerprint_raw`.
+    """
+    found, by_size = [], defaultdict[int, dict[str, str]](dict)
+    for path in files:
+        resolved = path if "://" in path else str(Path(path).expanduser().resolve())
+        same_size = by_size[raw_size(path)]
+        if resolved in same_size:
+            found.append(f"raw file `{path}` is named twice: its samples count twice, and test may repeat training")
+        same_size.setdefault(resolved, path)
+    for size, same_size in by_size.items():
+        first: dict[str, str] = {}
+        for path in same_size.values() if size and len(same_size) > 1 else ():
+            twin = first.setdefault(fingerprint_raw(path), path)
+            if twin != path:
+                found.append(f"raw files `{twin}` and `{path}` hold the same: test may repeat training")
     return found
 
 

@@ -80,6 +80,15 @@ class SplitLayout:
             return slice(first, max(first, last))
         return np.flatnonzero(self._codes(chunk_index) == code)
 
+    def count_positives(self) -> dict[str, int]:
+        """Samples with label 1 in each split."""
+        positives = dict.fromkeys(SPLITS, 0)
+        for index, chunk in enumerate(self.chunks):
+            labels = self.store.open(chunk, [LABEL]).column(LABEL).to_numpy()
+            for code, name in enumerate(SPLITS):
+                positives[name] += int(labels[self.members(index, code)].sum(dtype=np.int64))
+        return positives
+
     def _count(self, chunk_index: int, code: int) -> int:
         members = self.members(chunk_index, code)
         return members.stop - members.start if isinstance(members, slice) else len(members)

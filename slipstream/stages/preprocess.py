@@ -31,13 +31,14 @@ from slipstream.io.artifacts import write_atomically
 from slipstream.io.capacity import require_disk, require_memory
 from slipstream.io.lookups import lookup_path, write_lookup
 from slipstream.io.parsed import dictionary_of
-from slipstream.io.raw import estimate_text_bytes, is_parquet
+from slipstream.io.raw import estimate_text_bytes, find_twins, is_parquet
 from slipstream.io.samples import write_parquet
 from slipstream.io.split_layout import Piece, SplitLayout
 from slipstream.ops import split as splits
 from slipstream.ops.dense import transform_dense
 from slipstream.ops.npz import read_arrays
 from slipstream.ops.parallel import in_order
+from slipstream.ops.plausibility import doubt_classes, doubt_split, doubt_yield
 from slipstream.ops.vocabulary import (
     RawIdCounter,
     RowLookup,
@@ -79,11 +80,12 @@ def run(
         negative_keep_ratio: Share of the training split's negatives to keep, in (0, 1].
 
     Returns:
-        Counts for the manifest: samples and positives per split, lines, rejected, rows per table.
+        Counts for the manifest: samples and positives per split, lines, rejected, rows per table; and warnings.
 
     Raises:
         CapacityError: Memory or disk would not do.
-        DataError: A file cannot be read, too many lines are rejected, or a split would be empty.
+        DataError: A file cannot be read, too many lines are rejected, a split would be empty, or training would know
+            one class only.
     """
     _check_table_names(config, source)
     _check_columns(files, source)
@@ -103,6 +105,8 @@ def run(
     layout = SplitLayout(
         config.split, parsed.samples, store=parsed.store, seed=seed, negative_keep_ratio=negative_keep_ratio
     )
+    positives = layout.count_positives()
+    _check_classes(layout.totals["train"], positives["train"])
     vocabularies, minima = _count(
         config, source=source, layout=layout, scratch=scratch, workers=workers, progress=progress
     )
@@ -122,13 +126,21 @@ def run(
         "lines": parsed.num_lines,
         "rejected": rejected,
         "samples": layout.totals,
-        "positives": _count_positives(scratch),
+        "positives": positives,
         "num_dense": source.num_dense,
         "rows_per_table": {table_name(index): vocab.num_rows for index, vocab in enumerate(vocabularies)},
         "files": [Path(file).name for file in files],
         **_describe_columns(source, vocabularies),
         **({"dense_minima": minima} if config.dense_transform == "torchrec" else {}),
         **({"negatives_left_out": layout.num_left_out} if negative_keep_ratio < 1 else {}),
+        "warnings": [
+            *find_twins(files),
+            *doubt_yield(
+                lines=parsed.num_lines, rejected=rejected, samples=sum(layout.totals.values()) + layout.num_left_out
+            ),
+            *doubt_split(config.split, layout.totals, left_out=layout.num_left_out),
+            *doubt_classes(layout.totals, positives),
+        ],
     }
 
 
@@ -159,6 +171,14 @@ def _check_capacity(config: PreprocessConfig, files: Sequence[str], scratch: Pat
         purpose=f"preprocess of about {text_bytes / 1e9:,.1f} GB of text",
         hint="free some disk, or choose a folder on a larger one with --runs",
     )
+
+
+def _check_classes(samples: int, positives: int) -> None:
+    if positives in (0, samples):
+        raise DataError(
+            f"every one of {samples:,} training samples has label {int(positives > 0)}: there is nothing to learn",
+            hint="check the label column, `preprocess.split` and, where set, `dataset.negative_keep_ratio`",
+        )
 
 
 def _check_lookup_memory(vocabularies: Sequence[Vocabulary]) -> None:
@@ -354,14 +374,6 @@ class _Encoder:
 
 
 # --- helpers -------------------------------------------------------------------------------------------------
-
-
-def _count_positives(out_dir: Path) -> dict[str, int]:
-    positives = {}
-    for name in SPLITS:
-        labels = pl.scan_parquet(out_dir / name / "*.parquet").select(pl.col(LABEL).cast(pl.Int64).sum())
-        positives[name] = int(labels.collect().item())
-    return positives
 
 
 def _describe_columns(source: Source, vocabularies: Sequence[Vocabulary]) -> dict[str, Any]:

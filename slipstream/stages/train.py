@@ -32,6 +32,7 @@ from slipstream.io.artifacts import Artifact, write_atomically, write_json
 from slipstream.io.samples import Samples, read_shard, table_of_column
 from slipstream.models.model import Model
 from slipstream.ops.metrics import measure_quality
+from slipstream.ops.plausibility import doubt_quality
 from slipstream.options import to_dict
 from slipstream.progress import Progress
 from slipstream.serving.encoder import describe_encoding, write_vocabularies
@@ -187,7 +188,8 @@ def run(
         },
         representations=representations,
     )
-    return {**quality, "device": device.type, **figures}
+    warnings = doubt_quality({split: figure["ne"] for split, figure in quality.items()})
+    return {**quality, "device": device.type, **figures, "warnings": warnings}
 
 
 def resolve_device(name: str) -> torch.device:

@@ -18,7 +18,7 @@ from slipstream.config import build_pipeline
 from slipstream.datasets import parsing, taobao
 from slipstream.datasets.parsing import ParsedFiles, parse_files
 from slipstream.datasets.taobao import TaobaoSource, read_events
-from slipstream.errors import ConfigError
+from slipstream.errors import ConfigError, DataError
 from slipstream.ops.split import latest_seventh
 from slipstream.pipeline import run_pipeline
 from slipstream.progress import Silent
@@ -187,6 +187,12 @@ def test_a_text_without_events_has_no_samples():
     parsed = make_source().parse(b"bad\nworse\n")
     assert parsed.samples.height == 0 and parsed.rejected_lines.tolist() == [0, 1]
     assert make_source().parse(LINE).samples.height == 0, "one event has no history"
+
+
+def test_events_without_any_history_stop_the_run(tmp_path: Path):
+    (tmp_path / "log.csv").write_bytes(b"".join(b"%d,1,1,pv,1\n" % user for user in range(9)))
+    with pytest.raises(DataError, match="no sample came of 9 events"):
+        parse_log([tmp_path / "log.csv"], tmp_path)
 
 
 def test_tables_are_shared_by_all_steps():

@@ -7,7 +7,9 @@ import gzip
 import json
 import os
 import shutil
+import socket
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -159,6 +161,74 @@ def test_a_binary_file_is_refused_with_examples(tmp_path: Path):
 
 def test_a_missing_file_is_named(tmp_path: Path):
     assert "nowhere.tsv" in fail(tmp_path, tmp_path / "nowhere.tsv")
+
+
+def make_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def make_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+
+
+def make_loop(path: Path) -> None:
+    path.symlink_to(path)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (make_pipe, "which is a named pipe, expected a file"),
+        (make_socket, "which is a socket, expected a file"),
+        (lambda path: path.symlink_to("/dev/zero"), "which is a device, expected a file"),
+        (make_loop, "Too many levels of symbolic links"),
+        (Path.mkdir, "names the folder"),
+    ],
+    ids=["pipe", "socket", "device", "loop", "folder"],
+)
+@pytest.mark.parametrize("pattern", ["log", "lo?"])
+def test_what_is_no_file_is_named(tmp_path: Path, make: Callable[[Path], None], said: str, pattern: str):
+    make(tmp_path / "log")
+    message = fail(tmp_path, tmp_path / pattern)
+    assert said in message and str(tmp_path / "log") in message
+
+
+@pytest.mark.parametrize("label", [b"0", b"1"])
+def test_one_class_in_training_stops_the_run(tmp_path: Path, lines: list[bytes], label: bytes):
+    message = fail(tmp_path, write_raw(tmp_path / "log", [label + line[1:] for line in lines]))
+    assert f"every one of 1,800 training samples has label {label.decode()}: there is nothing to learn" in message
+
+
+def test_one_class_held_out_is_a_warning(tmp_path: Path, lines: list[bytes]):
+    counts = run(tmp_path, write_raw(tmp_path / "log", [*lines[:1800], *(b"0" + line[1:] for line in lines[1800:])]))
+    assert [text.partition(":")[0] for text in counts["warnings"]] == [
+        f"every label of split {split} is 0" for split in ("val", "test")
+    ]
+    assert counts["positives"]["val"] == counts["positives"]["test"] == 0 < counts["positives"]["train"]
+
+
+def test_a_file_named_twice_and_a_copy_are_warnings(tmp_path: Path, lines: list[bytes]):
+    log = write_raw(tmp_path / "log", lines)
+    (tmp_path / "link").symlink_to(log)
+    shutil.copy(log, tmp_path / "copy")
+    other = write_raw(tmp_path / "other", [lines[-1], *lines[:-1]])
+    assert other.stat().st_size == log.stat().st_size
+    pipeline = write_pipeline(tmp_path / "run.toml", log)
+    raw = [str(tmp_path / name) for name in ("log", "link", "other", "copy")]
+    result = invoke("preprocess", pipeline, tmp_path / "runs", f"dataset.raw={json.dumps(raw)}")
+    assert result.exit_code == 0
+    twice, copy = counts_of(tmp_path / "runs")["warnings"]
+    assert f"`{tmp_path}/link` is named twice" in twice
+    assert f"`{log}` and `{tmp_path}/copy` hold the same" in copy
+    assert f"warning: preprocess: {twice}\n" in result.output
+
+
+def test_a_lopsided_split_is_a_warning(tmp_path: Path, lines: list[bytes]):
+    write_raw(tmp_path / "day_0", lines[:700])
+    write_raw(tmp_path / "day_1", lines[700:])
+    [warning] = run(tmp_path, tmp_path / "day_*", "preprocess.split=by_day")["warnings"]
+    assert "67% of all samples are held out (700 train, 700 val, 700 test)" in warning
 
 
 def test_runs_below_a_file_cannot_be_written(tmp_path: Path, lines: list[bytes]):
