@@ -170,7 +170,10 @@ def _add_scores(
     worth = (1.0 + np.arange(block.shape[1] + 1)) ** -power
     # a cold row does not count itself among the cold companions
     weights = np.where(is_cold, worth[cold_lookups - 1][:, None], worth[cold_lookups][:, None])
-    scores += np.bincount(block.ravel(), weights=weights.ravel(), minlength=len(scores))
+    if len(scores) <= block.size:
+        scores += np.bincount(block.ravel(), weights=weights.ravel(), minlength=len(scores))
+    else:  # no array of all rows for a block that looks up few of them
+        np.add.at(scores, block.ravel(), weights.ravel())
 
 
 def assign_slots(is_hot: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ Reads   preprocess/   train and val parts
 Writes  profile/      counts.parquet (table, row, count), curve.parquet (policy, split, budget -> Λ, hits, hot samples)
 Keeps   the sum of counts = lookups read; sample_ratio = 1 is exact
 Costs   one pass over the training rows for the counts, and one for each budget and round of the curve, over at
-        most CURVE_SAMPLES samples; 8 bytes per row of memory
+        most CURVE_SAMPLES samples; memory for a part, for these samples, and up to 60 bytes per row
 """
 
 from __future__ import annotations
@@ -39,8 +39,12 @@ from slipstream.schema import table_name
 CURVE_SAMPLES = 500_000
 """Training samples the curve is measured on, at most, and validation samples likewise."""
 
+_BLOCK_SAMPLES = 262_144
+"""Samples of the curve looked at together: whatever costs time per row of all tables is done once for so many."""
 _MOST_WORKERS = 4
-"""Budgets measured at once, each with some 100 MB of its own."""
+_WORKER_BYTES, _WORKER_BYTES_PER_ROW = 120 << 20, 48
+"""Memory that one budget of the curve takes while it is measured; for as many at once as fit _CURVE_BYTES."""
+_CURVE_BYTES = 1 << 30
 
 _Blocks = Callable[[], Iterable[np.ndarray]]
 
@@ -66,12 +70,15 @@ def run(
     offsets = table_offsets(list(rows_per_table.values()))
     starts = column_offsets(offsets, column_tables)
     parts = processed.files("train/", ".parquet")
+    held: dict[str, list[np.ndarray]] = {"train": [], "val": []}
+    strides = {name: _stride(processed, name) for name in held}
     with progress.task("count accesses", len(parts), "parts") as advance:
 
         def sampled() -> Iterator[np.ndarray]:
             start = 0
             for part in parts:
                 rows = read_rows(processed.check(part), columns, starts)
+                held["train"].append(rows[:: strides["train"]].copy())
                 if config.sample_ratio < 1:
                     picked = sample_positions(start, start + len(rows), ratio=config.sample_ratio, seed=seed)
                     start += len(rows)
@@ -81,7 +88,9 @@ def run(
 
         counts = count_accesses(sampled(), num_rows=int(offsets[-1]))
     write_counts(scratch / "counts.parquet", counts, rows_per_table)
-    blocks = {name: _hold_rows(processed, name, columns, starts) for name in ("train", "val")}
+    for part in processed.files("val/", ".parquet"):
+        held["val"].append(read_rows(processed.check(part), columns, starts)[:: strides["val"]].copy())
+    blocks = {name: _in_blocks(np.concatenate(held.pop(name))) for name in ("train", "val")}
 
     def measure(choice: tuple[float, str]) -> list[dict[str, Any]]:
         share, policy = choice
@@ -95,14 +104,14 @@ def run(
             rounds=sample_aware_rounds,
         )
         return [
-            {"policy": policy, "split": split, **asdict(measure_hot_set(hot_set, held(), row_share=share))}
-            for split, held in blocks.items()
+            {"policy": policy, "split": split, **asdict(measure_hot_set(hot_set, read(), row_share=share))}
+            for split, read in blocks.items()
         ]
 
     choices = list(product(config.curve, ("frequency", "sample-aware")))
     curve = []
     with progress.task("hot-set curve", len(choices), "budgets") as advance:
-        for points in in_order(measure, choices, min(os.cpu_count() or 1, _MOST_WORKERS)):
+        for points in in_order(measure, choices, _affordable_workers(len(counts))):
             curve += points
             advance(1, f"{points[0]['row_share']:.1%} {points[0]['policy']}")
     with write_atomically(scratch / "curve.parquet") as path:
@@ -132,10 +141,16 @@ def _select(
     return select_sample_aware(counts, oov_rows, samples, num_rows=num_rows, power=power, rounds=rounds)
 
 
-def _hold_rows(processed: Artifact, split: str, columns: list[str], starts: np.ndarray) -> _Blocks:
-    """Rows of evenly chosen parts, up to CURVE_SAMPLES samples, kept in memory."""
-    parts = processed.files(f"{split}/", ".parquet")
-    total = sum(count_samples(part) for part in parts)
-    stride = max(1, -(-total // CURVE_SAMPLES))
-    held = [read_rows(processed.check(part), columns, starts)[::stride] for part in parts]
-    return lambda: held
+def _stride(processed: Artifact, split: str) -> int:
+    """Take every how manieth sample of a part, so that all parts give CURVE_SAMPLES at most, and one a part."""
+    total = sum(count_samples(part) for part in processed.files(f"{split}/", ".parquet"))
+    return max(1, -(-total // CURVE_SAMPLES))
+
+
+def _in_blocks(rows: np.ndarray) -> _Blocks:
+    return lambda: (rows[start : start + _BLOCK_SAMPLES] for start in range(0, len(rows), _BLOCK_SAMPLES))
+
+
+def _affordable_workers(num_rows: int) -> int:
+    fitting = _CURVE_BYTES // (_WORKER_BYTES + _WORKER_BYTES_PER_ROW * num_rows)
+    return max(1, min(os.cpu_count() or 1, _MOST_WORKERS, fitting))

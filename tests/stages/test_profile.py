@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,10 @@ import pytest
 from strategies import tiny_config
 
 from slipstream.io.counts import read_counts
+from slipstream.ops.hot_set import CurvePoint, HotSet, measure_hot_set
 from slipstream.pipeline import RunResult, run_pipeline
 from slipstream.schema import table_name
+from slipstream.stages import profile
 
 
 def run_to_profile(runs: Path, **overrides) -> RunResult:
@@ -94,6 +97,31 @@ def test_a_sampled_profile_counts_about_its_share(tiny_runs: Path, profiled: Run
     assert (counts <= exact).all()
     assert 0.17 < counts.sum() / exact.sum() < 0.23
     assert counts.sum() == 26 * sampled.counts("profile")["samples_counted"]
+
+
+def test_the_curve_holds_its_samples_and_no_part(tmp_path: Path, profiled: RunResult, monkeypatch: pytest.MonkeyPatch):
+    seen: list[np.ndarray] = []
+
+    def measure(hot_set: HotSet, blocks: Iterable[np.ndarray], *, row_share: float) -> CurvePoint:
+        seen.extend(blocks := list(blocks))
+        return measure_hot_set(hot_set, blocks, row_share=row_share)
+
+    monkeypatch.setattr(profile, "measure_hot_set", measure)
+    monkeypatch.setattr(profile, "CURVE_SAMPLES", 100)
+    sampled = run_to_profile(tmp_path, preprocess__samples_per_part=500)
+    num_parts = len(sampled.stages["preprocess"].artifact.files("train/", ".parquet"))
+    assert num_parts > 5 and len(seen) == len(sampled.counts("profile")["curve"]), (
+        "one block a point, whatever the parts"
+    )
+    for block in seen:
+        owner = block if block.base is None else block.base
+        assert owner.nbytes <= (100 + num_parts) * 26 * 4, "no view keeps a whole part alive"
+    assert sampled.counts("profile")["lookups"] == profiled.counts("profile")["lookups"], "counts are of all samples"
+
+
+def test_fewer_budgets_are_measured_at_once_where_tables_are_large(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    assert [profile._affordable_workers(rows) for rows in (1000, 4_000_000, 10**9)] == [4, 3, 1]
 
 
 def test_the_size_of_parts_does_not_change_the_counts(tmp_path: Path, profiled: RunResult):
