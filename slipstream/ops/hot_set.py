@@ -14,6 +14,8 @@ import numpy as np
 
 Movement = Literal["net", "per-label"]
 """How staleness measures that a row moves, see `slipstream.training.skipping.staleness`."""
+_SCORED_AT_ONCE = 16_384
+"""Samples whose weights are in memory together."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,7 +159,9 @@ def select_sample_aware(
             cold_lookups = is_cold.sum(axis=1, dtype=np.int32)
             num_hot_samples += int(np.count_nonzero(cold_lookups == 0))
             if not last:
-                _add_scores(scores, block, is_cold, cold_lookups, power)
+                for start in range(0, len(block), _SCORED_AT_ONCE):
+                    piece = slice(start, start + _SCORED_AT_ONCE)
+                    _add_scores(scores, block[piece], is_cold[piece], cold_lookups[piece], power)
         if best is None or num_hot_samples > best[0]:
             best = (num_hot_samples, candidate)
     assert best is not None
@@ -170,10 +174,9 @@ def _add_scores(
     worth = (1.0 + np.arange(block.shape[1] + 1)) ** -power
     # a cold row does not count itself among the cold companions
     weights = np.where(is_cold, worth[cold_lookups - 1][:, None], worth[cold_lookups][:, None])
-    if len(scores) <= block.size:
-        scores += np.bincount(block.ravel(), weights=weights.ravel(), minlength=len(scores))
-    else:  # no array of all rows for a block that looks up few of them
-        np.add.at(scores, block.ravel(), weights.ravel())
+    # as fast as bincount, which would make an array of all rows for every block; and added one by one, in order, the
+    # sums do not depend on how samples were cut into blocks
+    np.add.at(scores, block.ravel(), weights.ravel())
 
 
 def assign_slots(is_hot: np.ndarray) -> np.ndarray:

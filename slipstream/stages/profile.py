@@ -39,10 +39,10 @@ from slipstream.schema import table_name
 CURVE_SAMPLES = 500_000
 """Training samples the curve is measured on, at most, and validation samples likewise."""
 
-_BLOCK_SAMPLES = 262_144
-"""Samples of the curve looked at together: whatever costs time per row of all tables is done once for so many."""
+_BLOCK_SAMPLES = 65_536
+"""Samples of the curve looked at together."""
 _MOST_WORKERS = 4
-_WORKER_BYTES, _WORKER_BYTES_PER_ROW = 120 << 20, 48
+_WORKER_BYTES, _WORKER_BYTES_PER_ROW = 32 << 20, 48
 """Memory that one budget of the curve takes while it is measured; for as many at once as fit _CURVE_BYTES."""
 _CURVE_BYTES = 1 << 30
 

@@ -121,7 +121,7 @@ def test_the_curve_holds_its_samples_and_no_part(tmp_path: Path, profiled: RunRe
 
 def test_fewer_budgets_are_measured_at_once_where_tables_are_large(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("os.cpu_count", lambda: 64)
-    assert [profile._affordable_workers(rows) for rows in (1000, 4_000_000, 10**9)] == [4, 3, 1]
+    assert [profile._affordable_workers(rows) for rows in (1000, 8_000_000, 10**9)] == [4, 2, 1]
 
 
 def test_the_size_of_parts_does_not_change_the_counts(tmp_path: Path, profiled: RunResult):
