@@ -14,6 +14,7 @@ A table for people first, one JSON line last.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import platform
 import statistics
@@ -27,17 +28,16 @@ import torch
 
 from slipstream.config import PipelineConfig, load_pipeline
 from slipstream.embedding.duplicates import Distinct, sort_lookups
-from slipstream.embedding.quantized import quantize_linears
 from slipstream.embedding.tiers.lookahead import StagedBatch
-from slipstream.embedding.tiers.rows import TieredRows
 from slipstream.io.artifacts import Artifact
 from slipstream.io.samples import concat_samples, read_shard
 from slipstream.ops.metrics import measure_quality
+from slipstream.options import pick
 from slipstream.pipeline import export_model, run_pipeline
 from slipstream.stages import evaluate
 from slipstream.stages.train import choose_tables
-from slipstream.training.dense_optimizer import DenseOptimizer
-from slipstream.training.representations import Representations
+from slipstream.training.assemble import Settings, assemble
+from slipstream.training.order.shards import read_slot_maps
 from slipstream.training.slot_layout import SlotLayout
 from slipstream.training.step import TrainStep
 
@@ -182,50 +182,28 @@ def time_steps(configs: dict[str, PipelineConfig], segregated: Artifact, *, step
 
 def make_step(config: PipelineConfig, segregated: Artifact) -> tuple[TrainStep, SlotLayout]:
     """A step over rows that are all on the device."""
-    counts, device = segregated.counts, torch.device("cpu")
+    counts = segregated.counts
     specs = choose_tables(config.tables, counts["tables"], {})
-    with np.load(segregated.path / "slots.npz", allow_pickle=False) as arrays:
-        slot_maps = {name: arrays[name] for name in counts["tables"]}
+    slot_maps = read_slot_maps(segregated)
     layout = SlotLayout(
         slot_maps,
         num_hot=counts["hot_rows"],
         table_of_column=range(len(slot_maps)),
         outside={spec.name for spec in specs if spec.representation == "tt"},
     )
-    rows = TieredRows(
-        num_rows=layout.num_rows,
-        num_hot=layout.num_rows,
-        embedding_dim=config.model.row_width,
-        num_staged=0,
-        optimizer=config.train.optimizer,
-        device=device,
+    parts = assemble(
+        pick(Settings, dataclasses.replace(config.train, mode="resident")),
+        layout=layout,
+        specs=specs,
+        padding_rows={},
+        counts=np.zeros(layout.num_slots, np.int64),
+        network=config.model,
+        linear_bits=config.tables.quantize_linears,
+        num_dense=counts["num_dense"],
+        seed=0,
+        device=torch.device("cpu"),
     )
-    rows.buffer.uniform_(-0.01, 0.01, generator=torch.Generator().manual_seed(0))
-    representations = None
-    if any(spec.representation != "dense" for spec in specs):
-        representations = Representations(
-            specs,
-            layout=layout,
-            embedding_dim=config.model.row_width,
-            optimizer=config.train.optimizer,
-            eps=config.train.eps,
-            seed=0,
-            device=device,
-        )
-        representations.settle(rows)
-    torch.manual_seed(0)
-    model = config.model.build(num_dense=counts["num_dense"], num_columns=len(slot_maps))
-    if config.tables.quantize_linears:
-        quantize_linears(model, config.tables.quantize_linears)
-    kind = "sgd" if config.train.optimizer == "sgd" else "adagrad"
-    step = TrainStep(
-        model=model,
-        rows=rows,
-        dense_optimizer=DenseOptimizer(model.parameters(), kind=kind, eps=config.train.eps),
-        eps=config.train.eps,
-        representations=representations,
-    )
-    return step, layout
+    return parts.step, layout
 
 
 def stage(samples: Any, layout: SlotLayout) -> StagedBatch:

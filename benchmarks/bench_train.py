@@ -49,7 +49,9 @@ from slipstream.training.order.batches import BatchMaker
 from slipstream.training.order.rounds import Position
 from slipstream.training.order.schedule import Schedule
 from slipstream.training.order.stream import SampleStream
+from slipstream.training.representations import Representations
 from slipstream.training.skipping.skipper import Skipper, SkipRule
+from slipstream.training.slot_layout import SlotLayout
 from slipstream.training.step import FixedShapeStep, TrainStep
 
 KAGGLE_SIZES = [
@@ -209,10 +211,14 @@ def make_step(case: Case, model: torch.nn.Module, rows: TieredRows) -> TrainStep
     """The step that training takes on this device, or what stands for it."""
     args = case.args
     kind = "sgd" if args.optimizer == "sgd" else "adagrad"
+    # of plain rows, a step asks no more than how many there are
+    slots = np.broadcast_to(np.int32(0), case.num_rows)
+    layout = SlotLayout({"all": slots}, num_hot=case.num_hot, table_of_column=[0] * len(case.table_of))
     options: dict[str, Any] = {
         "model": model,
         "rows": rows,
         "dense_optimizer": DenseOptimizer(model.parameters(), kind=kind, eps=1e-8),
+        "representations": Representations.plain(layout, embedding_dim=rows.embedding_dim, device=rows.device),
         "eps": 1e-8,
         "precision": args.precision,
         "kernels": args.kernels,

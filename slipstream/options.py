@@ -29,6 +29,11 @@ def speed_only(default: Any) -> Any:
     return field(default=default, metadata={"execution": True})
 
 
+def pick(cls: type[_T], source: object) -> _T:
+    """Make a dataclass of another object's attributes of the same names."""
+    return cls(**{spec.name: getattr(source, spec.name) for spec in dataclasses.fields(cls)})  # type: ignore[arg-type]
+
+
 def require(holds: bool, key: str, expected: str, found: object) -> None:
     """Check the value of a key.
 

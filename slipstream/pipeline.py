@@ -478,15 +478,10 @@ def _train(config: PipelineConfig, inputs: Mapping[str, Artifact], scratch: Path
     from slipstream.stages import train
 
     return train.run(
-        config.train,
-        model_config=config.model,
-        skip_config=config.skip,
-        tables_config=config.tables,
-        criterion=config.criterion,
+        config,
         processed=inputs["preprocess"],
         segregated=inputs["segregate"],
         counts=read_counts(inputs["profile"]),
-        seed=config.train_seed,
         fingerprint=_stage_keys(config)["train"].fingerprint,
         scratch=scratch,
         progress=progress,

@@ -16,7 +16,8 @@ import torch
 from slipstream.io.artifacts import MANIFEST, Artifact, open_artifact
 from slipstream.io.samples import read_shard
 from slipstream.training.model_file import FILES, load_model
-from slipstream.training.predict import click_probabilities
+from slipstream.training.order.shards import read_slot_maps
+from slipstream.training.predict import predict
 
 
 def run(folder: Path, *, segregated: Artifact, split: str, batch_size: int = 16_384) -> tuple[np.ndarray, np.ndarray]:
@@ -39,18 +40,10 @@ def run(folder: Path, *, segregated: Artifact, split: str, batch_size: int = 16_
         for name in FILES:
             trained.check(folder / name)
     model, tables = load_model(folder)
-    with np.load(segregated.check(segregated.path / "slots.npz"), allow_pickle=False) as slot_maps:
-        row_of_slot = np.empty(segregated.counts["rows"], np.int64)
-        for slots in slot_maps.values():
-            row_of_slot[slots] = np.arange(len(slots))
-    probabilities, labels = [], []
-    with torch.inference_mode():
-        for path in segregated.files(f"{split}/", ".npz"):
-            samples = read_shard(segregated.check(path))
-            for start in range(0, len(samples), batch_size):
-                piece = samples.take(slice(start, start + batch_size))
-                looked_up = tables.look_up(torch.from_numpy(row_of_slot[piece.X_cat]))
-                dense = torch.from_numpy(np.ascontiguousarray(piece.X_int))
-                probabilities.append(click_probabilities(model, dense, looked_up).numpy())
-                labels.append(piece.y)
-    return np.concatenate(probabilities), np.concatenate(labels)
+    row_of_slot = np.empty(segregated.counts["rows"], np.int64)
+    for slots in read_slot_maps(segregated).values():
+        row_of_slot[slots] = np.arange(len(slots))
+    shards = (read_shard(segregated.check(path)) for path in segregated.files(f"{split}/", ".npz"))
+    return predict(
+        model, lambda slots: tables.look_up(torch.from_numpy(row_of_slot[slots])), shards, batch_size=batch_size
+    )

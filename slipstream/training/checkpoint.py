@@ -73,8 +73,7 @@ class Checkpointer:
         if trainer.step.tracker is not None:
             trainer.step.tracker.restore(_below(arrays, "tracker."))
         trainer.lookahead.restore_counters(state["lookahead"])
-        if trainer.step.representations is not None:
-            trainer.step.representations.restore(state["tables"], _below(tensors, "tables."))
+        trainer.step.representations.restore(state.get("tables", {}), _below(tensors, "tables."))
         self._saved_at = trainer.totals.steps
         return True
 
@@ -95,9 +94,8 @@ class Checkpointer:
             "skipper": plain,
             "lookahead": trainer.lookahead.counters(),
         }
-        if trainer.step.representations is not None:
-            state["tables"], extra = trainer.step.representations.state()
-            tensors |= {f"tables.{name}": value.cpu().contiguous() for name, value in extra.items()}
+        state["tables"], extra = trainer.step.representations.state()
+        tensors |= {f"tables.{name}": value.cpu().contiguous() for name, value in extra.items()}
         metadata = {"fingerprint": self._fingerprint, "state": json.dumps(state)}
         with write_atomically(self._path) as path:
             save_file(tensors, path, metadata=metadata)

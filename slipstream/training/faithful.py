@@ -15,7 +15,7 @@ its second training of batch E. Source: the released code of both systems (FAE, 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,9 +24,11 @@ import torch
 from slipstream.embedding.tiers.lookahead import Batch, LookAhead, StagedBatch
 from slipstream.embedding.tiers.placement import StagingHalves
 from slipstream.embedding.tiers.rows import TieredRows
+from slipstream.io.figures import FitFigures
 from slipstream.io.samples import Samples
-from slipstream.training.loop import LoopTotals
+from slipstream.training.loop import LoopTotals, fit_figures
 from slipstream.training.order.batches import cut_batches
+from slipstream.training.order.rounds import OpenStreams
 from slipstream.training.order.stream import SampleStream
 from slipstream.training.skipping.staleness import bisect_threshold, sample_movement
 from slipstream.training.step import TrainStep
@@ -57,13 +59,14 @@ class FaithfulTrainer:
         step: Step over all rows on the host; `step.rows` has no hot tier.
         num_hot: Slots below this are hot.
         rule: When to drop.
+        epochs: Passes over the samples.
         batch_size: Samples per step.
         lr: Learning rate.
         seed: Draws the samples that T is searched on.
     """
 
     def __init__(
-        self, *, step: TrainStep, num_hot: int, rule: FaithfulRule, batch_size: int, lr: float, seed: int
+        self, *, step: TrainStep, num_hot: int, rule: FaithfulRule, epochs: int, batch_size: int, lr: float, seed: int
     ) -> None:
         self.totals = LoopTotals()
         self.step = step
@@ -73,7 +76,7 @@ class FaithfulTrainer:
         self.sync_bytes = 0
         """Bytes of the whole-table copies."""
         self.sync_seconds = 0.0
-        self._rule, self._batch_size, self._lr, self._seed = rule, batch_size, lr, seed
+        self._rule, self._epochs, self._batch_size, self._lr, self._seed = rule, epochs, batch_size, lr, seed
         host = step.rows
         self._hot_rows = TieredRows(
             num_rows=num_hot,
@@ -86,17 +89,31 @@ class FaithfulTrainer:
         self._hot_step = step.over(self._hot_rows)
         self._hot_lookahead = LookAhead(self._hot_rows, StagingHalves(self._hot_rows), chunk_batches=1)
 
+    def figures(self) -> FitFigures:
+        """What training amounted to."""
+        return fit_figures(
+            self.totals,
+            self.lookahead,
+            classified=self.classified,
+            dropped=self.dropped,
+            asked=self._rule.target_drop,
+            threshold=self.threshold,
+            bytes_per_tier=self.bytes_per_tier(),
+            sync_bytes=self.sync_bytes,
+            sync_seconds=self.sync_seconds,
+        )
+
     def bytes_per_tier(self) -> dict[str, int]:
         """Bytes on the device and on the host; hot rows count twice, as they are there twice."""
         hot, host = self._hot_rows.bytes_per_tier(), self.step.rows.bytes_per_tier()
         snapshots = 2 * self._hot_rows.buffer.nbytes if self._rule.target_drop else 0
         return {"hot": hot["hot"] + snapshots, "staging": host["staging"], "cold": host["cold"]}
 
-    def train(self, open_streams: Callable[[int], Mapping[str, SampleStream]], *, epochs: int) -> None:
+    def train(self, open_streams: OpenStreams) -> None:
         """Train all epochs."""
         started = time.perf_counter()
         self.step.model.train()
-        for epoch in range(epochs):
+        for epoch in range(self._epochs):
             streams = open_streams(epoch)
             cold = self._batches(_drain(streams["cold"]), is_hot=False)
             self.lookahead.run(cold, lambda batch: self._train(batch, self.step))

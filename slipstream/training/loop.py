@@ -12,11 +12,11 @@ from contextlib import closing
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
 from slipstream.embedding.tiers.lookahead import LookAhead, StagedBatch
 from slipstream.embedding.tiers.placement import StagingOverflowError
 from slipstream.errors import CapacityError, TrainingError
+from slipstream.io.figures import FitFigures
 from slipstream.io.samples import Samples
 from slipstream.ops.hot_set import tracker_bytes
 from slipstream.training.order.rounds import OpenStreams, Position, PreparedRound, RoundPreparer
@@ -59,6 +59,39 @@ class LoopTotals:
     """Mean loss of each stretch of `log_every` steps."""
     loss_sum: float = 0.0
     losses_in_sum: int = 0
+
+
+def fit_figures(
+    totals: LoopTotals,
+    lookahead: LookAhead,
+    *,
+    classified: int,
+    dropped: int,
+    asked: float,
+    threshold: float | None,
+    bytes_per_tier: dict[str, int],
+    sync_bytes: int | None = None,
+    sync_seconds: float | None = None,
+) -> FitFigures:
+    """Sum up a training."""
+    return FitFigures(
+        steps=totals.steps,
+        hot_steps=totals.hot_steps,
+        samples_seen=totals.samples_seen,
+        samples_dropped=dropped,
+        samples_classified=classified,
+        drop_asked=asked,
+        drop_achieved=dropped / classified if classified else 0.0,
+        threshold=threshold,
+        samples_per_second=totals.samples_seen / totals.seconds,
+        train_seconds=totals.seconds,
+        bytes_to_device=lookahead.bytes_to_device,
+        bytes_to_host=lookahead.bytes_to_host,
+        hit_ratio=1 - lookahead.cold_lookups / max(lookahead.lookups, 1),
+        bytes_per_tier=bytes_per_tier,
+        sync_bytes=sync_bytes,
+        sync_seconds=sync_seconds,
+    )
 
 
 class Trainer:
@@ -105,7 +138,7 @@ class Trainer:
 
         Raises:
             TrainingError: The loss became infinite or NaN.
-            CapacityError: A batch does not fit the staging area, or the device ran out of memory.
+            CapacityError: A batch does not fit the staging area.
         """
         self._started = time.perf_counter()
         self.step.model.train()
@@ -126,13 +159,28 @@ class Trainer:
         self.position.picked_ahead = self._preparer.wait()
         return self.position
 
-    def tracker_bytes(self) -> dict[str, int]:
-        """Device bytes of what watches the hot rows, where the skipper needs it."""
-        if not self.skipper.needs_windows:
-            return {}
-        rows = self.step.rows
-        per_row = tracker_bytes(self.skipper.rule.movement, embedding_dim=rows.embedding_dim)
-        return {"staleness": rows.num_hot * per_row}
+    def figures(self) -> FitFigures:
+        """What training amounted to."""
+        rule = self.skipper.rule
+        return fit_figures(
+            self.totals,
+            self.lookahead,
+            classified=self.skipper.classified,
+            dropped=self.skipper.dropped,
+            asked=rule.target_drop if rule.criterion != "none" else 0.0,
+            threshold=self.skipper.threshold,
+            bytes_per_tier=self._bytes_per_tier(),
+        )
+
+    def _bytes_per_tier(self) -> dict[str, int]:
+        rows, representations = self.step.rows, self.step.representations
+        tiers = rows.bytes_per_tier()
+        if self.skipper.needs_windows:
+            per_row = tracker_bytes(self.skipper.rule.movement, embedding_dim=rows.embedding_dim)
+            tiers["staleness"] = rows.num_hot * per_row
+        if representations.has_cores:
+            tiers["tt"] = representations.core_bytes()
+        return tiers
 
     def elapsed(self) -> float:
         """Wall seconds of training so far, those before an interruption included."""
@@ -163,31 +211,26 @@ class Trainer:
         elif prepared.ends_segment:
             opens_at = max(0, len(batches) - schedule.window_steps)
 
-        def step(batch: StagedBatch) -> None:
+        def train(batch: StagedBatch) -> None:
             done = position.batches_done
             is_due = done >= opens_at and self.totals.steps >= schedule.warmup_steps
             if tracker is not None and is_due and not tracker.is_open:
                 tracker.open_window()
             progress = (span[0] + (span[1] - span[0]) * done / len(batches)) / schedule.epochs
-            self._step(batch, self._lr_schedule(progress))
+            self._train_batch(batch, self._lr_schedule(progress))
             position.batches_done = done + 1
 
         remaining = iter(batches[position.batches_done :])
         try:
-            self.lookahead.run(remaining, step, between_chunks=lambda: self._between_chunks(self))
+            self.lookahead.run(remaining, train, between_chunks=lambda: self._between_chunks(self))
         except StagingOverflowError as exc:
             raise CapacityError(
                 f"{exc} (`train.batch_size` = {schedule.batch_size})",
                 hint=f"make room for {exc.needed} rows: raise `train.staging_rows` or, in mode `cached`, "
                 "`train.cache_ratio`; or lower `train.batch_size`",
             ) from exc
-        except torch.OutOfMemoryError as exc:
-            raise CapacityError(
-                f"the device ran out of memory in step {self.totals.steps + 1}: {exc}",
-                hint="lower `segregate.hot_budget`, `train.batch_size` or `train.staging_rows`",
-            ) from exc
 
-    def _step(self, batch: StagedBatch, lr: float) -> None:
+    def _train_batch(self, batch: StagedBatch, lr: float) -> None:
         self.step(batch, lr)
         totals = self.totals
         totals.losses_in_sum += 1
@@ -199,10 +242,7 @@ class Trainer:
 
     def _score(self, samples: Samples) -> np.ndarray:
         self.lookahead.flush()
-        step = self.step
-        predicted, _ = predict(
-            step.model, step.rows, [samples], batch_size=_SCORE_BATCH, representations=step.representations
-        )
+        predicted, _ = predict(self.step.model, self.step.look_up, [samples], batch_size=_SCORE_BATCH)
         return predicted
 
     def _report(self) -> None:

@@ -47,7 +47,7 @@ def save_model(
     rows: TieredRows,
     slot_maps: Mapping[str, np.ndarray],
     description: Mapping[str, Any],
-    representations: Representations | None = None,
+    representations: Representations,
 ) -> None:
     """Write a model.
 
@@ -57,24 +57,18 @@ def save_model(
         rows: The tiers, flushed.
         slot_maps: Slot of each row, per table.
         description: Goes to model.json.
-        representations: How tables are held; None for fp32 rows throughout.
+        representations: How tables are held.
     """
-    held = dict.fromkeys(slot_maps, "dense")
-    grids = None
-    if representations is not None:
-        held = {spec.name: spec.representation for spec in representations.specs}
-        grids = representations.grids
+    held = representations.by_table
     tensors: dict[str, Tensor] = {}
     for name, slots in slot_maps.items():
         if held[name] == "tt":
-            assert representations is not None
             cores = representations.bags[name].tt_cores
             tensors |= {f"tables.{name}.core_{at}": core.detach()[0].cpu() for at, core in enumerate(cores)}
         elif held[name] == "dense":
             tensors[f"tables.{name}"] = rows.gather(torch.from_numpy(slots)).cpu()
         else:
-            assert representations is not None and grids is not None
-            scale = grids.scale[representations.layout.inside.index(name)].cpu()
+            scale = representations.scale_of(name).cpu()
             parts = (rows.gather(part).cpu() for part in torch.from_numpy(slots).split(CHUNK_ROWS))
             packed = [pack(quantize(part, scale, BITS[held[name]]), BITS[held[name]]) for part in parts]
             tensors |= {f"tables.{name}.packed": torch.cat(packed), f"tables.{name}.scale": scale}

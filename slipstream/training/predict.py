@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from slipstream.embedding.tiers.rows import TieredRows
 from slipstream.io.samples import Samples
-from slipstream.training.representations import Representations
 
 _SAMPLES_MULTIPLE = 64
 """Samples at once are a multiple of this: what is left over is computed by other instructions."""
@@ -38,21 +36,15 @@ def click_probabilities(model: nn.Module, dense: Tensor, looked_up: Tensor) -> T
 
 
 def predict(
-    model: nn.Module,
-    rows: TieredRows,
-    shards: Iterable[Samples],
-    *,
-    batch_size: int,
-    representations: Representations | None = None,
+    model: nn.Module, look_up: Callable[[np.ndarray], Tensor], shards: Iterable[Samples], *, batch_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Predict samples; changes nothing and evicts nothing.
 
     Args:
         model: (dense (B, n), looked-up rows (B, T, D)) -> logits (B,).
-        rows: The tiers, flushed.
-        shards: Samples, `X_cat` in slots.
+        look_up: Rows that a batch looks up, on the model's device: `X_cat` (B, T) -> (B, T, D).
+        shards: Samples.
         batch_size: Samples at once.
-        representations: What the model sees of rows; None for the rows themselves.
 
     Returns:
         (probabilities (n,) float32, labels (n,) float32), in the order given.
@@ -64,12 +56,8 @@ def predict(
         for samples in shards:
             for start in range(0, len(samples), batch_size):
                 piece = samples.take(slice(start, start + batch_size))
-                if representations is None:
-                    slots = torch.from_numpy(np.ascontiguousarray(piece.X_cat))
-                    looked_up = rows.gather(slots.flatten()).view(*slots.shape, -1)
-                else:
-                    looked_up = representations.look_up(rows, piece.X_cat)
-                dense = torch.from_numpy(np.ascontiguousarray(piece.X_int)).to(rows.device)
+                looked_up = look_up(piece.X_cat)
+                dense = torch.from_numpy(np.ascontiguousarray(piece.X_int)).to(looked_up.device)
                 probabilities.append(click_probabilities(model, dense, looked_up).cpu().numpy())
                 labels.append(piece.y)
     model.train(was_training)

@@ -41,7 +41,7 @@ class TableSpec:
 
 
 class Representations:
-    """The tables of a run that are not plain fp32 rows.
+    """How the tables of a run are held; where all are plain fp32 rows, that does nothing and costs nothing.
 
     Args:
         specs: One per table, in the order of the layout.
@@ -94,6 +94,17 @@ class Representations:
         # columns of the tables in tiers come first, then those of cores; this brings them back
         self._column_order = torch.tensor(np.argsort([*layout.columns, *self._outside]), device=device)
 
+    @classmethod
+    def plain(cls, layout: SlotLayout, *, embedding_dim: int, device: torch.device) -> Representations:
+        """Hold every table as fp32 rows."""
+        specs = [TableSpec(name=name, num_rows=len(layout.slot_maps[name])) for name in layout.tables]
+        return cls(specs, layout=layout, embedding_dim=embedding_dim, optimizer="sgd", eps=0.0, seed=0, device=device)
+
+    @property
+    def by_table(self) -> dict[str, Representation]:
+        """How each table is held."""
+        return {spec.name: spec.representation for spec in self.specs}
+
     @property
     def has_cores(self) -> bool:
         """Whether a table has no rows; its lookups wait for the device, so no graph can hold them."""
@@ -124,7 +135,7 @@ class Representations:
             rows: The tiers, flushed.
             slots_BF: Slots of the layout.
         """
-        inside = np.ascontiguousarray(slots_BF[:, self.layout.columns])
+        inside = np.ascontiguousarray(slots_BF if self.layout.is_whole else slots_BF[:, self.layout.columns])
         looked_up = rows.gather(torch.from_numpy(inside.ravel())).view(*inside.shape, rows.embedding_dim)
         if self.grids is not None:
             looked_up = self.grids.round(looked_up)
@@ -143,6 +154,11 @@ class Representations:
             parts = [rows.gather(part).abs().amax() for part in slots.split(CHUNK_ROWS)] if bits else []
             largest.append(torch.stack(parts).amax() if parts else torch.zeros((), device=rows.device))
         self.grids.set_abs_max(torch.stack(largest))
+
+    def scale_of(self, name: str) -> Tensor:
+        """Step between two levels of a table on few bits, in force. Shape ()."""
+        assert self.grids is not None, name
+        return self.grids.scale[self.layout.inside.index(name)]
 
     def core_bytes(self) -> int:
         """Bytes of all cores, optimizer state included, and of the renumbered slots."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
@@ -38,11 +39,11 @@ class TrainStep:
         model: (dense (B, n), looked-up rows (B, T, D)) -> logits (B,).
         rows: The tiers.
         dense_optimizer: Updates the model's parameters.
+        representations: What the model sees of rows.
         eps: Of row-wise Adagrad.
         precision: Of the matrix products: `tf32` on CUDA only, `bf16` by autocast; weights and updates stay fp32.
         deterministic: Whether results on CUDA must repeat to the bit.
         kernels: What looks rows up and updates them: plain `torch`, or one `triton` kernel each.
-        representations: What the model sees of rows; None for the rows themselves.
         most_distinct: How many distinct rows a batch can look up at most; None: as many as it has lookups.
     """
 
@@ -52,11 +53,11 @@ class TrainStep:
         model: nn.Module,
         rows: TieredRows,
         dense_optimizer: DenseOptimizer,
+        representations: Representations,
         eps: float,
         precision: Precision = "fp32",
         deterministic: bool = False,
         kernels: Kernels = "torch",
-        representations: Representations | None = None,
         most_distinct: int | None = None,
     ) -> None:
         self.representations = representations
@@ -93,10 +94,13 @@ class TrainStep:
             most_distinct=self._most_distinct,
         )
 
+    def look_up(self, slots_BF: np.ndarray) -> Tensor:
+        """What the model predicts from, once no row is staged. Shape (B, F, D)."""
+        return self.representations.look_up(self.rows, slots_BF)
+
     def settle(self) -> None:
         """Get ready for evaluation, once no row is staged: scales of tables on few bits become exact."""
-        if self.representations is not None:
-            self.representations.settle(self.rows)
+        self.representations.settle(self.rows)
 
     def take_loss_sum(self) -> float:
         """Sum of the losses since the last call; waits for the device."""
@@ -106,16 +110,14 @@ class TrainStep:
 
     def _begin(self, lr: float) -> None:
         self._lr.fill_(lr)
-        if self.representations is not None:
-            self.representations.begin_step(lr)
+        self.representations.begin_step(lr)
 
     def _compute(self, batch: StagedBatch) -> None:
         distinct = batch.find_distinct(padding=self._pad(batch.num_lookups()))
         values, looked_up = self._look_up(distinct)
         looked_up.requires_grad_()
         pooled = looked_up.view(len(batch), batch.num_lookups() // len(batch), self.rows.embedding_dim)
-        if self.representations is not None:
-            pooled = self.representations.train(pooled, batch.outside)
+        pooled = self.representations.train(pooled, batch.outside)
         with self._autocast():
             logits = self.model(batch.dense, pooled)
         loss = binary_cross_entropy_with_logits(logits.float(), batch.labels, weight=batch.weights)
@@ -216,7 +218,7 @@ class FixedShapeStep(TrainStep):
         super().__init__(**options)  # type: ignore[arg-type]
         if self._deterministic:
             raise ValueError("expected deterministic = False: the sorted sums cannot be captured; use TrainStep")
-        if self.representations is not None and self.representations.has_cores:
+        if self.representations.has_cores:
             raise ValueError("expected tables in tiers only: lookups of cores cannot be captured; use TrainStep")
         device, num_lookups = self.rows.device, batch_size * num_tables
         position_type = torch.int32 if self.rows.positions_fit_32_bits else torch.int64

@@ -362,7 +362,7 @@ def exhausted(*args: object, **options: object) -> None:
 
 
 def test_a_device_too_small_for_the_rows_says_what_to_lower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("slipstream.stages.train.TieredRows", exhausted)
+    monkeypatch.setattr("slipstream.training.assemble.TieredRows", exhausted)
     with pytest.raises(CapacityError, match=r"no room for .* hot rows and .* staged rows .*2\.00 GiB") as caught:
         train(tmp_path)
     assert "segregate.hot_budget" in str(caught.value.hint)
@@ -371,8 +371,8 @@ def test_a_device_too_small_for_the_rows_says_what_to_lower(tmp_path: Path, monk
 @pytest.mark.parametrize(
     ("place", "found"),
     [
-        ("slipstream.training.loop.make_tracker", "no room for training in batches of 64"),
-        ("slipstream.training.step.TrainStep._look_up", "ran out of memory in step 1"),
+        ("slipstream.training.loop.make_tracker", "no room for what watches the hot rows move"),
+        ("slipstream.training.step.TrainStep._look_up", "no room for step 1, of 64 samples"),
         ("slipstream.stages.train.predict", "no room for evaluation in batches of"),
     ],
 )

@@ -13,7 +13,9 @@ from slipstream.embedding.tiers.rows import TieredRows
 from slipstream.models.dlrm import DLRM
 from slipstream.ops.hot_set import Movement
 from slipstream.training.dense_optimizer import DenseOptimizer
+from slipstream.training.representations import Representations
 from slipstream.training.skipping.staleness import make_tracker
+from slipstream.training.slot_layout import SlotLayout
 from slipstream.training.step import FixedShapeStep, TrainStep
 
 BATCH, TABLES, DENSE, DIM, ROWS = 8, 3, 2, 4, 20
@@ -43,6 +45,11 @@ def make_batch(size: int, seed: int, *, weighted: bool, sorted_by_host: bool = F
     )
 
 
+def fp32_tables() -> Representations:
+    layout = SlotLayout({"cat_0": np.arange(ROWS)}, num_hot=ROWS, table_of_column=[0] * TABLES)
+    return Representations.plain(layout, embedding_dim=DIM, device=torch.device("cpu"))
+
+
 def make_model() -> torch.nn.Module:
     torch.manual_seed(0)
     return DLRM(embedding_dim=DIM, bottom_mlp=(5, DIM), top_mlp=(6, 1)).build(num_dense=DENSE, num_columns=TABLES)
@@ -53,6 +60,7 @@ def make_step(make: type[TrainStep], model: torch.nn.Module, rows: TieredRows, *
         "model": model,
         "rows": rows,
         "dense_optimizer": DenseOptimizer(model.parameters(), kind=kind, eps=1e-8),
+        "representations": fp32_tables(),
         "eps": 1e-8,
         "kernels": kernels,
     }
@@ -72,6 +80,7 @@ def test_a_fixed_shape_step_equals_the_plain_one_to_the_bit(optimizer: str, weig
         model=plain_model,
         rows=plain_rows,
         dense_optimizer=DenseOptimizer(plain_model.parameters(), kind=kind, eps=1e-8),
+        representations=fp32_tables(),
         eps=1e-8,
     )
     fixed = FixedShapeStep(
@@ -81,6 +90,7 @@ def test_a_fixed_shape_step_equals_the_plain_one_to_the_bit(optimizer: str, weig
         model=fixed_model,
         rows=fixed_rows,
         dense_optimizer=DenseOptimizer(fixed_model.parameters(), kind=kind, eps=1e-8),
+        representations=fp32_tables(),
         eps=1e-8,
     )
     for seed, size in enumerate([BATCH, BATCH, 5, BATCH, BATCH]):

@@ -1,0 +1,230 @@
+"""What a training is made of, put together: rows in their tiers, what the model sees of them, the model, the step.
+
+    layout, settings -> rows where the mode wants them, initialised      place_rows, draw_rows
+                     -> what the model sees of them                      represent
+                     -> one step over both                               make_step
+
+Initial weights depend on the seed alone, not on what is hot, so every mode starts from the same model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from slipstream.embedding.quantized import quantize_linears
+from slipstream.embedding.row_cache import Policy, RowCache
+from slipstream.embedding.tiers.placement import CachedRows, Placement, StagingHalves
+from slipstream.embedding.tiers.rows import RowOptimizer, TieredRows
+from slipstream.models.model import Model
+from slipstream.training.dense_optimizer import DenseOptimizer
+from slipstream.training.device import fitting_the_device
+from slipstream.training.representations import Representations, TableSpec
+from slipstream.training.slot_layout import SlotLayout
+from slipstream.training.step import FixedShapeStep, Kernels, Precision, TrainStep
+
+_STAGING_CAP = 1 << 19
+"""Rows a staging half holds by default, unless one batch needs more."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What rows, model and step are put together from; names and meanings are those of section `train`."""
+
+    mode: str
+    faithful: bool
+    batch_size: int
+    chunk_batches: int
+    staging_rows: int
+    cache_ratio: float
+    cache_policy: Policy
+    optimizer: RowOptimizer
+    eps: float
+    weight_decay: float
+    precision: Precision
+    kernels: Kernels
+    deterministic: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Assembly:
+    """What trains, before anything was trained."""
+
+    layout: SlotLayout
+    num_dense: int
+    rows: TieredRows
+    placement: Placement
+    representations: Representations
+    model: nn.Module
+    step: TrainStep
+
+    @property
+    def columns(self) -> np.ndarray | None:
+        """Columns of samples that look up rows in tiers; None for all."""
+        return None if self.layout.is_whole else self.layout.columns
+
+
+def assemble(
+    settings: Settings,
+    *,
+    layout: SlotLayout,
+    specs: Sequence[TableSpec],
+    padding_rows: Mapping[str, int],
+    counts: np.ndarray,
+    network: Model,
+    linear_bits: int,
+    num_dense: int,
+    seed: int,
+    device: torch.device,
+) -> Assembly:
+    """Put together what trains.
+
+    Args:
+        settings: How.
+        layout: Slots of the tables.
+        specs: How each table is held, in the order of the layout.
+        padding_rows: Tables with a row that stays zero, and that row.
+        counts: Access counts per global row, which mode `cached` ranks by. Shape (V,), int64.
+        network: Builds the model, and says how wide its rows are.
+        linear_bits: Bits of the dense layers' weights; 0 leaves them fp32.
+        num_dense: Dense columns.
+        seed: Of initial weights.
+        device: Where to train.
+
+    Raises:
+        CapacityError: The device has no room for it.
+    """
+    rows, placement = place_rows(settings, layout, counts, row_width=network.row_width, device=device)
+    draw_rows(rows, layout, padding_rows, seed=seed)
+    representations = represent(settings, specs, layout, rows, seed=seed)
+    torch.manual_seed(seed)
+    with fitting_the_device("the dense layers"):
+        model = network.build(num_dense=num_dense, num_columns=len(layout.column_tables)).to(device)
+        if linear_bits:
+            quantize_linears(model, linear_bits)
+    step = make_step(settings, model, rows, representations, num_dense=num_dense)
+    return Assembly(
+        layout=layout,
+        num_dense=num_dense,
+        rows=rows,
+        placement=placement,
+        representations=representations,
+        model=model,
+        step=step,
+    )
+
+
+def place_rows(
+    settings: Settings, layout: SlotLayout, counts: np.ndarray, *, row_width: int, device: torch.device
+) -> tuple[TieredRows, Placement]:
+    """Make tiers of the sizes that the mode wants, and what moves rows between them.
+
+    Raises:
+        CapacityError: The device has no room for them.
+    """
+    num_hot, num_staged = _size_tiers(settings, layout)
+    with fitting_the_device(f"{num_hot:,} hot rows and {num_staged:,} staged rows of {row_width} floats"):
+        rows = TieredRows(
+            num_rows=layout.num_rows,
+            num_hot=num_hot,
+            embedding_dim=row_width,
+            num_staged=num_staged,
+            optimizer=settings.optimizer,
+            device=device,
+        )
+    if settings.mode != "cached":
+        return rows, StagingHalves(rows)
+    slot_counts = layout.counts_by_slot(counts)
+    cache = RowCache(
+        len(slot_counts),
+        num_staged,
+        policy=settings.cache_policy,
+        row_counts=slot_counts if settings.cache_policy == "rank" else None,
+    )
+    return rows, CachedRows(rows, cache)
+
+
+def _size_tiers(settings: Settings, layout: SlotLayout) -> tuple[int, int]:
+    """(hot rows, staged rows)."""
+    num_rows = layout.num_rows
+    num_hot = {"resident": num_rows, "baseline": 0, "cached": 0}.get(settings.mode, layout.num_hot)
+    if settings.faithful:
+        num_hot = 0  # the master copy of every row is on the host
+    if settings.mode == "cached":
+        return num_hot, max(1, int(num_rows * settings.cache_ratio))
+    num_cold = num_rows - num_hot
+    lookups = settings.batch_size * len(layout.columns)
+    # a quarter of the cold rows is plenty where it holds a batch: chunks that do not fit are split
+    usual = max(lookups, min(settings.chunk_batches * lookups, _STAGING_CAP, num_cold // 4))
+    return num_hot, 2 * min(settings.staging_rows or usual, num_cold)
+
+
+def draw_rows(rows: TieredRows, layout: SlotLayout, padding_rows: Mapping[str, int], *, seed: int) -> None:
+    """Draw initial weights table by table, so that they do not depend on what is hot; padding rows are zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for name in layout.inside:
+        slots = layout.slot_maps[name]
+        bound = len(slots) ** -0.5
+        weights = torch.empty(len(slots), rows.embedding_dim).uniform_(-bound, bound, generator=generator)
+        if name in padding_rows:
+            weights[padding_rows[name]] = 0.0
+        rows.load(torch.from_numpy(slots), weights)
+
+
+def represent(
+    settings: Settings, specs: Sequence[TableSpec], layout: SlotLayout, rows: TieredRows, *, seed: int
+) -> Representations:
+    """Make what the model sees of rows: scales from the initial weights, cores drawn by seed."""
+    representations = Representations(
+        specs,
+        layout=layout,
+        embedding_dim=rows.embedding_dim,
+        optimizer=settings.optimizer,
+        eps=settings.eps,
+        seed=seed,
+        device=rows.device,
+    )
+    representations.settle(rows)
+    return representations
+
+
+def make_step(
+    settings: Settings, model: nn.Module, rows: TieredRows, representations: Representations, *, num_dense: int
+) -> TrainStep:
+    """Make the step: of fixed shape where a CUDA graph can hold it."""
+    layout = representations.layout
+    kind: Literal["sgd", "adagrad"] = "sgd" if settings.optimizer == "sgd" else "adagrad"
+    optimizer = DenseOptimizer(model.parameters(), kind=kind, eps=settings.eps, weight_decay=settings.weight_decay)
+    options: dict[str, Any] = {
+        "model": model,
+        "rows": rows,
+        "dense_optimizer": optimizer,
+        "representations": representations,
+        "eps": settings.eps,
+        "precision": settings.precision,
+        "kernels": settings.kernels,
+        "most_distinct": layout.most_distinct(settings.batch_size),
+    }
+    asks_plain = settings.deterministic or settings.faithful or representations.has_cores
+    if rows.device.type == "cuda" and not asks_plain:
+        num_tables = len(layout.column_tables)
+        return FixedShapeStep(batch_size=settings.batch_size, num_dense=num_dense, num_tables=num_tables, **options)
+    return TrainStep(deterministic=settings.deterministic, **options)
+
+
+def learning_rate(progress: float, *, lr: float, warmup: float, decay: str) -> float:
+    """Learning rate after a share of training.
+
+    Args:
+        progress: Share done, in [0, 1].
+        lr: The largest.
+        warmup: Share of training over which it rises from zero.
+        decay: `linear` lowers it to zero at the end; `none` leaves it.
+    """
+    warm = min(1.0, progress / warmup) if warmup else 1.0
+    return lr * warm * (1.0 - progress if decay == "linear" else 1.0)
