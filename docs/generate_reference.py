@@ -178,7 +178,12 @@ def _show_choices(hint: Any) -> str:
     if get_origin(hint) is not Annotated:
         return ""
     registry = get_args(hint)[1].find()
-    return " " + "; ".join(f"`{name}`: {registry.summary(name)}" for name in registry.names()) + "."
+    choices = []
+    for name in registry.names():
+        summary = registry.summary(name)
+        repeats = summary.lower().startswith(f"{name}: ")
+        choices.append(f"`{name}`: {summary[len(name) + 2 :] if repeats else summary}")
+    return " " + "; ".join(choices) + "."
 
 
 def _show_default(spec: dataclasses.Field[Any]) -> str:

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+_SMALL = 0.01
+"""Scale of initial vectors and weights."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeepFM(Model):
     """Weights of single fields, dot products of every two fields' vectors, and an MLP over all vectors.
@@ -40,6 +44,14 @@ class DeepFM(Model):
         """The vector and the first-order weight."""
         return self.embedding_dim + 1
 
+    def initial_bound(self, num_rows: int) -> float:
+        """Give a small bound, whatever the table.
+
+        Logits add up dot products of all pairs. With values as large as DLRM's in tables of few rows they start as
+        noise of a few units, which training has to undo first.
+        """
+        return _SMALL
+
     def build(self, *, num_dense: int, num_columns: int) -> nn.Module:
         """Make the network: see `Model.build`."""
         return _make_network(self, num_dense=num_dense, num_fields=num_dense + num_columns)
@@ -54,7 +66,7 @@ def _make_network(options: DeepFM, *, num_dense: int, num_fields: int) -> nn.Mod
     class Network(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.dense_rows = nn.Parameter(0.01 * torch.randn(num_dense, options.row_width))
+            self.dense_rows = nn.Parameter(_SMALL * torch.randn(num_dense, options.row_width))
             widths = [num_fields * options.embedding_dim, *options.deep_mlp, 1]
             self.deep = make_mlp(widths, relu_last=False, zero_bias=True)
 

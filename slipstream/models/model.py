@@ -48,6 +48,16 @@ class Model(ABC):
         """Values in a row of a table: the vector, and what the model keeps beside it."""
         return self.embedding_dim
 
+    def initial_bound(self, num_rows: int) -> float:
+        """Give the bound of a table's initial values, which are drawn evenly below it and above its negative.
+
+        Args:
+            num_rows: Rows of the table.
+
+        Source: 1/sqrt(rows), as in DLRM's reference.
+        """
+        return float(num_rows**-0.5)
+
     @abstractmethod
     def build(self, *, num_dense: int, num_columns: int) -> nn.Module:
         """Make the network, with initial weights from torch's global generator.

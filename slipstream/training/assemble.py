@@ -9,7 +9,7 @@ Initial weights depend on the seed alone, not on what is hot, so every mode star
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -90,7 +90,7 @@ def assemble(
         specs: How each table is held, in the order of the layout.
         padding_rows: Tables with a row that stays zero, and that row.
         counts: Access counts per global row, which mode `cached` ranks by. Shape (V,), int64.
-        network: Builds the model, and says how wide its rows are.
+        network: Builds the model, and says how wide its rows are and how they start.
         linear_bits: Bits of the dense layers' weights; 0 leaves them fp32.
         num_dense: Dense columns.
         seed: Of initial weights.
@@ -100,7 +100,7 @@ def assemble(
         CapacityError: The device has no room for it.
     """
     rows, placement = place_rows(settings, layout, counts, row_width=network.row_width, device=device)
-    draw_rows(rows, layout, padding_rows, seed=seed)
+    draw_rows(rows, layout, padding_rows, bound_of=network.initial_bound, seed=seed)
     representations = represent(settings, specs, layout, rows, seed=seed)
     torch.manual_seed(seed)
     with fitting_the_device("the dense layers"):
@@ -164,12 +164,19 @@ def _size_tiers(settings: Settings, layout: SlotLayout) -> tuple[int, int]:
     return num_hot, 2 * min(settings.staging_rows or usual, num_cold)
 
 
-def draw_rows(rows: TieredRows, layout: SlotLayout, padding_rows: Mapping[str, int], *, seed: int) -> None:
+def draw_rows(
+    rows: TieredRows,
+    layout: SlotLayout,
+    padding_rows: Mapping[str, int],
+    *,
+    bound_of: Callable[[int], float],
+    seed: int,
+) -> None:
     """Draw initial weights table by table, so that they do not depend on what is hot; padding rows are zero."""
     generator = torch.Generator().manual_seed(seed)
     for name in layout.inside:
         slots = layout.slot_maps[name]
-        bound = len(slots) ** -0.5
+        bound = bound_of(len(slots))
         weights = torch.empty(len(slots), rows.embedding_dim).uniform_(-bound, bound, generator=generator)
         if name in padding_rows:
             weights[padding_rows[name]] = 0.0

@@ -184,6 +184,16 @@ def test_a_model_comes_back_from_its_description(name: str):
     assert read_model(json.loads(json.dumps(to_dict(model))) | {"num_dense": 13}) == model
 
 
+@pytest.mark.parametrize("name", ["deepfm", "dcnv2"])
+def test_rows_start_within_the_bound_of_their_model(tiny_runs: Path, name: str):
+    result = train(tiny_runs, name, train__lr=1e-30)
+    tensors = load_file(folder_of(result) / "model.safetensors")
+    for table, num_rows in result.counts("segregate")["tables"].items():
+        bound = MODELS.get(name)().initial_bound(num_rows)
+        assert bound / 2 < tensors[f"tables.{table}"].abs().max() <= bound * (1 + 1e-6)
+    assert tensors["tables.cat_1"].unique().numel() == tensors["tables.cat_1"].numel()
+
+
 def test_rows_of_odd_width_are_no_int4_tables():
     with pytest.raises(ConfigError, match="found 4, which makes rows of 5 in `deepfm`"):
         tiny_config(model={"name": "deepfm", "embedding_dim": 4}, tables={"representation": "int4"})
