@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from slipstream.pipeline import RunResult
 
 _DEFAULT_PIPELINE = "tiny"
+_PIPED_COLUMNS = 200
 
 
 class _Edge(typer.core.TyperGroup):
@@ -50,14 +52,25 @@ class _Edge(typer.core.TyperGroup):
 app = typer.Typer(
     cls=_Edge,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="From raw click logs to a trained model, with only the rows that matter next to the accelerator.",
-    epilog="Example: slipstream run pipelines/criteo_kaggle.toml --set dataset.raw=/data/train.txt",
+    epilog="Example: slipstream run criteo_kaggle --set dataset.raw=/data/train.txt",
 )
 
-_Pipeline = Annotated[str, typer.Argument(metavar="PIPELINE", help="Pipeline file, or the name of a shipped one.")]
+
+def _complete_pipeline(incomplete: str) -> list[str]:
+    """Names of shipped pipelines and files that begin so, for the shell."""
+    files = [str(path) for path in Path().glob(f"{incomplete}*.toml")]
+    return sorted([path.stem for path in _shipped() if path.stem.startswith(incomplete)] + files)
+
+
+_Pipeline = Annotated[
+    str,
+    typer.Argument(
+        metavar="PIPELINE", help="Pipeline file, or the name of a shipped one.", autocompletion=_complete_pipeline
+    ),
+]
 _Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override one key; repeatable.")]
 _Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Folder that holds run folders.")]
 _Force = Annotated[bool, typer.Option("--force", help="Run even what is up to date.")]
@@ -90,7 +103,7 @@ def run(
     _run(pipeline, runs, overrides, stages=None, force=force, as_json=as_json, quiet=quiet)
 
 
-@app.command(epilog="Example: slipstream plan pipelines/tiny.toml --set preprocess.freq_threshold=5")
+@app.command(epilog="Example: slipstream plan tiny --set preprocess.freq_threshold=5")
 def plan(
     pipeline: _Pipeline = _DEFAULT_PIPELINE,
     runs: _Runs = _RUNS,
@@ -111,7 +124,7 @@ def plan(
     _answer(plan_table(plans))
 
 
-@app.command(epilog="Example: slipstream check pipelines/avazu.toml")
+@app.command(epilog="Example: slipstream check avazu")
 def check(
     pipeline: _Pipeline = _DEFAULT_PIPELINE,
     runs: _Runs = _RUNS,
@@ -169,7 +182,7 @@ def show(
             raise ArtifactError(describe_altered(artifact.path, altered), hint=artifact.remedy)
 
 
-@app.command(epilog="Example: slipstream clean pipelines/tiny.toml")
+@app.command(epilog="Example: slipstream clean tiny")
 def clean(pipeline: _Pipeline = _DEFAULT_PIPELINE, runs: _Runs = _RUNS, overrides: _Set = _NO_OVERRIDES) -> None:
     """Remove what killed processes left in a run folder; published artifacts stay."""
     config = _load(pipeline, overrides)
@@ -237,7 +250,7 @@ def _stage_command(stage: str, summary: str) -> None:
     ) -> None:
         _run(pipeline, runs, overrides, stages=[stage], force=force, as_json=as_json, quiet=quiet)
 
-    example = f"Example: slipstream {stage} pipelines/tiny.toml --force"
+    example = f"Example: slipstream {stage} tiny --force"
     app.command(stage, help=summary, epilog=example)(command)
 
 
@@ -290,7 +303,7 @@ export = typer.Typer(
 app.add_typer(export, name="export")
 
 
-@export.command(epilog="Example: slipstream export samples pipelines/tiny.toml --format torchrec-npy --out exported")
+@export.command(epilog="Example: slipstream export samples tiny --format torchrec-npy --out exported")
 def samples(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write to.")],
     export_format: Annotated[
@@ -426,13 +439,13 @@ def _load(pipeline: str, overrides: list[str]) -> PipelineConfig:
 
 
 def _find_pipeline(name: str) -> Path:
+    """A shipped pipeline by its name, whatever is called like it in the working folder, or a file."""
+    for shipped in _shipped():
+        if shipped.stem == name:
+            return shipped
     path = Path(name)
     if path.exists() or path.suffix == ".toml":
         return path
-    package = Path(__file__).parent
-    for folder in (package / "pipelines", package.parent / "pipelines"):
-        if (folder / f"{name}.toml").exists():
-            return folder / f"{name}.toml"
     raise ConfigError(
         f"expected a pipeline file or the name of a shipped pipeline, found `{name}`",
         hint="shipped pipelines: " + ", ".join(sorted(path.stem for path in _shipped())),
@@ -445,13 +458,18 @@ def _shipped() -> list[Path]:
 
 
 def _answer(renderable: RenderableType) -> None:
-    """Print to stdout; what is not a terminal gets lines long enough that no table is cut."""
+    """Print to stdout; what is no terminal gets lines of COLUMNS, or long ones, and no blanks at their end."""
     from rich.console import Console
 
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)
-    console.print(renderable)
+    if console.is_terminal:
+        console.print(renderable)
+        return
+    if not os.environ.get("COLUMNS"):
+        console = Console(width=_PIPED_COLUMNS)
+    with console.capture() as captured:
+        console.print(renderable)
+    typer.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
 def _say(text: str) -> None:

@@ -149,7 +149,7 @@ class SegregateConfig:
 
     hot_budget: str | int = "10%"
     """Accelerator memory of the hot rows with their optimizer state and what staleness keeps of them: bytes,
-    `"64MiB"`, or `"1%"` of what all rows would take by the same account."""
+    `"64MiB"`, or `"1%"` of what all rows would take by the same account. More than that makes every row hot."""
     access_threshold: int = 0
     """Λ given by hand: rows counted at least this often are hot and the bytes follow; 0 lets the budget decide."""
     policy: Literal["frequency", "sample-aware"] = "frequency"
@@ -281,7 +281,7 @@ class TrainConfig:
     seed: int | None = None
     """Seed of training alone; left out, the seed of the pipeline."""
     cache_ratio: float = 0.01
-    """Share of all rows that mode `cached` holds on the device."""
+    """Share of all rows that mode `cached` holds on the device; at least what two batches can look up."""
     cache_policy: Literal["rank", "lfu"] = "rank"
     """Who leaves the cache first: `rank` the row least used in the training split, `lfu` the least used so far."""
     checkpoint_steps: int = speed_only(5000)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import tomllib
 import types
@@ -211,6 +212,8 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         return {name: _convert(args[1], item, f"{key}.{name}") for name, item in value.items()}
     if not _fits(hint, value):
         raise ConfigError(f"`{key}` must be {hint.__name__}, found {type(value).__name__}: {value!r}")
+    if hint is float and not math.isfinite(value):
+        raise ConfigError(f"`{key}` must be a finite number, found {value}")
     return hint(value)
 
 

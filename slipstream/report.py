@@ -22,6 +22,9 @@ from rich.text import Text
 from slipstream.compare import ComparedVariant, Spread
 from slipstream.pipeline import RunResult, StagePlan, StageResult, row_bytes_of
 
+_MOST_SHOWN = 40
+"""Items of a list that are shown one by one."""
+
 
 class RichProgress:
     """Shows tasks as bars on a terminal; on anything else nothing is drawn."""
@@ -157,7 +160,7 @@ def _figure(value: float | None, *, digits: int = 4) -> str:
 
 def curve_table(curve: Sequence[Mapping[str, Any]]) -> Table:
     """What each budget buys: the hot-set curve of a profile."""
-    table = Table(title="hot-set curve", title_justify="left", box=None, pad_edge=False)
+    table = Table(title="hot-set curve", title_justify="left", box=None, pad_edge=False, collapse_padding=True)
     for name in (
         "rows",
         "policy",
@@ -168,7 +171,7 @@ def curve_table(curve: Sequence[Mapping[str, Any]]) -> Table:
         "hot samples",
         "hot samples val",
     ):
-        table.add_column(name, justify="left" if name == "policy" else "right")
+        table.add_column(name, justify="left" if name == "policy" else "right", overflow="fold")
     by_key = {(point["row_share"], point["policy"], point["split"]): point for point in curve}
     for (share, policy, split), point in by_key.items():
         if split != "train":
@@ -228,9 +231,9 @@ def _with_error(figure: Spread, *, digits: int = 4, sign: str = "") -> str:
 
 
 def _make_table(title: str, *columns: str) -> Table:
-    table = Table("", title=title, title_justify="left", box=None, pad_edge=False)
+    table = Table("", title=title, title_justify="left", box=None, pad_edge=False, collapse_padding=True)
     for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
+        table.add_column(column, justify="right", overflow="fold")
     return table
 
 
@@ -246,10 +249,32 @@ def manifest_table(manifest: Mapping[str, Any]) -> RenderableType:
     table.add_row("inputs", ", ".join(f"{name} {digest}" for name, digest in manifest["inputs"].items()) or "none")
     table.add_row("outputs", f"{len(outputs)} files, {show_bytes(total)}")
     for name, value in manifest["counts"].items():
-        if name != "curve":
-            table.add_row(name, str(value))
+        if name not in ("curve", "warnings"):
+            table.add_row(name.replace("_", " "), Text(_show_value(name, value)))
+    for text in manifest["counts"].get("warnings", []):
+        table.add_row("warning", Text(text, style="yellow"))
     curve = manifest["counts"].get("curve")
     return Group(table, curve_table(curve)) if curve else table
+
+
+def _show_value(name: str, value: Any) -> str:
+    """A figure of a manifest, or several, for people."""
+    if isinstance(value, Mapping):
+        if {"auc", "ne", "calibration"} <= value.keys():
+            return _show_quality(value)
+        inner = [f"{key} {_show_value(name if 'bytes' in name else key, item)}" for key, item in value.items()]
+        return "; ".join(inner) or "none"
+    if isinstance(value, list):
+        if len(value) > _MOST_SHOWN:
+            return f"{len(value):,} values"
+        return "; ".join(_show_value(name, item) for item in value) or "none"
+    if value is None or value != value:
+        return "none" if value is None else "undefined"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if "bytes" in name:
+        return show_bytes(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def show_bytes(size: float) -> str:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -152,6 +153,58 @@ def test_show_prints_an_artifact(run_arguments: list[object], stage: str):
     assert stage in text and "outputs" in text
 
 
+@pytest.mark.parametrize("columns", [None, "60", "80"])
+def test_piped_tables_fit_columns_and_end_without_blanks(
+    run_arguments: list[object], monkeypatch: pytest.MonkeyPatch, columns: str | None
+):
+    output = call_json("run", *run_arguments)["stages"]
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns:
+        monkeypatch.setenv("COLUMNS", columns)
+    shown = [call("show", *(stage["output"] for stage in output.values())).stdout, call("plan", *run_arguments).stdout]
+    shown.append(call("profile", *run_arguments).stdout)
+    lines = "".join(shown).splitlines()
+    assert all(line == line.rstrip() for line in lines)
+    assert "…" not in "".join(lines), "nothing is cut"
+    paths = [line for line in lines if str(run_arguments[-1]) in line]  # a path is never broken
+    assert columns is None or max(len(line) for line in lines if line not in paths) <= int(columns)
+
+
+def test_show_is_written_for_people(run_arguments: list[object]):
+    output = call_json("run", *run_arguments)["stages"]
+    text = " ".join(call("show", *(stage["output"] for stage in output.values())).stdout.split())
+    assert "samples train 3,429; val 285; test 286" in text
+    assert re.search(r"bytes per tier hot [0-9.]+ (B|[KM]iB);", text)
+    assert re.search(r"test AUC 0\.[0-9]{4}, logloss", text)
+    assert not re.search(r"[{}\[\]']|None|[0-9]\.[0-9]{6}", text), "no Python in it, no more digits than anybody reads"
+
+
+def test_a_shipped_pipeline_wins_over_what_is_called_like_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "avazu").mkdir()
+    arguments = ["--set", "dataset.raw=log.csv"]
+    assert call_json("check", "avazu", *arguments)["name"] == "avazu"
+    write_toml(tmp_path / "avazu.toml", tiny_tree())
+    assert call_json("check", "avazu.toml")["name"] == "tiny_test", "a file is named by its file name"
+
+
+def complete(*words: str) -> list[str]:
+    """What a bash shell is offered for the last word."""
+    environment = {
+        "_SLIPSTREAM_COMPLETE": "complete_bash",
+        "COMP_WORDS": " ".join(words),
+        "COMP_CWORD": str(len(words) - 1),
+    }
+    done = CliRunner().invoke(app, [], prog_name="slipstream", env=environment)
+    return done.stdout.split()
+
+
+def test_the_shell_completes_commands_options_and_pipelines():
+    assert complete("slipstream", "pre") == ["preprocess"]
+    assert "--runs" in complete("slipstream", "run", "--r")
+    assert complete("slipstream", "run", "criteo") == ["criteo_kaggle", "criteo_terabyte"]
+
+
 def test_clean_removes_what_a_killed_process_left(folder: Path, run_arguments: list[object]):
     left = folder / "runs" / "tiny_test" / "train" / ".0123456789abcdef.partial"
     left.mkdir()
@@ -208,7 +261,6 @@ def test_what_is_undefined_is_called_so(tmp_path: Path):
         (["run", "{pipeline}", "--no-such-option"], 2, "No such option"),
         (["nosuch"], 2, "No such command"),
         (["run", "{pipeline}", "--runs", "{runs}", "--set", "segregate.hot_budget=100"], 1, "OOV rows"),
-        (["run", "{pipeline}", "--runs", "{runs}", "--set", "segregate.hot_budget=1TB"], 1, "hint: lower it"),
         (["run", "{pipeline}", "--set", "dataset.source=criteo", "--set", "dataset.raw=/no/file"], 1, "/no/file"),
         (["train", "{pipeline}", "--runs", "{empty}"], 1, "hint: run `slipstream preprocess` first"),
         (["show", "{empty}"], 1, "expected a published artifact"),

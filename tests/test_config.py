@@ -389,6 +389,17 @@ def another_value(key: str, hint: Any, value: Any) -> Any:
 ALL_KEYS = [pytest.param(*key, id=key[0]) for section in STAGE_OF_SECTION for key in keys_of(section)]
 
 
+FLOAT_KEYS = [pytest.param(*key.values[:2], id=str(key.id)) for key in ALL_KEYS if "float" in str(key.values[1])]
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize(("key", "hint"), FLOAT_KEYS)
+def test_what_is_no_finite_number_is_refused(key: str, hint: Any, value: float):
+    changed = [value] if get_origin(hint) is tuple else value
+    with pytest.raises(ConfigError, match=rf"`{key}(\[0\])?` must be a finite number, found {value}"):
+        tiny_config(**{key.replace(".", "__"): changed})
+
+
 @pytest.mark.parametrize(("key", "hint", "default", "is_execution"), ALL_KEYS)
 def test_a_key_changes_its_own_stage_and_none_before_it(
     tmp_path: Path, key: str, hint: Any, default: Any, is_execution: bool

@@ -116,6 +116,12 @@ def take_hot_rows(ranked: np.ndarray, counts: np.ndarray, *, num_rows: int, num_
     return HotSet(is_hot=is_hot, access_threshold=threshold)
 
 
+def take_all_rows(counts: np.ndarray, oov_rows: np.ndarray) -> HotSet:
+    """Make every row hot, those never accessed too."""
+    beyond_oov = np.delete(counts, oov_rows)
+    return HotSet(is_hot=np.ones(len(counts), bool), access_threshold=int(beyond_oov.min()) if beyond_oov.size else 0)
+
+
 def take_above_threshold(counts: np.ndarray, oov_rows: np.ndarray, *, access_threshold: int) -> HotSet:
     """Make every row counted at least Λ times hot, and the OOV rows."""
     is_hot = counts >= max(access_threshold, 1)

@@ -42,6 +42,7 @@ from slipstream.ops.hot_set import (
     select_sample_aware,
     table_offsets,
     take_above_threshold,
+    take_all_rows,
     take_hot_rows,
 )
 from slipstream.ops.parallel import in_order
@@ -75,7 +76,7 @@ def run(
         Counts for the manifest.
 
     Raises:
-        CapacityError: The budget is below the OOV rows or above all rows, or the disk has no room for the shards.
+        CapacityError: The budget is below the OOV rows, or the disk has no room for the shards.
     """
     rows_per_table: dict[str, int] = processed.counts["rows_per_table"]
     tables = list(rows_per_table)
@@ -104,6 +105,7 @@ def run(
         "num_dense": len(dense),
         "tables": rows_per_table,
         **{key: processed.counts[key] for key in ("table_of_column", "padding_rows") if key in processed.counts},
+        "warnings": _doubt_budget(config, len(counts), row_bytes),
     }
 
 
@@ -133,6 +135,8 @@ def _choose(
     if config.access_threshold:
         return take_above_threshold(counts, oov_rows, access_threshold=config.access_threshold)
     num_rows = _affordable_rows(config.hot_budget, len(counts), len(oov_rows), row_bytes)
+    if num_rows == len(counts):
+        return take_all_rows(counts, oov_rows)
     if config.policy == "frequency":
         ranked = rank_rows(counts, oov_rows)
         return take_hot_rows(ranked, counts, num_rows=num_rows, num_oov=len(oov_rows))
@@ -162,15 +166,8 @@ def _load_choice(path: Path, num_rows: int) -> HotSet | None:
 
 
 def _affordable_rows(budget: str | int, num_rows: int, num_oov: int, row_bytes: int) -> int:
-    total = num_rows * row_bytes
-    asked = parse_budget(budget, total_bytes=total)
-    if asked > total:
-        raise CapacityError(
-            f"`segregate.hot_budget` = {budget} asks for {asked:,} bytes, "
-            f"and all {num_rows:,} rows at {row_bytes} bytes a row take {total:,}",
-            hint='lower it, or say "100%" to keep every row on the device',
-        )
-    affordable = asked // row_bytes
+    asked = parse_budget(budget, total_bytes=num_rows * row_bytes)
+    affordable = min(asked // row_bytes, num_rows)
     if affordable < num_oov:
         raise CapacityError(
             f"`segregate.hot_budget` = {budget} is {asked:,} bytes and holds {affordable} rows of {row_bytes} "
@@ -178,6 +175,16 @@ def _affordable_rows(budget: str | int, num_rows: int, num_oov: int, row_bytes: 
             hint=f"raise it to at least {num_oov * row_bytes} bytes",
         )
     return affordable
+
+
+def _doubt_budget(config: SegregateConfig, num_rows: int, row_bytes: int) -> list[str]:
+    total = num_rows * row_bytes
+    if config.access_threshold or parse_budget(config.hot_budget, total_bytes=total) <= total:
+        return []
+    return [
+        f"every row is hot: `segregate.hot_budget` = {config.hot_budget} is more than the {total:,} bytes that all "
+        f"{num_rows:,} rows take, so nothing is left for the cold tier to do"
+    ]
 
 
 def _hold_rows(processed: Artifact, columns: list[str], starts: np.ndarray, folder: Path) -> list[Path]:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from slipstream.config import PipelineConfig, TablesConfig
+from slipstream.config import PipelineConfig, TablesConfig, TrainConfig
 from slipstream.embedding.tiers.lookahead import LookAhead
 from slipstream.embedding.tiers.placement import CachedRows
 from slipstream.errors import ConfigError
@@ -120,8 +120,23 @@ def run(
         **{split: asdict(measured) for split, measured in quality.items()},
         "device": parts.rows.device.type,
         **figures.to_json(),
-        "warnings": doubt_quality({split: measured.ne for split, measured in quality.items()}),
+        "warnings": [
+            *_doubt_cache(config.train, parts),
+            *doubt_quality({split: measured.ne for split, measured in quality.items()}),
+        ],
     }
+
+
+def _doubt_cache(config: TrainConfig, parts: Assembly) -> list[str]:
+    """Say where mode `cached` holds more rows than it was asked to."""
+    asked, held = int(parts.layout.num_rows * config.cache_ratio), parts.rows.num_staged
+    if config.mode != "cached" or held <= asked:
+        return []
+    return [
+        f"the cache holds {held:,} rows ({held / parts.layout.num_rows:.1%}), not the {asked:,} of `train.cache_ratio` "
+        f"= {config.cache_ratio:g}: two batches of {config.batch_size:,} can look up as many; lower `train.batch_size` "
+        "for a smaller cache"
+    ]
 
 
 def _open(config: PipelineConfig, segregated: Artifact, counts: np.ndarray) -> Assembly:

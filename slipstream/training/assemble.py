@@ -156,7 +156,9 @@ def _size_tiers(settings: Settings, layout: SlotLayout) -> tuple[int, int]:
     if settings.faithful:
         num_hot = 0  # the master copy of every row is on the host
     if settings.mode == "cached":
-        return num_hot, max(1, int(num_rows * settings.cache_ratio))
+        # half the cache is for the batches at work, the other half for those that come next
+        least = 2 * layout.most_distinct(settings.batch_size)
+        return num_hot, min(num_rows, max(least, int(num_rows * settings.cache_ratio)))
     num_cold = num_rows - num_hot
     lookups = settings.batch_size * len(layout.columns)
     # a quarter of the cold rows is plenty where it holds a batch: chunks that do not fit are split

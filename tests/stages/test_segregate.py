@@ -187,10 +187,20 @@ def test_a_budget_below_the_oov_rows_says_what_it_takes(tiny_runs: Path, budget:
     assert f"at least {26 * ROW_BYTES} bytes" in str(caught.value.hint)
 
 
-def test_a_budget_above_all_rows_is_refused(tiny_runs: Path):
-    with pytest.raises(CapacityError, match=rf"all .* rows at {ROW_BYTES} bytes a row take") as caught:
-        segregated(tiny_runs, segregate__hot_budget="1GiB")
-    assert "100%" in str(caught.value.hint)
+@pytest.mark.parametrize("policy", ["frequency", "sample-aware"])
+def test_a_budget_above_all_rows_makes_every_row_hot_and_says_so(tiny_runs: Path, policy: str):
+    settings = {"segregate__policy": policy, "profile__sample_ratio": 0.2}  # which counts some rows not at all
+    _, result = segregated(tiny_runs, segregate__hot_budget="1GiB", **settings)
+    counts = result.counts("segregate")
+    assert counts["hot_rows"] == counts["rows"] and counts["hit_ratio"] == counts["hot_sample_share"] == 1
+    assert counts["samples"]["cold"] == 0 == counts["lambda"]
+    [warning] = counts["warnings"]
+    assert (
+        f"every row is hot: `segregate.hot_budget` = 1GiB is more than the {counts['rows'] * ROW_BYTES:,} bytes"
+        in warning
+    )
+    _, whole = segregated(tiny_runs, segregate__hot_budget="100%", **settings)
+    assert whole.counts("segregate") == counts | {"warnings": []}
 
 
 def test_altered_parts_are_refused_or_unread(tiny_runs: Path, tmp_path: Path):

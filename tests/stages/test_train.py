@@ -106,6 +106,17 @@ def test_a_cache_gives_the_same_model_to_the_bit(tiny_runs: Path, fae: RunResult
     assert 0 < cached.counts("train")["hit_ratio"] < 1
 
 
+def test_a_cache_too_small_for_a_batch_is_made_larger_and_says_so(tiny_runs: Path, fae: RunResult):
+    cached = train(tiny_runs, train__mode="cached", train__cache_ratio=0.001, train__log_every=10)
+    assert_same_model(fae, cached)
+    [warning] = cached.counts("train")["warnings"]
+    assert "`train.cache_ratio` = 0.001" in warning and "two batches of" in warning
+    rows = cached.counts("segregate")["rows"]
+    held = int(warning.split()[3].replace(",", ""))
+    assert int(0.001 * rows) < held <= rows
+    assert not train(tiny_runs, train__mode="cached", train__cache_ratio=1.0).counts("train")["warnings"]
+
+
 def test_the_same_run_twice_gives_the_same_model(tmp_path: Path, tiny_runs: Path):
     overrides = {"train__mode": "slipstream", "skip__target_drop": 0.3, "train__log_every": 10}
     assert_same_model(train(tiny_runs, **overrides), train(tmp_path, **overrides))
