@@ -18,6 +18,7 @@ import typer.main
 import slipstream
 from slipstream.cli import app
 from slipstream.config import PipelineConfig
+from slipstream.models.registry import MODELS
 
 PACKAGE = Path(slipstream.__file__).parent
 ROOT = PACKAGE.parent
@@ -149,6 +150,17 @@ def test_what_needs_no_heavy_package_loads_none(arguments: list[str]):
     loaded = set(done.stderr.partition("LOADED")[2].split())
     assert "typer" in loaded
     assert not HEAVY & loaded
+
+
+@pytest.mark.parametrize("name", MODELS.names())
+def test_a_model_is_checked_and_planned_without_torch(tmp_path: Path, name: str):
+    source = next(iter(MODELS.get(name).sources), "criteo")
+    (tmp_path / "log.txt").touch()
+    arguments = ["plan", "--runs", str(tmp_path), "--set", f'model={{name="{name}"}}', "--set"]
+    arguments += [f'dataset={{source="{source}", raw="{tmp_path}/log.txt"}}']
+    done = subprocess.run([sys.executable, "-c", _START, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "torch" not in done.stderr.partition("LOADED")[2].split()
 
 
 # --- the command line ----------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from slipstream.models.model import Model
 from slipstream.models.registry import MODELS, read_model
 from slipstream.options import require, to_dict
 from slipstream.pipeline import RunResult, run_pipeline
+from slipstream.stages import export_model
 from slipstream.training import checkpoint
 from slipstream.training.model_file import load_model
 from slipstream.training.predict import click_probabilities
@@ -182,6 +183,17 @@ def test_a_model_comes_back_from_its_description(name: str):
     model = tiny_config(model={"name": name}, dataset=dataset).model
     assert model.name == name and type(model) is MODELS.get(name)
     assert read_model(json.loads(json.dumps(to_dict(model))) | {"num_dense": 13}) == model
+
+
+def test_an_export_to_int4_asks_for_rows_of_even_width(tiny_runs: Path, tmp_path: Path):
+    even, odd = (
+        run_pipeline(tiny_config(model={"name": "wide", "embedding_dim": 3, "padding": padding}), tiny_runs)
+        for padding in (1, 2)
+    )
+    export_model.run(even.stages["train"].artifact, representation="int4", out_dir=tmp_path / "even")
+    assert load_model(tmp_path / "even")[1].look_up(torch.zeros(1, 26, dtype=torch.int64)).shape == (1, 26, 4)
+    with pytest.raises(ConfigError, match="the model's rows have 5"):
+        export_model.run(odd.stages["train"].artifact, representation="int4", out_dir=tmp_path / "odd")
 
 
 @pytest.mark.parametrize("name", ["deepfm", "dcnv2"])
