@@ -19,6 +19,7 @@ import typer.core
 
 from slipstream import __version__
 from slipstream.errors import ArtifactError, ConfigError, SlipstreamError
+from slipstream.pipeline import STAGES
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -254,10 +255,9 @@ def _stage_command(stage: str, summary: str) -> None:
     app.command(stage, help=summary, epilog=example)(command)
 
 
-_stage_command("preprocess", "Turn raw logs into encoded columns, one row number per value.")
-_stage_command("profile", "Count accesses per row and measure what each budget would buy.")
-_stage_command("segregate", "Choose the hot rows and split samples by them; profiles first when needed.")
-_stage_command("train", "Train with hot rows on the device and cold rows on the host.")
+for _stage in STAGES:
+    if _stage.summary:
+        _stage_command(_stage.name, _stage.summary)
 
 
 @app.command(epilog="Example: slipstream score runs/tiny/train/* --raw 'day_23.gz' --out scores.parquet --keep cat_0")
@@ -399,7 +399,7 @@ def _run(
 
 
 def _to_json(result: RunResult) -> dict[str, Any]:
-    from slipstream.pipeline import row_bytes_of
+    from slipstream.stage import row_bytes_of
 
     stages: dict[str, Any] = {}
     for name, stage in result.stages.items():

@@ -144,8 +144,7 @@ def _target_drop(config: PipelineConfig, runs_dir: Path, share: float, progress:
     total = samples["hot"] + samples["cold"]
     steps = config.skip.refresh_steps or default_segment_steps(total, config.train.batch_size)
     first = min(1.0, steps * config.train.batch_size / (total * config.train.epochs))
-    covers_all = config.criterion != "stale" and config.skip.scope == "all"
-    classified = (1 - first) * (1.0 if covers_all else samples["hot"] / total)
+    classified = (1 - first) * (1.0 if config.scope == "all" else samples["hot"] / total)
     if share >= classified:
         raise ConfigError(
             f"expected a share of samples to skip below {classified:.3f}, which `{config.criterion}` classifies; "

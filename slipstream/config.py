@@ -447,6 +447,11 @@ class PipelineConfig:
         """The skip criterion in force: only mode `slipstream` skips."""
         return self.skip.criterion if self.train.mode == "slipstream" else "none"
 
+    @property
+    def scope(self) -> Literal["hot", "all"]:
+        """Which samples are classified: `stale` knows hot ones only."""
+        return "hot" if self.criterion == "stale" else self.skip.scope
+
 
 def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> PipelineConfig:
     """Read a pipeline file and apply `key=value` overrides.

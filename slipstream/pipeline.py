@@ -33,16 +33,124 @@ from slipstream.io.artifacts import (
     run_lock,
     scratch_dir,
 )
-from slipstream.ops.hot_set import hot_row_bytes
 from slipstream.options import to_dict
 from slipstream.progress import Progress, Silent
-
-_VERBS = {"generate": "preprocess", "profile": "segregate"}
-"""Commands that run a stage and go on to the next, where that is what a person wants."""
-
+from slipstream.stage import Stage, StageJob, row_bytes_of
 
 _CHANGES_SHOWN = 4
 _UP_TO_DATE = "up to date: same config, inputs and seed"
+
+
+# --- the stages ----------------------------------------------------------------------------------------------
+
+
+def _is_synthetic(config: PipelineConfig) -> bool:
+    return config.dataset.source == "synthetic"
+
+
+def _generate_settings(config: PipelineConfig) -> dict[str, Any]:
+    return {"num_samples": config.dataset.num_samples, "num_days": config.dataset.num_days}
+
+
+def _preprocess_settings(config: PipelineConfig) -> dict[str, Any]:
+    dataset = config.dataset
+    settings = to_dict(config.preprocess, execution=False)
+    settings |= {"source": dataset.source, "max_ind_range": dataset.max_ind_range}
+    if dataset.source == "taobao":
+        settings |= {"history_length": dataset.history_length, "points_per_user": dataset.points_per_user}
+        settings |= {"users_brought_together": True}
+    if dataset.negative_keep_ratio < 1:
+        settings |= {"negative_keep_ratio": dataset.negative_keep_ratio}
+    return settings
+
+
+def _preprocess_seed(config: PipelineConfig) -> int:
+    dataset = config.dataset
+    draws = config.preprocess.split == "random" or dataset.source == "taobao" or dataset.negative_keep_ratio < 1
+    return config.seed if draws else 0
+
+
+def _raw_inputs(config: PipelineConfig) -> dict[str, str]:
+    if _is_synthetic(config):
+        return {}
+    from slipstream.io.raw import find_raw_files, fingerprint_raw
+
+    digests = [fingerprint_raw(path) for path in find_raw_files(config.dataset.raw)]
+    return {"raw": xxhash.xxh3_64_hexdigest(" ".join(digests).encode())}
+
+
+def _profile_settings(config: PipelineConfig) -> dict[str, Any]:
+    segregate = config.segregate
+    return to_dict(config.profile, execution=False) | {
+        "sample_aware_power": segregate.sample_aware_power,
+        "sample_aware_rounds": segregate.sample_aware_rounds,
+    }
+
+
+def _segregate_settings(config: PipelineConfig) -> dict[str, Any]:
+    settings = to_dict(config.segregate, execution=False)
+    if not str(config.segregate.hot_budget).strip().endswith("%"):
+        # a share of all rows is the same rows whatever a row weighs
+        settings["row_bytes"] = row_bytes_of(config)
+    return settings
+
+
+def _train_settings(config: PipelineConfig) -> dict[str, Any]:
+    skip = to_dict(config.skip, execution=False)
+    if config.criterion == "none":
+        skip = {"refresh_steps": config.skip.refresh_steps}
+    elif config.criterion == "stale":
+        skip["movement"] = config.movement
+    train = to_dict(config.train, execution=False) | {"seed": config.train_seed}
+    if config.train.mode != "cached":
+        train = {name: value for name, value in train.items() if not name.startswith("cache_")}
+    settings = {
+        "train": train,
+        "model": to_dict(config.model, execution=False),
+        "skip": skip | {"criterion": config.criterion},
+    }
+    if not config.tables.is_plain:
+        settings["tables"] = to_dict(config.tables, execution=False)
+    return settings
+
+
+STAGES = (
+    Stage(name="generate", comes_with="preprocess", is_part=_is_synthetic, settings=_generate_settings),
+    Stage(
+        name="preprocess",
+        summary="Turn raw logs into encoded columns, one row number per value.",
+        after=("generate",),
+        other_inputs=_raw_inputs,
+        settings=_preprocess_settings,
+        seed=_preprocess_seed,
+    ),
+    Stage(
+        name="profile",
+        summary="Count accesses per row and measure what each budget would buy.",
+        after=("preprocess",),
+        comes_with="segregate",
+        settings=_profile_settings,
+        seed=lambda config: config.seed if config.profile.sample_ratio < 1 else 0,
+    ),
+    Stage(
+        name="segregate",
+        summary="Choose the hot rows and split samples by them; profiles first when needed.",
+        after=("preprocess", "profile"),
+        settings=_segregate_settings,
+        seed=lambda config: 0,
+    ),
+    Stage(
+        name="train",
+        summary="Train with hot rows on the device and cold rows on the host.",
+        after=("segregate",),
+        settings=_train_settings,
+        seed=lambda config: config.train_seed,
+    ),
+)
+"""In order. What a stage does stands in its module; see `stage.py`."""
+
+
+# --- a run ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,10 +196,96 @@ class RunResult:
         return [f"{name}: {text}" for name in self.stages for text in self.counts(name).get("warnings", [])]
 
 
+class Run:
+    """A pipeline and its run folder; what each stage depends on is known, and raw files are hashed once.
+
+    Args:
+        config: The pipeline.
+        runs_dir: Folder that holds run folders.
+
+    Raises:
+        DataError: A raw file is missing.
+    """
+
+    def __init__(self, config: PipelineConfig, runs_dir: Path) -> None:
+        self.config, self.run_dir = config, runs_dir / config.name
+        self.stages = {stage.name: stage for stage in STAGES if stage.is_part(config)}
+        """By name, in order."""
+        self.keys: dict[str, StageKey] = {}
+        for name, stage in self.stages.items():
+            self.keys[name] = stage.key(config, self.keys)
+
+    def plan(self) -> list[StagePlan]:
+        """Say for every stage whether it would run, and why. Reads manifests, changes nothing."""
+        plans: list[StagePlan] = []
+        for name, key in self.keys.items():
+            published = find_artifact(self.run_dir, key)
+            if published is not None:
+                altered = published.find_altered()
+                reason = describe_altered(published.path, altered) if altered else _UP_TO_DATE
+            else:
+                reason = _why_run(self.run_dir, key, is_first=not any(plan.will_run for plan in plans))
+            plans.append(StagePlan(stage=name, will_run=published is None, reason=reason, key=key, artifact=published))
+        return plans
+
+    def execute(
+        self,
+        asked: Sequence[str] | None,
+        *,
+        force: bool,
+        progress: Progress,
+        on_stage: Callable[[StageResult], None],
+    ) -> RunResult:
+        """Run what has to; as `run_pipeline`, which holds the run folder."""
+        for key in self.keys.values():
+            complete_publishing(self.run_dir, key)
+        named = set(self.stages if asked is None else asked)
+        chosen = named | {stage.name for stage in self.stages.values() if stage.comes_with in named}
+        plans = self.plan()
+        result = RunResult(config=self.config, run_dir=self.run_dir)
+        for at, plan in enumerate(plans):
+            if plan.will_run and plan.stage not in chosen:
+                if not any(later.stage in chosen for later in plans[at:]):
+                    break
+                verb = self.stages[plan.stage].comes_with or plan.stage
+                raise ArtifactError(
+                    f"stage `{plan.stage}` has no output for this pipeline yet ({plan.reason})",
+                    hint=f"run `slipstream {verb}` first, or `slipstream run` for everything",
+                )
+            result.stages[plan.stage] = self._bring_up(plan, result, progress, forced=force and plan.stage in named)
+            if plan.stage in chosen:
+                on_stage(result.stages[plan.stage])
+        return result
+
+    def _bring_up(self, plan: StagePlan, result: RunResult, progress: Progress, *, forced: bool) -> StageResult:
+        """Run a stage, or take what it has published."""
+        if forced:
+            remove_artifact(self.run_dir, plan.key)
+        elif plan.artifact is not None:
+            if plan.reason != _UP_TO_DATE:
+                raise ArtifactError(plan.reason, hint=plan.artifact.remedy)
+            return StageResult(
+                stage=plan.stage, status="skipped", reason=plan.reason, seconds=0.0, artifact=plan.artifact
+            )
+        started = time.perf_counter()
+        job = StageJob(
+            config=self.config,
+            key=plan.key,
+            inputs={name: stage.artifact for name, stage in result.stages.items()},
+            scratch=scratch_dir(self.run_dir, plan.key),
+            progress=progress,
+        )
+        counts = self.stages[plan.stage].run(job)
+        seconds = time.perf_counter() - started
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        artifact = publish(self.run_dir, plan.key, counts, seconds=seconds, peak_bytes=peak)
+        reason = "forced" if forced else plan.reason
+        return StageResult(stage=plan.stage, status="ran", reason=reason, seconds=seconds, artifact=artifact)
+
+
 def stage_names(config: PipelineConfig) -> list[str]:
     """Stages of a pipeline, in order."""
-    first = ["generate"] if config.dataset.source == "synthetic" else []
-    return [*first, "preprocess", "profile", "segregate", "train"]
+    return [stage.name for stage in STAGES if stage.is_part(config)]
 
 
 def plan_pipeline(config: PipelineConfig, runs_dir: Path) -> list[StagePlan]:
@@ -100,18 +294,7 @@ def plan_pipeline(config: PipelineConfig, runs_dir: Path) -> list[StagePlan]:
     Raises:
         DataError: A raw file is missing.
     """
-    run_dir = runs_dir / config.name
-    plans: list[StagePlan] = []
-    for key in _stage_keys(config).values():
-        published = find_artifact(run_dir, key)
-        if published is not None:
-            altered = published.find_altered()
-            reason = describe_altered(published.path, altered) if altered else _UP_TO_DATE
-            plans.append(StagePlan(stage=key.stage, will_run=False, reason=reason, key=key, artifact=published))
-        else:
-            reason = _why_run(run_dir, key, [plan.stage for plan in plans if plan.will_run])
-            plans.append(StagePlan(stage=key.stage, will_run=True, reason=reason, key=key))
-    return plans
+    return Run(config, runs_dir).plan()
 
 
 def run_pipeline(
@@ -136,43 +319,9 @@ def run_pipeline(
     Raises:
         SlipstreamError: Whatever a stage expects to go wrong.
     """
-    run_dir = runs_dir / config.name
-    result = RunResult(config=config, run_dir=run_dir)
-    with run_lock(run_dir):
-        for key in _stage_keys(config).values():
-            complete_publishing(run_dir, key)
-        plans = plan_pipeline(config, runs_dir)
-        chosen = set(stage_names(config) if stages is None else stages)
-        asked = set(chosen)
-        if "segregate" in chosen:
-            chosen.add("profile")
-        if "preprocess" in chosen:
-            chosen.add("generate")
-        for plan in plans:
-            forced = force and plan.stage in asked
-            if plan.stage not in chosen and plan.will_run:
-                if all(later.stage not in chosen for later in plans[plans.index(plan) :]):
-                    break
-                verb = _VERBS.get(plan.stage, plan.stage)
-                raise ArtifactError(
-                    f"stage `{plan.stage}` has no output for this pipeline yet ({plan.reason})",
-                    hint=f"run `slipstream {verb}` first, or `slipstream run` for everything",
-                )
-            if plan.will_run or forced:
-                if forced:
-                    remove_artifact(run_dir, plan.key)
-                stage = _run_stage(config, plan, run_dir, result, progress or Silent(), forced=forced)
-            else:
-                assert plan.artifact is not None
-                if plan.reason != _UP_TO_DATE:
-                    raise ArtifactError(plan.reason, hint=plan.artifact.remedy)
-                stage = StageResult(
-                    stage=plan.stage, status="skipped", reason=plan.reason, seconds=0.0, artifact=plan.artifact
-                )
-            result.stages[plan.stage] = stage
-            if plan.stage in chosen:
-                on_stage(stage)
-    return result
+    with run_lock(runs_dir / config.name):
+        run = Run(config, runs_dir)
+        return run.execute(stages, force=force, progress=progress or Silent(), on_stage=on_stage)
 
 
 def export_samples(
@@ -264,7 +413,7 @@ def find_altered(config: PipelineConfig, runs_dir: Path) -> dict[str, list[str]]
         ArtifactError: A manifest is damaged.
         DataError: A raw file is missing.
     """
-    published = (find_artifact(runs_dir / config.name, key) for key in _stage_keys(config).values())
+    published = (find_artifact(runs_dir / config.name, key) for key in Run(config, runs_dir).keys.values())
     return {one.manifest["stage"]: one.find_altered(by_hash=True) for one in published if one is not None}
 
 
@@ -276,80 +425,7 @@ def latest_artifact(run_dir: Path, stage: str) -> Artifact | None:
     return open_artifact(max(published, key=lambda path: (path / "manifest.json").stat().st_mtime_ns))
 
 
-# --- keys ----------------------------------------------------------------------------------------------------
-
-
-def _stage_keys(config: PipelineConfig) -> dict[str, StageKey]:
-    keys: dict[str, StageKey] = {}
-    dataset = config.dataset
-    inputs: dict[str, str] = {}
-    if dataset.source == "synthetic":
-        body: dict[str, Any] = {"num_samples": dataset.num_samples, "num_days": dataset.num_days}
-        keys["generate"] = StageKey(stage="generate", config=body, inputs={}, seed=config.seed)
-        inputs["generate"] = keys["generate"].fingerprint
-    else:
-        from slipstream.io.raw import find_raw_files, fingerprint_raw
-
-        digests = [fingerprint_raw(path) for path in find_raw_files(dataset.raw)]
-        inputs["raw"] = xxhash.xxh3_64_hexdigest(" ".join(digests).encode())
-    body = to_dict(config.preprocess, execution=False)
-    body |= {"source": dataset.source, "max_ind_range": dataset.max_ind_range}
-    if dataset.source == "taobao":
-        body |= {"history_length": dataset.history_length, "points_per_user": dataset.points_per_user}
-        body |= {"users_brought_together": True}
-    if dataset.negative_keep_ratio < 1:
-        body |= {"negative_keep_ratio": dataset.negative_keep_ratio}
-    draws = config.preprocess.split == "random" or dataset.source == "taobao" or dataset.negative_keep_ratio < 1
-    keys["preprocess"] = StageKey(stage="preprocess", config=body, inputs=inputs, seed=config.seed if draws else 0)
-    processed = {"preprocess": keys["preprocess"].fingerprint}
-    segregate = config.segregate
-    body = to_dict(config.profile, execution=False)
-    body |= {
-        "sample_aware_power": segregate.sample_aware_power,
-        "sample_aware_rounds": segregate.sample_aware_rounds,
-    }
-    draws = config.profile.sample_ratio < 1
-    keys["profile"] = StageKey(stage="profile", config=body, inputs=processed, seed=config.seed if draws else 0)
-    body = to_dict(segregate, execution=False)
-    if not str(segregate.hot_budget).strip().endswith("%"):
-        # a share of all rows is the same rows whatever a row weighs
-        body["row_bytes"] = row_bytes_of(config)
-    profiled = processed | {"profile": keys["profile"].fingerprint}
-    keys["segregate"] = StageKey(stage="segregate", config=body, inputs=profiled, seed=0)
-    skip = to_dict(config.skip, execution=False)
-    if config.criterion == "none":
-        skip = {"refresh_steps": config.skip.refresh_steps}
-    elif config.criterion == "stale":
-        skip["movement"] = config.movement
-    train = to_dict(config.train, execution=False) | {"seed": config.train_seed}
-    if config.train.mode != "cached":
-        train = {name: value for name, value in train.items() if not name.startswith("cache_")}
-    body = {
-        "train": train,
-        "model": to_dict(config.model, execution=False),
-        "skip": skip | {"criterion": config.criterion},
-    }
-    if not config.tables.is_plain:
-        body["tables"] = to_dict(config.tables, execution=False)
-    keys["train"] = StageKey(
-        stage="train",
-        config=body,
-        inputs={"segregate": keys["segregate"].fingerprint},
-        seed=config.train_seed,
-    )
-    return keys
-
-
-def row_bytes_of(config: PipelineConfig) -> int:
-    """Accelerator bytes of one hot row under a pipeline's optimizer and skip criterion."""
-    return hot_row_bytes(
-        embedding_dim=config.model.row_width,
-        optimizer=config.train.optimizer,
-        movement=config.movement if config.criterion == "stale" else None,
-    )
-
-
-def _why_run(run_dir: Path, key: StageKey, rerun: list[str]) -> str:
+def _why_run(run_dir: Path, key: StageKey, *, is_first: bool) -> str:
     previous = latest_artifact(run_dir, key.stage)
     if (run_dir / key.stage / f".{key.fingerprint}.partial").exists():
         return "interrupted before; finished parts are kept"
@@ -364,7 +440,7 @@ def _why_run(run_dir: Path, key: StageKey, rerun: list[str]) -> str:
         return "inputs changed: " + ", ".join(names)
     if previous.manifest["seed"] != key.seed:
         return f"seed changed: {previous.manifest['seed']} -> {key.seed}"
-    return "format changed" if not rerun else "inputs changed"
+    return "format changed" if is_first else "inputs changed"
 
 
 def _changes(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -376,122 +452,3 @@ def _changes(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = 
         elif old != new:
             changes.append(f"{prefix}{name} {old} -> {new}")
     return changes
-
-
-# --- running a stage -----------------------------------------------------------------------------------------
-
-
-def _run_stage(
-    config: PipelineConfig,
-    plan: StagePlan,
-    run_dir: Path,
-    result: RunResult,
-    progress: Progress,
-    *,
-    forced: bool,
-) -> StageResult:
-    started = time.perf_counter()
-    scratch = scratch_dir(run_dir, plan.key)
-    inputs = {name: stage.artifact for name, stage in result.stages.items()}
-    counts = _STAGES[plan.stage](config, inputs, scratch, progress)
-    seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    artifact = publish(run_dir, plan.key, counts, seconds=seconds, peak_bytes=peak)
-    reason = "forced" if forced else plan.reason
-    return StageResult(stage=plan.stage, status="ran", reason=reason, seconds=seconds, artifact=artifact)
-
-
-def _generate(
-    config: PipelineConfig, inputs: Mapping[str, Artifact], scratch: Path, progress: Progress
-) -> dict[str, Any]:
-    from slipstream.stages import generate
-
-    return generate.run(config.dataset, seed=config.seed, scratch=scratch, progress=progress)
-
-
-def _preprocess(
-    config: PipelineConfig, inputs: Mapping[str, Artifact], scratch: Path, progress: Progress
-) -> dict[str, Any]:
-    from slipstream.datasets.registry import SOURCES
-    from slipstream.datasets.source import SourceOptions
-    from slipstream.io.raw import find_raw_files
-    from slipstream.stages import preprocess
-
-    if "generate" in inputs:
-        generated = inputs["generate"]
-        files = [str(generated.check(path)) for path in generated.files(suffix=".tsv")]
-    else:
-        files = find_raw_files(config.dataset.raw)
-    dataset = config.dataset
-    options = SourceOptions(
-        files=files,
-        seed=config.seed,
-        max_ind_range=dataset.max_ind_range,
-        history_length=dataset.history_length,
-        points_per_user=dataset.points_per_user,
-    )
-    return preprocess.run(
-        config.preprocess,
-        source=SOURCES.get(dataset.source)(options),
-        files=files,
-        seed=config.seed,
-        scratch=scratch,
-        progress=progress,
-        negative_keep_ratio=dataset.negative_keep_ratio,
-    )
-
-
-def _profile(
-    config: PipelineConfig, inputs: Mapping[str, Artifact], scratch: Path, progress: Progress
-) -> dict[str, Any]:
-    from slipstream.stages import profile
-
-    return profile.run(
-        config.profile,
-        processed=inputs["preprocess"],
-        sample_aware_power=config.segregate.sample_aware_power,
-        sample_aware_rounds=config.segregate.sample_aware_rounds,
-        seed=config.seed,
-        scratch=scratch,
-        progress=progress,
-    )
-
-
-def _segregate(
-    config: PipelineConfig, inputs: Mapping[str, Artifact], scratch: Path, progress: Progress
-) -> dict[str, Any]:
-    from slipstream.io.counts import read_counts
-    from slipstream.stages import segregate
-
-    return segregate.run(
-        config.segregate,
-        processed=inputs["preprocess"],
-        counts=read_counts(inputs["profile"]),
-        row_bytes=row_bytes_of(config),
-        scratch=scratch,
-        progress=progress,
-    )
-
-
-def _train(config: PipelineConfig, inputs: Mapping[str, Artifact], scratch: Path, progress: Progress) -> dict[str, Any]:
-    from slipstream.io.counts import read_counts
-    from slipstream.stages import train
-
-    return train.run(
-        config,
-        processed=inputs["preprocess"],
-        segregated=inputs["segregate"],
-        counts=read_counts(inputs["profile"]),
-        fingerprint=_stage_keys(config)["train"].fingerprint,
-        scratch=scratch,
-        progress=progress,
-    )
-
-
-_STAGES = {
-    "generate": _generate,
-    "preprocess": _preprocess,
-    "profile": _profile,
-    "segregate": _segregate,
-    "train": _train,
-}

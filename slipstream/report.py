@@ -20,7 +20,8 @@ from rich.table import Table
 from rich.text import Text
 
 from slipstream.compare import ComparedVariant, Spread
-from slipstream.pipeline import RunResult, StagePlan, StageResult, row_bytes_of
+from slipstream.pipeline import RunResult, StagePlan, StageResult
+from slipstream.stage import row_bytes_of
 
 _MOST_SHOWN = 40
 """Items of a list that are shown one by one."""
@@ -123,11 +124,12 @@ def _facts(result: RunResult) -> Iterator[tuple[str, str]]:
         )
         if trained["drop_asked"]:
             threshold = trained["threshold"]
+            classified = "samples" if config.scope == "all" else "hot samples"
             at = f" at T = {threshold:.3g}" if threshold is not None else ""
             yield (
                 "dropped",
                 f"{trained['samples_dropped']:,} samples; asked {trained['drop_asked']:.1%} of "
-                f"{trained['samples_classified']:,} hot samples classified, achieved "
+                f"{trained['samples_classified']:,} {classified} classified, achieved "
                 f"{trained['drop_achieved']:.1%}{at} ({config.criterion})",
             )
         tiers = ", ".join(f"{name} {show_bytes(size)}" for name, size in trained["bytes_per_tier"].items())

@@ -238,6 +238,22 @@ def test_warnings_stand_in_the_report_and_in_json(tmp_path: Path):
     assert warnings[0] in call("run", *arguments, "--quiet").stderr
 
 
+@pytest.mark.parametrize(
+    ("criterion", "scope", "shown"),
+    [
+        ("random", "all", "samples classified"),
+        ("random", "hot", "hot samples classified"),
+        ("stale", "all", "hot samples classified"),
+    ],
+)
+def test_the_report_says_which_samples_were_classified(
+    run_arguments: list[object], criterion: str, scope: str, shown: str
+):
+    chosen = ["--set", f"skip.criterion={criterion}", "--set", f"skip.scope={scope}"]
+    text = " ".join(call("run", *run_arguments, *chosen).stdout.split())
+    assert re.search(rf"asked 30\.0% of [\d,]+ {shown}", text), text
+
+
 def test_what_is_undefined_is_called_so(tmp_path: Path):
     lines = make_lines(2100)
     raw = write_raw(tmp_path / "log", [*lines[:1800], *(b"1" + line[1:] for line in lines[1800:])])

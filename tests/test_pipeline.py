@@ -1,16 +1,22 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any, get_args, get_type_hints
 
 import pytest
+from raw_logs import make_lines, write_raw
 from strategies import tiny_config
 
+from slipstream import pipeline
 from slipstream.config import DatasetConfig, PipelineConfig
 from slipstream.errors import ArtifactError, DataError
+from slipstream.io import raw
 from slipstream.io.artifacts import leftovers, scratch_dir
-from slipstream.pipeline import clean_run, latest_artifact, plan_pipeline, run_pipeline, stage_names
+from slipstream.pipeline import STAGES, clean_run, latest_artifact, plan_pipeline, run_pipeline, stage_names
+from slipstream.stage import Stage, StageJob
 
 ALL = ["generate", "preprocess", "profile", "segregate", "train"]
 
@@ -137,6 +143,44 @@ def test_a_stage_that_fails_publishes_nothing_and_frees_the_run_folder(tmp_path:
     assert to_run(tiny_config(), tmp_path)["segregate"] == "interrupted before; finished parts are kept"
     run_pipeline(tiny_config(), tmp_path)
     assert leftovers(tmp_path / "tiny_test") == []
+
+
+def test_raw_files_are_hashed_once_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    files = [write_raw(tmp_path / f"day_{day}.tsv", make_lines(600, seed=day)) for day in (0, 1)]
+    hashed: list[str] = []
+    fingerprint = raw.fingerprint_raw
+
+    def counting(path: str) -> str:
+        hashed.append(path)
+        return fingerprint(path)
+
+    monkeypatch.setattr(raw, "fingerprint_raw", counting)
+    config = tiny_config(dataset={"source": "criteo", "raw": [str(file) for file in files]})
+    for _ in ("first", "again"):
+        run_pipeline(config, tmp_path / "runs")
+        assert hashed == [str(file) for file in files]
+        hashed.clear()
+
+
+def test_a_stage_is_a_module_and_an_entry_of_the_list(runs: Path, monkeypatch: pytest.MonkeyPatch):
+    module = ModuleType("slipstream.stages.tally")
+
+    def run_stage(job: StageJob) -> dict[str, Any]:
+        (job.scratch / "tally.txt").write_text("x" * job.inputs["profile"].counts["rows"])
+        return {"seed": job.config.seed}
+
+    module.run_stage = run_stage  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "slipstream.stages.tally", module)
+    entry = Stage(name="tally", after=("profile",), comes_with="train", settings=lambda config: {"letter": "x"})
+    monkeypatch.setattr(pipeline, "STAGES", (*STAGES[:-1], entry, STAGES[-1]))
+
+    assert to_run(tiny_config(), runs) == {"tally": "no output yet"}
+    result = run_pipeline(tiny_config(), runs, stages=["train"])
+    tally = result.stages["tally"]
+    assert (tally.status, tally.artifact.counts) == ("ran", {"seed": 0})
+    assert tally.artifact.files()[0].read_text() == "x" * result.counts("profile")["rows"]
+    assert to_run(tiny_config(), runs) == {}
+    assert list(to_run(tiny_config(profile__curve=[0.1]), runs)) == ["profile", "segregate", "tally", "train"]
 
 
 def test_clean_removes_leftovers_and_keeps_artifacts(runs: Path):

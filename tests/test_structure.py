@@ -19,6 +19,7 @@ import slipstream
 from slipstream.cli import app
 from slipstream.config import PipelineConfig
 from slipstream.models.registry import MODELS
+from slipstream.pipeline import STAGES
 
 PACKAGE = Path(slipstream.__file__).parent
 ROOT = PACKAGE.parent
@@ -27,12 +28,25 @@ COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 MAY_IMPORT = {
     "__main__": {"cli"},
-    "cli": {"compare", "report", "pipeline", "config", "options", "errors", "io", "progress", "schema"},
-    "report": {"compare", "pipeline", "config", "errors", "io", "progress", "schema"},
+    "cli": {"compare", "stage", "report", "pipeline", "config", "options", "errors", "io", "progress", "schema"},
+    "report": {"compare", "stage", "pipeline", "config", "errors", "io", "progress", "schema"},
     "compare": {"pipeline", "training", "config", "errors", "progress", "schema"},
-    "pipeline": {"serving", "stages", "datasets", "io", "ops", "config", "options", "errors", "progress", "schema"},
+    "pipeline": {
+        "stage",
+        "serving",
+        "stages",
+        "datasets",
+        "io",
+        "ops",
+        "config",
+        "options",
+        "errors",
+        "progress",
+        "schema",
+    },
     "stages": {
         *(
+            "stage",
             "serving",
             "training",
             "embedding",
@@ -47,6 +61,7 @@ MAY_IMPORT = {
             "schema",
         )
     },
+    "stage": {"config", "options", "io", "ops", "progress"},
     "serving": {"serving", "training", "datasets", "models", "io", "ops", "errors", "progress", "schema"},
     "training": {"registry", "training", "embedding", "models", "io", "ops", "errors", "progress", "schema"},
     "embedding": {"registry", "embedding", "ops", "errors", "schema"},
@@ -167,7 +182,14 @@ def test_a_model_is_checked_and_planned_without_torch(tmp_path: Path, name: str)
 
 
 def test_there_is_one_command_for_every_verb():
-    assert set(COMMANDS) >= {"run", "plan", "check", "show", "clean", "preprocess", "profile", "segregate", "train"}
+    assert set(COMMANDS) >= {
+        "run",
+        "plan",
+        "check",
+        "show",
+        "clean",
+        *(stage.name for stage in STAGES if stage.summary),
+    }
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))

@@ -95,7 +95,7 @@ def find_raw_files(patterns: Sequence[str], *, named_by: str = "`dataset.raw`", 
                 hint="check the path; a relative one starts at the folder you run in",
             )
         for match in matches:
-            if "://" not in match:
+            if "://" not in match and not (stdin and match == STDIN):
                 _check_kind(match, named_by)
         found += matches
     return found

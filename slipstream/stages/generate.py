@@ -16,6 +16,12 @@ from slipstream.config import DatasetConfig
 from slipstream.datasets.synthetic import SyntheticSpec, write_log
 from slipstream.io.artifacts import write_atomically
 from slipstream.progress import Progress
+from slipstream.stage import StageJob
+
+
+def run_stage(job: StageJob) -> dict[str, Any]:
+    """Run as a stage of a pipeline."""
+    return run(job.config.dataset, seed=job.config.seed, scratch=job.scratch, progress=job.progress)
 
 
 def run(config: DatasetConfig, *, seed: int, scratch: Path, progress: Progress) -> dict[str, Any]:

@@ -25,13 +25,14 @@ import pyarrow as pa
 
 from slipstream.config import PreprocessConfig
 from slipstream.datasets.parsing import parse_files
-from slipstream.datasets.source import ColumnarSource, Source
+from slipstream.datasets.registry import SOURCES
+from slipstream.datasets.source import ColumnarSource, Source, SourceOptions
 from slipstream.errors import ConfigError, DataError
 from slipstream.io.artifacts import write_atomically
 from slipstream.io.capacity import require_disk, require_memory
 from slipstream.io.lookups import lookup_path, write_lookup
 from slipstream.io.parsed import dictionary_of
-from slipstream.io.raw import estimate_text_bytes, find_twins, is_parquet
+from slipstream.io.raw import estimate_text_bytes, find_raw_files, find_twins, is_parquet
 from slipstream.io.samples import write_parquet
 from slipstream.io.split_layout import Piece, SplitLayout
 from slipstream.ops import split as splits
@@ -49,6 +50,7 @@ from slipstream.ops.vocabulary import (
 from slipstream.options import parse_bytes
 from slipstream.progress import Progress
 from slipstream.schema import LABEL, MISSING_ID, SPLITS, dense_name, table_name
+from slipstream.stage import StageJob
 
 # Measured on Criteo text: bytes on disk per byte of text, and of memory per worker and byte of a chunk.
 _DISK_PER_TEXT_BYTE = 0.8
@@ -56,6 +58,32 @@ _MEMORY_PER_WORKER = 9
 _BASE_BYTES = 128 << 20
 _LOOKUP_BYTES_PER_ROW = 12
 _CHUNKS_LOOKED_UP = 4
+
+
+def run_stage(job: StageJob) -> dict[str, Any]:
+    """Run as a stage of a pipeline: on what was generated, or else on raw files."""
+    dataset = job.config.dataset
+    if "generate" in job.inputs:
+        generated = job.inputs["generate"]
+        files = [str(generated.check(path)) for path in generated.files(suffix=".tsv")]
+    else:
+        files = find_raw_files(dataset.raw)
+    options = SourceOptions(
+        files=files,
+        seed=job.config.seed,
+        max_ind_range=dataset.max_ind_range,
+        history_length=dataset.history_length,
+        points_per_user=dataset.points_per_user,
+    )
+    return run(
+        job.config.preprocess,
+        source=SOURCES.get(dataset.source)(options),
+        files=files,
+        seed=job.config.seed,
+        scratch=job.scratch,
+        progress=job.progress,
+        negative_keep_ratio=dataset.negative_keep_ratio,
+    )
 
 
 def run(

@@ -35,6 +35,7 @@ from slipstream.ops.hot_set import (
 from slipstream.ops.parallel import in_order
 from slipstream.progress import Progress
 from slipstream.schema import table_name
+from slipstream.stage import StageJob
 
 CURVE_SAMPLES = 500_000
 """Training samples the curve is measured on, at most, and validation samples likewise."""
@@ -47,6 +48,19 @@ _WORKER_BYTES, _WORKER_BYTES_PER_ROW = 32 << 20, 48
 _CURVE_BYTES = 1 << 30
 
 _Blocks = Callable[[], Iterable[np.ndarray]]
+
+
+def run_stage(job: StageJob) -> dict[str, Any]:
+    """Run as a stage of a pipeline."""
+    return run(
+        job.config.profile,
+        processed=job.inputs["preprocess"],
+        sample_aware_power=job.config.segregate.sample_aware_power,
+        sample_aware_rounds=job.config.segregate.sample_aware_rounds,
+        seed=job.config.seed,
+        scratch=job.scratch,
+        progress=job.progress,
+    )
 
 
 def run(

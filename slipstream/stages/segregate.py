@@ -26,6 +26,7 @@ from slipstream.config import SegregateConfig
 from slipstream.errors import CapacityError
 from slipstream.io.artifacts import Artifact, write_atomically, write_json
 from slipstream.io.capacity import require_disk
+from slipstream.io.counts import read_counts
 from slipstream.io.samples import (
     Samples,
     column_offsets,
@@ -49,8 +50,21 @@ from slipstream.ops.parallel import in_order
 from slipstream.options import parse_budget
 from slipstream.progress import Progress
 from slipstream.schema import SHARD_GROUPS, dense_name, table_name
+from slipstream.stage import StageJob, row_bytes_of
 
 _WORKERS = 2
+
+
+def run_stage(job: StageJob) -> dict[str, Any]:
+    """Run as a stage of a pipeline."""
+    return run(
+        job.config.segregate,
+        processed=job.inputs["preprocess"],
+        counts=read_counts(job.inputs["profile"]),
+        row_bytes=row_bytes_of(job.config),
+        scratch=job.scratch,
+        progress=job.progress,
+    )
 
 
 def run(

@@ -24,12 +24,13 @@ from slipstream.embedding.tiers.lookahead import LookAhead
 from slipstream.embedding.tiers.placement import CachedRows
 from slipstream.errors import ConfigError
 from slipstream.io.artifacts import Artifact, write_atomically, write_json
+from slipstream.io.counts import read_counts
 from slipstream.io.samples import table_of_column
 from slipstream.ops.metrics import Quality, measure_quality
 from slipstream.ops.plausibility import doubt_quality
 from slipstream.options import pick, to_dict
-from slipstream.progress import Progress
 from slipstream.serving.encoder import describe_encoding, write_vocabularies
+from slipstream.stage import StageJob
 from slipstream.training.assemble import Assembly, Settings, assemble, learning_rate
 from slipstream.training.checkpoint import Checkpointer
 from slipstream.training.device import check_kernels, fitting_the_device, resolve_device
@@ -47,40 +48,26 @@ _ROUND_SAMPLES = 1_000_000
 """Most samples of a round."""
 
 
-def run(
-    config: PipelineConfig,
-    *,
-    processed: Artifact,
-    segregated: Artifact,
-    counts: np.ndarray,
-    fingerprint: str,
-    scratch: Path,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Train and evaluate; goes on from a checkpoint in `scratch` where there is one.
-
-    Args:
-        config: The pipeline.
-        processed: The preprocess artifact, whose vocabularies and transforms go with the model.
-        segregated: The segregate artifact.
-        counts: Access counts per global row, which mode `cached` ranks by. Shape (V,), int64.
-        fingerprint: Of this run, so that no other run's checkpoint is taken up.
-        scratch: Folder to write to.
-        progress: Told how far it is.
+def run_stage(job: StageJob) -> dict[str, Any]:
+    """Train and evaluate; goes on from a checkpoint in the scratch folder where there is one.
 
     Returns:
         Counts for the manifest: metrics, samples seen and dropped, throughput, bytes per tier.
     """
+    config, scratch = job.config, job.scratch
+    processed, segregated = job.inputs["preprocess"], job.inputs["segregate"]
     write_vocabularies(processed, scratch)
-    parts = _open(config, segregated, counts)
+    parts = _open(config, segregated, counts=read_counts(job.inputs["profile"]))
     shards = Shards(segregated, parts.layout)
     checkpoints = Checkpointer(
-        scratch / "work" / "checkpoint.safetensors", fingerprint=fingerprint, every_steps=config.train.checkpoint_steps
+        scratch / "work" / "checkpoint.safetensors",
+        fingerprint=job.key.fingerprint,
+        every_steps=config.train.checkpoint_steps,
     )
     with (
         SummaryWriter(str(scratch / "events")) as events,
         shards.streams(seed=config.train_seed) as open_streams,
-        progress.task("train", shards.num_train * config.train.epochs, "samples") as advance,
+        job.progress.task("train", shards.num_train * config.train.epochs, "samples") as advance,
     ):
         trainer: Trainer | FaithfulTrainer
         if config.train.faithful:
@@ -139,7 +126,7 @@ def _doubt_cache(config: TrainConfig, parts: Assembly) -> list[str]:
     ]
 
 
-def _open(config: PipelineConfig, segregated: Artifact, counts: np.ndarray) -> Assembly:
+def _open(config: PipelineConfig, segregated: Artifact, *, counts: np.ndarray) -> Assembly:
     """Put together what trains."""
     if config.train.num_threads:
         torch.set_num_threads(config.train.num_threads)

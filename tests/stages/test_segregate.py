@@ -14,8 +14,9 @@ from slipstream.errors import CapacityError, ConfigError
 from slipstream.io.artifacts import Artifact
 from slipstream.io.counts import read_counts
 from slipstream.io.samples import read_shard
-from slipstream.pipeline import RunResult, row_bytes_of, run_pipeline
+from slipstream.pipeline import RunResult, run_pipeline
 from slipstream.schema import dense_name, table_name
+from slipstream.stage import row_bytes_of
 
 ROW_BYTES = 4 * 4 + 4 + 16
 """Weights, the state of row-wise Adagrad, and what staleness keeps of a row."""

@@ -7,7 +7,8 @@ from safetensors.numpy import load_file
 
 from slipstream.config import build_pipeline
 from slipstream.errors import ConfigError
-from slipstream.pipeline import RunResult, plan_pipeline, row_bytes_of, run_pipeline
+from slipstream.pipeline import RunResult, plan_pipeline, run_pipeline
+from slipstream.stage import row_bytes_of
 from slipstream.training.skipping.staleness import bisect_threshold, find_threshold
 
 TREE: dict[str, Any] = {

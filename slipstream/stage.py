@@ -1,0 +1,90 @@
+"""What a stage of a pipeline is: what its result depends on, and what makes it.
+
+A stage is a module of `stages/` with a function `run_stage(job)`, and one entry of `STAGES` in `pipeline.py`; its
+command, its plan, its place in a run and its artifact follow. The entry loads nothing heavy, so a run is planned
+without the packages that do the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from slipstream.config import PipelineConfig
+from slipstream.io.artifacts import Artifact, StageKey
+from slipstream.options import to_dict
+from slipstream.progress import Progress
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageJob:
+    """One stage of one run, about to run."""
+
+    config: PipelineConfig
+    key: StageKey
+    inputs: Mapping[str, Artifact]
+    """Artifacts of the stages before it, by stage."""
+    scratch: Path
+    """Folder to write to; finished parts of an interrupted run are still there."""
+    progress: Progress
+    """Told how far the stage is."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """One entry of the list of stages."""
+
+    name: str
+    """Of its module in `stages/`, its command, its folder and, where it has one, its section of the pipeline file."""
+    summary: str = ""
+    """Of its command; empty where it has none."""
+    after: tuple[str, ...] = ()
+    """Stages whose artifacts its result depends on, where they are part of the pipeline."""
+    comes_with: str = ""
+    """Stage whose command runs this one too."""
+    is_part: Callable[[PipelineConfig], bool] = field(default=lambda config: True)
+    """Whether a pipeline has the stage."""
+    settings: Callable[[PipelineConfig], Mapping[str, Any]] | None = None
+    """Plain values of the pipeline file that its result depends on; None for its section."""
+    other_inputs: Callable[[PipelineConfig], Mapping[str, str]] = field(default=lambda config: {})
+    """Fingerprints of what it reads beside artifacts."""
+    seed: Callable[[PipelineConfig], int] = field(default=lambda config: config.seed)
+    """Seed of what it draws; 0 where it draws nothing."""
+
+    def key(self, config: PipelineConfig, earlier: Mapping[str, StageKey]) -> StageKey:
+        """Name everything that the stage's result depends on.
+
+        Args:
+            config: The pipeline.
+            earlier: Keys of the stages before it.
+
+        Raises:
+            DataError: A raw file is missing.
+        """
+        settings = self.settings or (lambda config: to_dict(getattr(config, self.name), execution=False))
+        inputs = {name: earlier[name].fingerprint for name in self.after if name in earlier}
+        return StageKey(
+            stage=self.name,
+            config=settings(config),
+            inputs=inputs | dict(self.other_inputs(config)),
+            seed=self.seed(config),
+        )
+
+    def run(self, job: StageJob) -> dict[str, Any]:
+        """Do the work; returns the counts for the manifest."""
+        counts: dict[str, Any] = import_module(f"slipstream.stages.{self.name}").run_stage(job)
+        return counts
+
+
+def row_bytes_of(config: PipelineConfig) -> int:
+    """Accelerator bytes of one hot row under a pipeline's optimizer and skip criterion."""
+    from slipstream.ops.hot_set import hot_row_bytes
+
+    return hot_row_bytes(
+        embedding_dim=config.model.row_width,
+        optimizer=config.train.optimizer,
+        movement=config.movement if config.criterion == "stale" else None,
+    )
