@@ -1,9 +1,10 @@
 """What DLRM's own preprocessing left behind: one npz file with X_int, X_cat and y.
 
-`kaggleAdDisplayChallenge_processed.npz` and its like: X_int int32 (n, 13), raw counts with negatives set to 0 and
-no logarithm taken; X_cat int32 (n, 26), ids already numbered 0, 1, 2, … by DLRM; y int32 (n,). Other widths are read as
-they are. `counts` and further arrays are not needed: rows are ranked anew. Arrays are read in pieces and never
-unpickled. Ids are what DLRM made of them; the tokens stand in its `*_fea_dict_*.npz` files, which are not read.
+`kaggleAdDisplayChallenge_processed.npz` and its like: X_int int32 (n, 13), raw counts with negatives set to 0 and no
+logarithm taken; X_cat int32 (n, 26), ids already numbered 0, 1, 2, … by DLRM; y int32 (n,). Other widths are read as
+they are, whole numbers as float64 too, and arrays in Fortran order, which is how preprocessing leaves a day. `counts`
+and further arrays are not needed: rows are ranked anew. Arrays are read in pieces and never unpickled. Ids are what
+DLRM made of them; the tokens stand in its `*_fea_dict_*.npz` files, which are not read.
 
 Source: data_utils.py and dlrm_data_pytorch.py of facebookresearch/dlrm.
 """

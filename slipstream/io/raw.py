@@ -335,7 +335,8 @@ def open_raw(path: str, stored: IO[bytes]) -> Iterator[IO[bytes]]:
     elif name.endswith((".zst", ".zstd")):
         yield _ZstdStream(stored)  # type: ignore[misc]
     elif name.endswith(".npz"):
-        yield NpzLines(stored)  # type: ignore[misc]
+        with NpzLines(stored) as lines:
+            yield lines  # type: ignore[misc]
     else:
         yield stored
 

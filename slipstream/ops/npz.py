@@ -2,11 +2,17 @@
 
 DLRM keeps a preprocessed data set in one npz file with the arrays X_int, X_cat and y. `numpy.load` reads such an array
 whole; here the members of the archive are read side by side, so memory holds a few thousand rows.
+
+DLRM's preprocessing writes X_cat transposed, that is in Fortran order: all of the first column, then all of the
+second. Its rows are scattered over the whole member, which is compressed and so has to be read from its beginning; such
+an array is unpacked into a temporary file, where each column can be read from any place.
 """
 
 from __future__ import annotations
 
 import io
+import shutil
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from threading import Lock
@@ -79,6 +85,13 @@ class NpzLines:
         self._members: _Members | None = None
         self._held = io.BytesIO()
 
+    def __enter__(self) -> NpzLines:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._members is not None:
+            self._members.close()
+
     def seekable(self) -> bool:
         """Never: lines are made as they are read."""
         return False
@@ -121,6 +134,9 @@ class _Members:
             raise ValueError(f"expected an npz file: {exc}") from exc
         self._streams: dict[str, IO[bytes]] = {}
         self._dtypes: dict[str, np.dtype[Any]] = {}
+        self._by_column: dict[str, IO[bytes]] = {}
+        """Arrays in Fortran order, unpacked once they are read."""
+        self._is_fortran: dict[str, bool] = {}
         self.widths: dict[str, int] = {}
         lengths = set()
         for name in _ARRAYS:
@@ -129,24 +145,30 @@ class _Members:
             self.widths[name] = shape[1] if len(shape) > 1 else 1
         if len(lengths) != 1:
             raise ValueError(f"expected arrays of one length, found {sorted(lengths)}")
-        self._remaining = lengths.pop()
+        self._num_rows, self._done = lengths.pop(), 0
 
     def __enter__(self) -> _Members:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the archive and remove what was unpacked."""
+        for stream in self._by_column.values():
+            stream.close()
         self._archive.close()
 
     def next_lines(self, count: int) -> bytes:
         """The next `count` rows as text."""
-        count = min(count, self._remaining)
+        count = min(count, self._num_rows - self._done)
         if not count:
             return b""
         columns: list[pl.Series] = []
         for name in _ARRAYS:
             values = self._read(name, count)
             columns += [_as_text(values[:, index]).alias(f"{name}_{index}") for index in range(values.shape[1])]
-        self._remaining -= count
+        self._done += count
         text = io.BytesIO()
         pl.DataFrame(columns).write_csv(text, separator="\t", include_header=False)
         return text.getvalue()
@@ -158,20 +180,37 @@ class _Members:
             found = ", ".join(sorted(item.removesuffix(".npy") for item in self._archive.namelist()))
             raise ValueError(f"expected the arrays {', '.join(_ARRAYS)}, found {found or 'none'}") from exc
         shape, is_fortran, dtype = _read_header(stream)
-        if is_fortran or len(shape) not in (1, 2) or (name != "y" and len(shape) != 2):
-            raise ValueError(f"expected {name} with one row per sample in C order, found shape {shape}")
+        if len(shape) not in (1, 2) or (name != "y" and len(shape) != 2):
+            raise ValueError(f"expected {name} with one row per sample, found shape {shape}")
         if dtype.kind not in "iuf":
             raise ValueError(f"expected numbers in {name}, found {dtype}")
         self._streams[name], self._dtypes[name] = stream, dtype
+        self._is_fortran[name] = is_fortran and len(shape) == 2
         return shape
 
     def _read(self, name: str, count: int) -> np.ndarray:
         dtype = self._dtypes[name]
+        if self._is_fortran[name]:
+            return self._read_by_column(name, count).astype(dtype.newbyteorder("="))
         wanted = count * self.widths[name] * dtype.itemsize
         data = self._streams[name].read(wanted)
         if len(data) != wanted:
             raise ValueError(f"array {name} is shorter than its header says")
         return np.frombuffer(data, dtype).reshape(count, -1).astype(dtype.newbyteorder("="))
+
+    def _read_by_column(self, name: str, count: int) -> np.ndarray:
+        """The next rows of an array whose columns stand one after the other. Shape (count, columns)."""
+        dtype, width = self._dtypes[name], self.widths[name]
+        if name not in self._by_column:
+            self._by_column[name] = tempfile.TemporaryFile()
+            shutil.copyfileobj(self._streams[name], self._by_column[name], 1 << 20)
+        stream = self._by_column[name]
+        rows = np.empty((width, count), dtype)
+        for column in range(width):
+            stream.seek((column * self._num_rows + self._done) * dtype.itemsize)
+            if cast(io.BufferedIOBase, stream).readinto(rows[column].data.cast("B")) != rows[column].nbytes:
+                raise ValueError(f"array {name} is shorter than its header says")
+        return rows.T
 
 
 def _as_text(values: np.ndarray) -> pl.Series:
