@@ -136,6 +136,15 @@ def test_a_gzip_file_with_trailing_garbage_names_it(tmp_path: Path, lines: list[
     assert "log.gz` is not a sound compressed file" in fail(tmp_path, tmp_path / "log.gz")
 
 
+def test_a_flipped_bit_in_a_gzip_file_is_said_to_be_damage(tmp_path: Path, lines: list[bytes]):
+    packed = write_raw(tmp_path / "log.gz", lines).read_bytes()
+    said = set()
+    for place in range(20, len(packed), len(packed) // 40):
+        (tmp_path / "log.gz").write_bytes(packed[:place] + bytes([packed[place] ^ 16]) + packed[place + 1 :])
+        said.add(fail(tmp_path, tmp_path / "log.gz").partition(":")[2].partition(":")[0].partition(" is ")[2])
+    assert said <= {"not a sound compressed file", "truncated"} and said
+
+
 @pytest.mark.parametrize("name", ["log.gz", "log.zst"])
 def test_a_truncated_file_is_said_to_be_truncated(tmp_path: Path, lines: list[bytes], name: str):
     packed = write_raw(tmp_path / name, lines).read_bytes()
