@@ -109,7 +109,7 @@ def run_slipstream(folder: Path) -> dict[str, Any]:
                 scratch=Path(scratch),
                 progress=Silent(),
             )
-        return sum(written["samples"].values())
+        return sum(written.samples.values())
 
     return timed(work, unit="samples")
 

@@ -8,15 +8,15 @@ weights per seed, so differences are paired.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
 
 from slipstream.config import PipelineConfig, load_pipeline
 from slipstream.errors import ConfigError
-from slipstream.pipeline import run_pipeline
+from slipstream.io.figures import FiguresT, SegregateFigures, TrainFigures
+from slipstream.pipeline import RunResult, run_pipeline
 from slipstream.progress import Progress
 
 _SCOPES = {"stale": "hot", "random": "all", "negative": "all", "importance": "all"}
@@ -110,7 +110,7 @@ def run_comparison(
         progress: Told how far each stage is.
         on_run: Told which cell comes next.
     """
-    trained: list[list[dict[str, Any]]] = []
+    trained: list[list[TrainFigures]] = []
     hot_rows: set[int] = set()
     for variant in grid:
         cells = []
@@ -123,14 +123,14 @@ def run_comparison(
                 target = _target_drop(config, runs_dir, skip_share, progress)
                 config = load_pipeline(path, [*chosen, f"skip.target_drop={target:.4f}"])
             result = run_pipeline(config, runs_dir, progress=progress)
-            hot_rows.add(result.counts("segregate")["hot_rows"])
+            hot_rows.add(_figures_of(result, SegregateFigures).hot_rows)
             if len(hot_rows) > 1 and not any("segregate." in override for override in variant.overrides):
                 raise ConfigError(
                     f"`segregate.hot_budget` = {config.segregate.hot_budget} buys variants different hot sets: "
                     f"{sorted(hot_rows)} rows, because what is kept of a row beside its weights differs",
                     hint='give the budget as a share, such as "10%", so that differences are paired',
                 )
-            cells.append(result.counts("train"))
+            cells.append(_figures_of(result, TrainFigures))
         trained.append(cells)
     return [_summarise(variant, cells, trained[0]) for variant, cells in zip(grid, trained, strict=True)]
 
@@ -140,11 +140,11 @@ def _target_drop(config: PipelineConfig, runs_dir: Path, share: float, progress:
     from slipstream.training.order.schedule import default_segment_steps
 
     before = run_pipeline(config, runs_dir, stages=["preprocess", "segregate"], progress=progress)
-    samples: dict[str, int] = before.counts("segregate")["samples"]
-    total = samples["hot"] + samples["cold"]
+    segregated = _figures_of(before, SegregateFigures)
+    total = segregated.num_train
     steps = config.skip.refresh_steps or default_segment_steps(total, config.train.batch_size)
     first = min(1.0, steps * config.train.batch_size / (total * config.train.epochs))
-    classified = (1 - first) * (1.0 if config.scope == "all" else samples["hot"] / total)
+    classified = (1 - first) * (1.0 if config.scope == "all" else segregated.samples["hot"] / total)
     if share >= classified:
         raise ConfigError(
             f"expected a share of samples to skip below {classified:.3f}, which `{config.criterion}` classifies; "
@@ -154,28 +154,34 @@ def _target_drop(config: PipelineConfig, runs_dir: Path, share: float, progress:
     return share / classified
 
 
-def _summarise(variant: Variant, cells: Sequence[dict[str, Any]], first: Sequence[dict[str, Any]]) -> ComparedVariant:
+def _summarise(variant: Variant, cells: Sequence[TrainFigures], first: Sequence[TrainFigures]) -> ComparedVariant:
     figures = {name: _spread([_figures(cell)[name] for cell in cells]) for name in _figures(cells[0])}
     changes = [_figures(cell)["auc"] - _figures(base)["auc"] for cell, base in zip(cells, first, strict=True)]
     figures["auc_change"] = _spread(changes)
     return ComparedVariant(name=variant.name, overrides=variant.overrides, figures=figures, seeds=len(cells))
 
 
-def _figures(cell: dict[str, Any]) -> dict[str, float]:
-    tiers = cell["bytes_per_tier"]
+def _figures_of(result: RunResult, kind: type[FiguresT]) -> FiguresT:
+    figures = result.figures(kind)
+    assert figures is not None, kind.stage
+    return figures
+
+
+def _figures(cell: TrainFigures) -> dict[str, float]:
+    tiers = cell.bytes_per_tier
     figures = {
-        "seconds": cell["train_seconds"],
-        "samples_per_second": cell["samples_per_second"],
-        "samples_seen": cell["samples_seen"],
-        "skipped_share": cell["samples_dropped"] / (cell["samples_seen"] + cell["samples_dropped"]),
-        "auc": (cell["test"]["auc"] + cell["val"]["auc"]) / 2,
-        "hit_ratio": cell["hit_ratio"],
+        "seconds": cell.train_seconds,
+        "samples_per_second": cell.samples_per_second,
+        "samples_seen": cell.samples_seen,
+        "skipped_share": cell.samples_dropped / (cell.samples_seen + cell.samples_dropped),
+        "auc": (cell.test.auc + cell.val.auc) / 2,
+        "hit_ratio": cell.hit_ratio,
         "device_bytes": sum(size for tier, size in tiers.items() if tier != "cold"),
         "host_bytes": tiers["cold"],
-        "moved_bytes": cell["bytes_to_device"] + cell["bytes_to_host"],
+        "moved_bytes": cell.bytes_to_device + cell.bytes_to_host,
     }
-    for split in ("test", "val"):
-        figures |= {f"{split}_{name}": value for name, value in cell[split].items()}
+    for split, quality in (("test", cell.test), ("val", cell.val)):
+        figures |= {f"{split}_{name}": value for name, value in asdict(quality).items()}
     return figures
 
 

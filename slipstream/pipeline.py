@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
@@ -36,6 +36,9 @@ from slipstream.io.artifacts import (
 from slipstream.options import to_dict
 from slipstream.progress import Progress, Silent
 from slipstream.stage import Stage, StageJob, row_bytes_of
+
+if TYPE_CHECKING:
+    from slipstream.io.figures import FiguresT
 
 _CHANGES_SHOWN = 4
 _UP_TO_DATE = "up to date: same config, inputs and seed"
@@ -190,6 +193,11 @@ class RunResult:
         result = self.stages.get(stage)
         return result.artifact.counts if result else {}
 
+    def figures(self, kind: type[FiguresT]) -> FiguresT | None:
+        """Typed figures of the stage that reports them; None when it neither ran nor was skipped."""
+        result = self.stages.get(kind.stage)
+        return kind.of(result.artifact) if result else None
+
     @property
     def warnings(self) -> list[str]:
         """What looks wrong though nothing failed, each with its stage."""
@@ -275,10 +283,10 @@ class Run:
             scratch=scratch_dir(self.run_dir, plan.key),
             progress=progress,
         )
-        counts = self.stages[plan.stage].run(job)
+        figures = self.stages[plan.stage].run(job)
         seconds = time.perf_counter() - started
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        artifact = publish(self.run_dir, plan.key, counts, seconds=seconds, peak_bytes=peak)
+        artifact = publish(self.run_dir, plan.key, figures.to_json(), seconds=seconds, peak_bytes=peak)
         reason = "forced" if forced else plan.reason
         return StageResult(stage=plan.stage, status="ran", reason=reason, seconds=seconds, artifact=artifact)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -20,6 +21,8 @@ from rich.table import Table
 from rich.text import Text
 
 from slipstream.compare import ComparedVariant, Spread
+from slipstream.config import PipelineConfig
+from slipstream.io.figures import GenerateFigures, PreprocessFigures, SegregateFigures, TrainFigures
 from slipstream.pipeline import RunResult, StagePlan, StageResult
 from slipstream.stage import row_bytes_of
 
@@ -91,50 +94,45 @@ def run_table(result: RunResult) -> RenderableType:
 
 def _facts(result: RunResult) -> Iterator[tuple[str, str]]:
     config = result.config
-    if processed := result.counts("preprocess"):
-        samples = processed["samples"]
-        split = ", ".join(f"{count:,} {name}" for name, count in samples.items())
-        yield "samples", f"{split}; {processed['rejected']:,} lines rejected"
-        yield (
-            "rows",
-            f"{sum(processed['rows_per_table'].values()):,} in {len(processed['rows_per_table'])} tables",
-        )
-    if segregated := result.counts("segregate"):
-        share = segregated["hot_rows"] / segregated["rows"]
-        hot_bytes = segregated["hot_rows"] * row_bytes_of(config)
+    if encoded := result.figures(PreprocessFigures):
+        split = ", ".join(f"{count:,} {name}" for name, count in encoded.samples.items())
+        yield "samples", f"{split}; {encoded.rejected:,} lines rejected"
+        yield "rows", f"{sum(encoded.rows_per_table.values()):,} in {len(encoded.rows_per_table)} tables"
+    if segregated := result.figures(SegregateFigures):
+        share, hot_bytes = segregated.hot_rows / segregated.rows, segregated.hot_rows * row_bytes_of(config)
         yield (
             "hot rows",
-            f"{segregated['hot_rows']:,} ({share:.1%}, {show_bytes(hot_bytes)}), Λ = {segregated['lambda']}",
+            f"{segregated.hot_rows:,} ({share:.1%}, {show_bytes(hot_bytes)}), Λ = {segregated.access_threshold}",
         )
         yield (
             "hot share",
-            f"{segregated['hot_sample_share']:.1%} of training samples, {segregated['hit_ratio']:.1%} of their lookups",
+            f"{segregated.hot_sample_share:.1%} of training samples, {segregated.hit_ratio:.1%} of their lookups",
         )
-    if trained := result.counts("train"):
-        teacher = result.counts("generate").get("splits", {})
-        for split in ("test", "val"):
-            quality = trained[split]
-            best = teacher.get(split, {}).get("auc")
-            beside = f" (teacher {best:.4f})" if best else ""
-            yield split, _show_quality(quality, beside)
+    if trained := result.figures(TrainFigures):
+        generated = result.figures(GenerateFigures)
+        for split, quality in (("test", trained.test), ("val", trained.val)):
+            best = f" (teacher {generated.splits[split].auc:.4f})" if generated else ""
+            yield split, _show_quality(asdict(quality), best)
         yield (
             "speed",
-            f"{trained['samples_per_second']:,.0f} samples/s on {trained['device']} over "
-            f"{trained['steps']:,} steps, mode {config.train.mode}",
+            f"{trained.samples_per_second:,.0f} samples/s on {trained.device} over {trained.steps:,} steps, "
+            f"mode {config.train.mode}",
         )
-        if trained["drop_asked"]:
-            threshold = trained["threshold"]
-            classified = "samples" if config.scope == "all" else "hot samples"
-            at = f" at T = {threshold:.3g}" if threshold is not None else ""
-            yield (
-                "dropped",
-                f"{trained['samples_dropped']:,} samples; asked {trained['drop_asked']:.1%} of "
-                f"{trained['samples_classified']:,} {classified} classified, achieved "
-                f"{trained['drop_achieved']:.1%}{at} ({config.criterion})",
-            )
-        tiers = ", ".join(f"{name} {show_bytes(size)}" for name, size in trained["bytes_per_tier"].items())
-        moved = show_bytes(trained["bytes_to_device"]), show_bytes(trained["bytes_to_host"])
+        if trained.drop_asked:
+            yield "dropped", _describe_drop(trained, config)
+        tiers = ", ".join(f"{name} {show_bytes(size)}" for name, size in trained.bytes_per_tier.items())
+        moved = show_bytes(trained.bytes_to_device), show_bytes(trained.bytes_to_host)
         yield "memory", f"{tiers}; moved {moved[0]} to the device, {moved[1]} back"
+
+
+def _describe_drop(trained: TrainFigures, config: PipelineConfig) -> str:
+    classified = "samples" if config.scope == "all" else "hot samples"
+    at = f" at T = {trained.threshold:.3g}" if trained.threshold is not None else ""
+    return (
+        f"{trained.samples_dropped:,} samples; asked {trained.drop_asked:.1%} of "
+        f"{trained.samples_classified:,} {classified} classified, achieved "
+        f"{trained.drop_achieved:.1%}{at} ({config.criterion})"
+    )
 
 
 def score_table(summary: Mapping[str, Any]) -> Table:

@@ -11,12 +11,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slipstream.config import PipelineConfig
 from slipstream.io.artifacts import Artifact, StageKey
 from slipstream.options import to_dict
 from slipstream.progress import Progress
+
+if TYPE_CHECKING:
+    from slipstream.io.figures import Figures
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,10 +76,10 @@ class Stage:
             seed=self.seed(config),
         )
 
-    def run(self, job: StageJob) -> dict[str, Any]:
-        """Do the work; returns the counts for the manifest."""
-        counts: dict[str, Any] = import_module(f"slipstream.stages.{self.name}").run_stage(job)
-        return counts
+    def run(self, job: StageJob) -> Figures:
+        """Do the work; returns what the manifest says of it."""
+        figures: Figures = import_module(f"slipstream.stages.{self.name}").run_stage(job)
+        return figures
 
 
 def row_bytes_of(config: PipelineConfig) -> int:

@@ -71,7 +71,7 @@ def run_preprocess(folder: Path, files: Sequence[Path | str], *, seed: int = 0, 
         seed=seed,
         scratch=folder,
         progress=Silent(),
-    )
+    ).to_json()
 
 
 def read_split(folder: Path, split: str) -> pl.DataFrame:

@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, get_args, get_type_hints
+from typing import Any, ClassVar, get_args, get_type_hints
 
 import pytest
 from raw_logs import make_lines, write_raw
@@ -15,6 +16,7 @@ from slipstream.config import DatasetConfig, PipelineConfig
 from slipstream.errors import ArtifactError, DataError
 from slipstream.io import raw
 from slipstream.io.artifacts import leftovers, scratch_dir
+from slipstream.io.figures import Figures
 from slipstream.pipeline import STAGES, clean_run, latest_artifact, plan_pipeline, run_pipeline, stage_names
 from slipstream.stage import Stage, StageJob
 
@@ -162,12 +164,18 @@ def test_raw_files_are_hashed_once_a_run(tmp_path: Path, monkeypatch: pytest.Mon
         hashed.clear()
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TallyFigures(Figures):
+    stage: ClassVar[str] = "tally"
+    seed: int
+
+
 def test_a_stage_is_a_module_and_an_entry_of_the_list(runs: Path, monkeypatch: pytest.MonkeyPatch):
     module = ModuleType("slipstream.stages.tally")
 
-    def run_stage(job: StageJob) -> dict[str, Any]:
+    def run_stage(job: StageJob) -> TallyFigures:
         (job.scratch / "tally.txt").write_text("x" * job.inputs["profile"].counts["rows"])
-        return {"seed": job.config.seed}
+        return TallyFigures(seed=job.config.seed)
 
     module.run_stage = run_stage  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "slipstream.stages.tally", module)
@@ -177,7 +185,7 @@ def test_a_stage_is_a_module_and_an_entry_of_the_list(runs: Path, monkeypatch: p
     assert to_run(tiny_config(), runs) == {"tally": "no output yet"}
     result = run_pipeline(tiny_config(), runs, stages=["train"])
     tally = result.stages["tally"]
-    assert (tally.status, tally.artifact.counts) == ("ran", {"seed": 0})
+    assert (tally.status, result.figures(TallyFigures)) == ("ran", TallyFigures(seed=0))
     assert tally.artifact.files()[0].read_text() == "x" * result.counts("profile")["rows"]
     assert to_run(tiny_config(), runs) == {}
     assert list(to_run(tiny_config(profile__curve=[0.1]), runs)) == ["profile", "segregate", "tally", "train"]

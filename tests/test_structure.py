@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "__main__": {"cli"},
     "cli": {"compare", "stage", "report", "pipeline", "config", "options", "errors", "io", "progress", "schema"},
     "report": {"compare", "stage", "pipeline", "config", "errors", "io", "progress", "schema"},
-    "compare": {"pipeline", "training", "config", "errors", "progress", "schema"},
+    "compare": {"pipeline", "training", "config", "errors", "io", "progress", "schema"},
     "pipeline": {
         "stage",
         "serving",

@@ -1,9 +1,190 @@
-"""What the counts of a manifest mean, written once as types."""
+"""What the counts of a manifest mean, written once as types.
+
+A stage returns its figures, the manifest holds them as JSON, and whoever reads the artifact gets the same type again:
+
+    GenerateFigures  PreprocessFigures  ProfileFigures  SegregateFigures  TrainFigures
+
+A field that is None by default is left out of the JSON where it is None. Fields that came later have defaults, so older
+artifacts stay readable.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass
+from functools import cache
+from typing import Any, ClassVar, Self, TypeVar, get_args, get_origin, get_type_hints
+
+from slipstream.errors import ArtifactError
+from slipstream.io.artifacts import Artifact
+from slipstream.ops.hot_set import CurvePoint
+from slipstream.ops.metrics import Quality
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Figures:
+    """Figures of a stage."""
+
+    stage: ClassVar[str]
+    """The stage that reports them."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return them as the manifest has them, those that the stage alone has first."""
+        plain = asdict(self)
+        ordered = sorted(fields(self), key=lambda spec: spec.name not in type(self).__annotations__)
+        held = [spec for spec in ordered if not (spec.default is None and plain[spec.name] is None)]
+        return {_key(spec): plain[spec.name] for spec in held}
+
+    @classmethod
+    def from_json(cls, counts: Mapping[str, Any]) -> Self:
+        """Make them of what a manifest has; keys that are no figures are passed over.
+
+        Raises:
+            TypeError: A figure is missing.
+        """
+        read: Self = _read(cls, counts)
+        return read
+
+    @classmethod
+    def of(cls, artifact: Artifact) -> Self:
+        """Read the figures of an artifact.
+
+        Raises:
+            ArtifactError: It is of another stage, or lacks a figure.
+        """
+        found = artifact.manifest["stage"]
+        if found != cls.stage:
+            raise ArtifactError(f"expected stage `{cls.stage}`, found stage `{found}` at `{artifact.path}`")
+        try:
+            return cls.from_json(artifact.counts)
+        except (TypeError, AttributeError) as exc:
+            raise ArtifactError(
+                f"`{artifact.path}` lacks a figure of stage `{cls.stage}`: {exc}", hint=artifact.remedy
+            ) from exc
+
+
+FiguresT = TypeVar("FiguresT", bound=Figures)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherFigures:
+    """How well the teacher of a synthetic log predicts the labels of a split."""
+
+    num_samples: int
+    positives: int
+    auc: float
+    logloss: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateFigures(Figures):
+    """Figures of a written log."""
+
+    stage: ClassVar[str] = "generate"
+    num_samples: int
+    positives: int
+    text_bytes: int
+    teacher_auc: float
+    """Over all samples; no model can do better in expectation."""
+    teacher_logloss: float
+    splits: dict[str, TeacherFigures]
+    """Of `train`, `test` and `val`, split in order of time."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TableFigures(Figures):
+    """What every stage from preprocess on knows of tables."""
+
+    num_dense: int
+    """Dense columns."""
+    rows_per_table: dict[str, int]
+    """Rows of each table, row 0 included, in the order of the tables."""
+    table_of_column: list[int] | None = None
+    """Table, by position, that each sparse column looks up; None where column i looks up table i."""
+    padding_rows: dict[str, int] | None = None
+    """Tables with a row that stands for padding, and that row."""
+
+    @property
+    def column_tables(self) -> list[int]:
+        """Table, by position, that each sparse column looks up."""
+        return list(range(len(self.rows_per_table))) if self.table_of_column is None else self.table_of_column
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreprocessFigures(TableFigures):
+    """Figures of encoded samples."""
+
+    stage: ClassVar[str] = "preprocess"
+    lines: int
+    """Of the raw files."""
+    rejected: int
+    """Lines that are no samples."""
+    samples: dict[str, int]
+    """Of each split."""
+    positives: dict[str, int]
+    """Samples with label 1 of each split."""
+    files: list[str]
+    """Names of the raw files, in order."""
+    columns: dict[str, str] | None = None
+    """What columns such as `cat_3` are called where the data come from."""
+    extra_columns: list[str] | None = None
+    """Columns that are neither label, dense nor sparse."""
+    dense_minima: list[int] | None = None
+    """Smallest training value of each dense column, for the transform that shifts by it."""
+    negatives_left_out: int | None = None
+    """Training negatives not kept, where a share of them is."""
+    warnings: list[str] = field(default_factory=list)
+    """What looks wrong though nothing failed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CurveFigures(CurvePoint):
+    """One point of the hot-set curve."""
+
+    policy: str
+    """That chose the rows, by training samples."""
+    split: str
+    """That hits are measured on."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProfileFigures(Figures):
+    """Figures of counted accesses."""
+
+    stage: ClassVar[str] = "profile"
+    samples_counted: int
+    lookups: int
+    """Of the counted samples."""
+    rows: int
+    """V, over all tables."""
+    curve: list[CurveFigures]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SegregateFigures(TableFigures):
+    """Figures of a hot set, and of the samples split by it."""
+
+    stage: ClassVar[str] = "segregate"
+    samples: dict[str, int]
+    """Of the groups `hot` and `cold`, which are the training split, `val` and `test`."""
+    hot_rows: int
+    """H."""
+    rows: int
+    """V, over all tables."""
+    access_threshold: int = field(metadata={"key": "lambda"})
+    """Λ: count of the last row taken."""
+    hit_ratio: float
+    """Share of training lookups that find a hot row."""
+    hot_sample_share: float
+    """Share of training samples whose lookups all do."""
+    rows_per_table: dict[str, int] = field(metadata={"key": "tables"})
+    warnings: list[str] = field(default_factory=list)
+    """What looks wrong though nothing failed."""
+
+    @property
+    def num_train(self) -> int:
+        """Training samples."""
+        return self.samples["hot"] + self.samples["cold"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,8 +215,38 @@ class FitFigures:
     """Bytes of whole-table copies, in the published order."""
     sync_seconds: float | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """Return them as they stand in a manifest: what the published order alone has is left out of others."""
-        fields = asdict(self)
-        left_out = {"sync_bytes", "sync_seconds"} if self.sync_bytes is None else set()
-        return {name: value for name, value in fields.items() if name not in left_out}
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainFigures(FitFigures, Figures):
+    """Figures of a trained model."""
+
+    stage: ClassVar[str] = "train"
+    test: Quality
+    val: Quality
+    device: str
+    """That trained: `cpu` or `cuda`."""
+    warnings: list[str] = field(default_factory=list)
+    """What looks wrong though nothing failed."""
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+def _key(spec: Field[Any]) -> str:
+    """Name of a field in the JSON."""
+    return str(spec.metadata.get("key", spec.name))
+
+
+def _read(hint: Any, value: Any) -> Any:
+    """Turn JSON into what a type hint says; keys that no field has are passed over."""
+    if is_dataclass(hint) and isinstance(hint, type):
+        specs: Mapping[str, Any] = {_key(spec): spec for spec in fields(hint)}
+        known = {key: spec for key, spec in specs.items() if key in value}
+        return hint(**{spec.name: _read(_hints(hint)[spec.name], value[key]) for key, spec in known.items()})
+    if get_origin(hint) is list:
+        return [_read(get_args(hint)[0], one) for one in value]
+    if get_origin(hint) is dict:
+        return {name: _read(get_args(hint)[1], one) for name, one in value.items()}
+    return value

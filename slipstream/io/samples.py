@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -82,12 +81,6 @@ def _concat_weights(pieces: Sequence[Samples]) -> np.ndarray | None:
     return np.concatenate(
         [np.ones(len(piece), np.float32) if piece.weights is None else piece.weights for piece in pieces]
     )
-
-
-def table_of_column(counts: Mapping[str, Any]) -> list[int]:
-    """The table that each sparse column looks up, from the figures of a preprocess or segregate artifact."""
-    per_table = counts["rows_per_table"] if "rows_per_table" in counts else counts["tables"]
-    return list(counts.get("table_of_column", range(len(per_table))))
 
 
 def column_offsets(offsets: np.ndarray, tables: Sequence[int]) -> np.ndarray:

@@ -18,6 +18,7 @@ from slipstream.datasets.registry import SOURCES
 from slipstream.datasets.source import Source, SourceOptions
 from slipstream.errors import ArtifactError
 from slipstream.io.artifacts import Artifact, link_or_copy
+from slipstream.io.figures import PreprocessFigures
 from slipstream.io.lookups import lookup_path, open_lookup
 from slipstream.ops.dense import transform_dense
 from slipstream.ops.vocabulary import RowLookup, hash_to_buckets
@@ -52,18 +53,18 @@ class Encoding:
 
 def describe_encoding(processed: Artifact) -> Encoding:
     """Say how the samples of a preprocess artifact were encoded."""
-    config, counts = processed.manifest["config"], processed.counts
+    config, encoded = processed.manifest["config"], PreprocessFigures.of(processed)
     own = {name: limits.get("num_buckets") for name, limits in config["tables"].items()}
-    buckets = {name: config["num_buckets"] if own.get(name) is None else own[name] for name in counts["rows_per_table"]}
+    buckets = {name: config["num_buckets"] if own.get(name) is None else own[name] for name in encoded.rows_per_table}
     return Encoding(
         source=config["source"],
         max_ind_range=config["max_ind_range"],
         history_length=config.get("history_length"),
         points_per_user=config.get("points_per_user"),
         dense_transform=config["dense_transform"],
-        dense_minima=counts.get("dense_minima", []),
+        dense_minima=encoded.dense_minima or [],
         num_buckets={name: number for name, number in buckets.items() if number},
-        columns=counts.get("columns", {}),
+        columns=encoded.columns or {},
     )
 
 
@@ -75,7 +76,7 @@ def write_vocabularies(processed: Artifact, folder: Path) -> None:
     Raises:
         ArtifactError: A vocabulary is missing or altered.
     """
-    for table in processed.counts["rows_per_table"]:
+    for table in PreprocessFigures.of(processed).rows_per_table:
         for name in (f"vocab/{table}.parquet", f"vocab/{table}.lookup.arrow"):
             if name not in processed.manifest["outputs"]:
                 raise ArtifactError(

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from slipstream.io.artifacts import MANIFEST, Artifact, open_artifact
+from slipstream.io.figures import SegregateFigures
 from slipstream.io.samples import read_shard
 from slipstream.training.model_file import FILES, load_model
 from slipstream.training.order.shards import read_slot_maps
@@ -40,7 +41,7 @@ def run(folder: Path, *, segregated: Artifact, split: str, batch_size: int = 16_
         for name in FILES:
             trained.check(folder / name)
     model, tables = load_model(folder)
-    row_of_slot = np.empty(segregated.counts["rows"], np.int64)
+    row_of_slot = np.empty(SegregateFigures.of(segregated).rows, np.int64)
     for slots in read_slot_maps(segregated).values():
         row_of_slot[slots] = np.arange(len(slots))
     shards = (read_shard(segregated.check(path)) for path in segregated.files(f"{split}/", ".npz"))

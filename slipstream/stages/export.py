@@ -29,7 +29,8 @@ import pyarrow.parquet as pq
 
 from slipstream.errors import CapacityError, ConfigError
 from slipstream.io.artifacts import Artifact, hash_file, wrap_write_errors, write_atomically, write_json
-from slipstream.io.samples import count_samples, table_of_column
+from slipstream.io.figures import PreprocessFigures
+from slipstream.io.samples import count_samples
 from slipstream.ops.dense import restore_counts
 from slipstream.ops.npz import write_array
 from slipstream.progress import Progress
@@ -38,6 +39,8 @@ from slipstream.schema import LABEL, SPLITS, dense_name, table_name
 FORMATS = ("dlrm-npz", "torchrec-npy", "parquet")
 """What can be written."""
 
+_DESCRIBED = {"samples", "rows_per_table", "columns", "extra_columns", "table_of_column", "padding_rows"}
+"""Figures of preprocess that the sidecar repeats."""
 _DLRM_ORDER = ("train", "test", "val")
 _DLRM_DAYS = 7
 _NPZ_DATE = (1980, 1, 1, 0, 0, 0)
@@ -67,7 +70,8 @@ def run(
     check_format(export_format)
     with wrap_write_errors(out_dir):
         out_dir.mkdir(parents=True, exist_ok=True)
-    parts = _Parts(processed)
+    encoded = PreprocessFigures.of(processed)
+    parts = _Parts(processed, encoded)
     # sidecar last: a folder with it is whole
     (out_dir / "export.json").unlink(missing_ok=True)
     with progress.task(f"export {export_format}", parts.num_reads(export_format), "parts") as advance:
@@ -81,13 +85,7 @@ def run(
         "source": processed.manifest["config"]["source"],
         "preprocess": processed.path.name,
         "dense_transform": parts.transform,
-        "samples": processed.counts["samples"],
-        "rows_per_table": processed.counts["rows_per_table"],
-        **{
-            key: processed.counts[key]
-            for key in ("columns", "extra_columns", "table_of_column", "padding_rows")
-            if key in processed.counts
-        },
+        **{name: value for name, value in encoded.to_json().items() if name in _DESCRIBED},
         "files": {file.name: {"bytes": file.stat().st_size, "xxh3": hash_file(file)} for file in files},
     }
     write_json(out_dir / "export.json", summary)
@@ -111,7 +109,7 @@ def check_format(export_format: str) -> None:
 class _Parts:
     """Columns of the parts of an artifact, a part at a time."""
 
-    def __init__(self, processed: Artifact) -> None:
+    def __init__(self, processed: Artifact, encoded: PreprocessFigures) -> None:
         self._processed = processed
         self._files = {name: processed.files(f"{name}/", ".parquet") for name in SPLITS}
         for files in self._files.values():
@@ -120,12 +118,12 @@ class _Parts:
         self.sizes: dict[str, int] = {
             name: sum(count_samples(file) for file in files) for name, files in self._files.items()
         }
-        self.table_of_column = table_of_column(processed.counts)
-        self.rows_of_column = [list(processed.counts["rows_per_table"].values())[t] for t in self.table_of_column]
-        self.dense = [dense_name(index) for index in range(processed.counts["num_dense"])]
+        self.table_of_column = encoded.column_tables
+        self.rows_of_column = [list(encoded.rows_per_table.values())[table] for table in self.table_of_column]
+        self.dense = [dense_name(index) for index in range(encoded.num_dense)]
         self.sparse = [table_name(index) for index in range(len(self.table_of_column))]
         self.transform: str = processed.manifest["config"]["dense_transform"]
-        self.minima: list[int] = processed.counts.get("dense_minima", [0] * len(self.dense))
+        self.minima = encoded.dense_minima or [0] * len(self.dense)
         self.on_read: Callable[[], None] = lambda: None
 
     def num_reads(self, export_format: str) -> int:

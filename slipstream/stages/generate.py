@@ -8,29 +8,28 @@ Costs   about four seconds and 250 MB of text a million samples
 
 from __future__ import annotations
 
-import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from slipstream.config import DatasetConfig
 from slipstream.datasets.synthetic import SyntheticSpec, write_log
 from slipstream.io.artifacts import write_atomically
+from slipstream.io.figures import GenerateFigures
 from slipstream.progress import Progress
 from slipstream.stage import StageJob
 
 
-def run_stage(job: StageJob) -> dict[str, Any]:
+def run_stage(job: StageJob) -> GenerateFigures:
     """Run as a stage of a pipeline."""
     return run(job.config.dataset, seed=job.config.seed, scratch=job.scratch, progress=job.progress)
 
 
-def run(config: DatasetConfig, *, seed: int, scratch: Path, progress: Progress) -> dict[str, Any]:
-    """Write the log; returns its size and how well its teacher predicts its labels, for the manifest."""
+def run(config: DatasetConfig, *, seed: int, scratch: Path, progress: Progress) -> GenerateFigures:
+    """Write the log; returns its size and how well its teacher predicts its labels."""
     spec = SyntheticSpec(num_samples=config.num_samples, num_days=config.num_days, seed=seed)
     with (
         progress.task("generate", config.num_samples, "samples") as advance,
         write_atomically(scratch / "clicks.tsv") as path,
     ):
         summary = write_log(spec, path, progress=lambda rows: advance(rows, ""))
-    counts: dict[str, Any] = json.loads(summary.to_json())
-    return counts
+    return GenerateFigures.from_json(asdict(summary))

@@ -30,6 +30,7 @@ from slipstream.datasets.source import ColumnarSource, Source, SourceOptions
 from slipstream.errors import ConfigError, DataError
 from slipstream.io.artifacts import write_atomically
 from slipstream.io.capacity import require_disk, require_memory
+from slipstream.io.figures import PreprocessFigures
 from slipstream.io.lookups import lookup_path, write_lookup
 from slipstream.io.parsed import dictionary_of
 from slipstream.io.raw import estimate_text_bytes, find_raw_files, find_twins, is_parquet
@@ -60,7 +61,7 @@ _LOOKUP_BYTES_PER_ROW = 12
 _CHUNKS_LOOKED_UP = 4
 
 
-def run_stage(job: StageJob) -> dict[str, Any]:
+def run_stage(job: StageJob) -> PreprocessFigures:
     """Run as a stage of a pipeline: on what was generated, or else on raw files."""
     dataset = job.config.dataset
     if "generate" in job.inputs:
@@ -95,7 +96,7 @@ def run(
     scratch: Path,
     progress: Progress,
     negative_keep_ratio: float = 1.0,
-) -> dict[str, Any]:
+) -> PreprocessFigures:
     """Turn raw files into encoded splits below `scratch`.
 
     Args:
@@ -108,7 +109,7 @@ def run(
         negative_keep_ratio: Share of the training split's negatives to keep, in (0, 1].
 
     Returns:
-        Counts for the manifest: samples and positives per split, lines, rejected, rows per table; and warnings.
+        Samples and positives per split, lines, rejected, rows per table; and warnings.
 
     Raises:
         CapacityError: Memory or disk would not do.
@@ -150,18 +151,21 @@ def run(
         progress=progress,
     )
     parsed.write_rejects(scratch / "rejects")
-    return {
-        "lines": parsed.num_lines,
-        "rejected": rejected,
-        "samples": layout.totals,
-        "positives": positives,
-        "num_dense": source.num_dense,
-        "rows_per_table": {table_name(index): vocab.num_rows for index, vocab in enumerate(vocabularies)},
-        "files": [Path(file).name for file in files],
-        **_describe_columns(source, vocabularies),
-        **({"dense_minima": minima} if config.dense_transform == "torchrec" else {}),
-        **({"negatives_left_out": layout.num_left_out} if negative_keep_ratio < 1 else {}),
-        "warnings": [
+    return PreprocessFigures(
+        lines=parsed.num_lines,
+        rejected=rejected,
+        samples=layout.totals,
+        positives=positives,
+        num_dense=source.num_dense,
+        rows_per_table={table_name(index): vocab.num_rows for index, vocab in enumerate(vocabularies)},
+        files=[Path(file).name for file in files],
+        columns=dict(source.column_names) or None,
+        extra_columns=list(source.extra_columns) or None,
+        table_of_column=list(source.table_of_column) if len(source.table_of_column) != source.num_tables else None,
+        padding_rows=_find_padding(source, vocabularies),
+        dense_minima=minima if config.dense_transform == "torchrec" else None,
+        negatives_left_out=layout.num_left_out if negative_keep_ratio < 1 else None,
+        warnings=[
             *find_twins(files),
             *doubt_yield(
                 lines=parsed.num_lines, rejected=rejected, samples=sum(layout.totals.values()) + layout.num_left_out
@@ -169,7 +173,7 @@ def run(
             *doubt_split(config.split, layout.totals, left_out=layout.num_left_out),
             *doubt_classes(layout.totals, positives),
         ],
-    }
+    )
 
 
 # --- before the work ----------------------------------------------------------------------------------------
@@ -404,21 +408,11 @@ class _Encoder:
 # --- helpers -------------------------------------------------------------------------------------------------
 
 
-def _describe_columns(source: Source, vocabularies: Sequence[Vocabulary]) -> dict[str, Any]:
-    """What the manifest says of columns beyond their number; nothing for a plain source."""
-    described: dict[str, Any] = {}
-    if source.column_names:
-        described["columns"] = dict(source.column_names)
-    if source.extra_columns:
-        described["extra_columns"] = list(source.extra_columns)
-    if len(source.table_of_column) != source.num_tables:
-        described["table_of_column"] = list(source.table_of_column)
-    if source.padded_tables:
-        padding = np.array([MISSING_ID])
-        described["padding_rows"] = {
-            table_name(index): int(vocabularies[index].lookup()(padding)[0]) for index in source.padded_tables
-        }
-    return described
+def _find_padding(source: Source, vocabularies: Sequence[Vocabulary]) -> dict[str, int] | None:
+    """Tables with a row that stands for padding, and that row."""
+    padding = np.array([MISSING_ID])
+    found = {table_name(index): int(vocabularies[index].lookup()(padding)[0]) for index in source.padded_tables}
+    return found or None
 
 
 def _check_table_names(config: PreprocessConfig, source: Source) -> None:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
@@ -22,7 +21,8 @@ import polars as pl
 from slipstream.config import ProfileConfig
 from slipstream.io.artifacts import Artifact, write_atomically
 from slipstream.io.counts import write_counts
-from slipstream.io.samples import column_offsets, count_samples, read_rows, table_of_column
+from slipstream.io.figures import CurveFigures, PreprocessFigures, ProfileFigures
+from slipstream.io.samples import column_offsets, count_samples, read_rows
 from slipstream.ops.counting import count_accesses, sample_positions
 from slipstream.ops.hot_set import (
     HotSet,
@@ -50,7 +50,7 @@ _CURVE_BYTES = 1 << 30
 _Blocks = Callable[[], Iterable[np.ndarray]]
 
 
-def run_stage(job: StageJob) -> dict[str, Any]:
+def run_stage(job: StageJob) -> ProfileFigures:
     """Run as a stage of a pipeline."""
     return run(
         job.config.profile,
@@ -72,17 +72,16 @@ def run(
     seed: int,
     scratch: Path,
     progress: Progress,
-) -> dict[str, Any]:
+) -> ProfileFigures:
     """Count accesses of the training split and measure the hot-set curve.
 
     Returns:
-        Counts for the manifest: samples and lookups counted, rows, and the curve.
+        Samples and lookups counted, rows, and the curve.
     """
-    rows_per_table: dict[str, int] = processed.counts["rows_per_table"]
-    column_tables = table_of_column(processed.counts)
-    columns = [table_name(index) for index in range(len(column_tables))]
-    offsets = table_offsets(list(rows_per_table.values()))
-    starts = column_offsets(offsets, column_tables)
+    encoded = PreprocessFigures.of(processed)
+    columns = [table_name(index) for index in range(len(encoded.column_tables))]
+    offsets = table_offsets(list(encoded.rows_per_table.values()))
+    starts = column_offsets(offsets, encoded.column_tables)
     parts = processed.files("train/", ".parquet")
     held: dict[str, list[np.ndarray]] = {"train": [], "val": []}
     strides = {name: _stride(processed, name) for name in held}
@@ -101,12 +100,12 @@ def run(
                 advance(1, "")
 
         counts = count_accesses(sampled(), num_rows=int(offsets[-1]))
-    write_counts(scratch / "counts.parquet", counts, rows_per_table)
+    write_counts(scratch / "counts.parquet", counts, encoded.rows_per_table)
     for part in processed.files("val/", ".parquet"):
         held["val"].append(read_rows(processed.check(part), columns, starts)[:: strides["val"]].copy())
     blocks = {name: _in_blocks(np.concatenate(held.pop(name))) for name in ("train", "val")}
 
-    def measure(choice: tuple[float, str]) -> list[dict[str, Any]]:
+    def measure(choice: tuple[float, str]) -> list[CurveFigures]:
         share, policy = choice
         hot_set = _select(
             policy,
@@ -118,24 +117,21 @@ def run(
             rounds=sample_aware_rounds,
         )
         return [
-            {"policy": policy, "split": split, **asdict(measure_hot_set(hot_set, read(), row_share=share))}
+            CurveFigures(policy=policy, split=split, **asdict(measure_hot_set(hot_set, read(), row_share=share)))
             for split, read in blocks.items()
         ]
 
     choices = list(product(config.curve, ("frequency", "sample-aware")))
-    curve = []
+    curve: list[CurveFigures] = []
     with progress.task("hot-set curve", len(choices), "budgets") as advance:
         for points in in_order(measure, choices, _affordable_workers(len(counts))):
             curve += points
-            advance(1, f"{points[0]['row_share']:.1%} {points[0]['policy']}")
+            advance(1, f"{points[0].row_share:.1%} {points[0].policy}")
     with write_atomically(scratch / "curve.parquet") as path:
-        pl.DataFrame(curve).write_parquet(path)
-    return {
-        "samples_counted": int(counts.sum()) // len(columns),
-        "lookups": int(counts.sum()),
-        "rows": int(offsets[-1]),
-        "curve": curve,
-    }
+        frame = pl.DataFrame([asdict(point) for point in curve])
+        frame.select("policy", "split", pl.exclude("policy", "split")).write_parquet(path)
+    lookups = int(counts.sum())
+    return ProfileFigures(samples_counted=lookups // len(columns), lookups=lookups, rows=int(offsets[-1]), curve=curve)
 
 
 def _select(

@@ -27,13 +27,13 @@ from slipstream.errors import CapacityError
 from slipstream.io.artifacts import Artifact, write_atomically, write_json
 from slipstream.io.capacity import require_disk
 from slipstream.io.counts import read_counts
+from slipstream.io.figures import PreprocessFigures, SegregateFigures
 from slipstream.io.samples import (
     Samples,
     column_offsets,
     concat_samples,
     read_part,
     read_rows,
-    table_of_column,
     write_shard,
 )
 from slipstream.ops.hot_set import (
@@ -55,7 +55,7 @@ from slipstream.stage import StageJob, row_bytes_of
 _WORKERS = 2
 
 
-def run_stage(job: StageJob) -> dict[str, Any]:
+def run_stage(job: StageJob) -> SegregateFigures:
     """Run as a stage of a pipeline."""
     return run(
         job.config.segregate,
@@ -75,7 +75,7 @@ def run(
     row_bytes: int,
     scratch: Path,
     progress: Progress,
-) -> dict[str, Any]:
+) -> SegregateFigures:
     """Choose the hot set under the budget and write shards.
 
     Args:
@@ -87,49 +87,49 @@ def run(
         progress: Told how far it is.
 
     Returns:
-        Counts for the manifest.
+        Samples of each group, hot rows, Λ, and what the hot set catches.
 
     Raises:
         CapacityError: The budget is below the OOV rows, or the disk has no room for the shards.
     """
-    rows_per_table: dict[str, int] = processed.counts["rows_per_table"]
-    tables = list(rows_per_table)
-    column_tables = table_of_column(processed.counts)
-    names = [table_name(index) for index in range(len(column_tables))]
-    _check_disk(processed, num_columns=len(names), num_rows=len(counts), scratch=scratch)
-    offsets = table_offsets(list(rows_per_table.values()))
+    encoded = PreprocessFigures.of(processed)
+    names = [table_name(index) for index in range(len(encoded.column_tables))]
+    _check_disk(encoded, num_rows=len(counts), scratch=scratch)
+    offsets = table_offsets(list(encoded.rows_per_table.values()))
     kept = scratch / "work" / "hot_set.npz"
     hot_set = _load_choice(kept, len(counts))
     if hot_set is None:
         hot_set = _choose(config, processed, counts, names, offsets, row_bytes=row_bytes, scratch=scratch)
         _keep_choice(kept, hot_set)
     slots = assign_slots(hot_set.is_hot)
-    _write_hot_set(scratch, hot_set, slots, counts, tables, offsets)
-    dense = [dense_name(index) for index in range(processed.counts["num_dense"])]
+    _write_hot_set(scratch, hot_set, slots, counts, list(encoded.rows_per_table), offsets)
+    dense = [dense_name(index) for index in range(encoded.num_dense)]
     slot_maps = [slots[start:stop] for start, stop in pairwise(offsets)]
-    columns = _Columns(dense, names, [slot_maps[table] for table in column_tables])
+    columns = _Columns(dense, names, [slot_maps[table] for table in encoded.column_tables])
     written, hits = _write_shards(config, processed, columns, hot_set.num_hot, scratch=scratch, progress=progress)
-    return {
-        "samples": written,
-        "hot_rows": hot_set.num_hot,
-        "rows": len(counts),
-        "lambda": hot_set.access_threshold,
-        "hit_ratio": hits / ((written["hot"] + written["cold"]) * len(names)),
-        "hot_sample_share": written["hot"] / (written["hot"] + written["cold"]),
-        "num_dense": len(dense),
-        "tables": rows_per_table,
-        **{key: processed.counts[key] for key in ("table_of_column", "padding_rows") if key in processed.counts},
-        "warnings": _doubt_budget(config, len(counts), row_bytes),
-    }
+    num_train = written["hot"] + written["cold"]
+    return SegregateFigures(
+        samples=written,
+        hot_rows=hot_set.num_hot,
+        rows=len(counts),
+        access_threshold=hot_set.access_threshold,
+        hit_ratio=hits / (num_train * len(names)),
+        hot_sample_share=written["hot"] / num_train,
+        num_dense=len(dense),
+        rows_per_table=encoded.rows_per_table,
+        table_of_column=encoded.table_of_column,
+        padding_rows=encoded.padding_rows,
+        warnings=_doubt_budget(config, len(counts), row_bytes),
+    )
 
 
-def _check_disk(processed: Artifact, *, num_columns: int, num_rows: int, scratch: Path) -> None:
+def _check_disk(encoded: PreprocessFigures, *, num_rows: int, scratch: Path) -> None:
     slot_bytes = 4 if num_rows < 2**31 else 8
-    sample_bytes = slot_bytes * num_columns + 4 * (processed.counts["num_dense"] + 1)
+    sample_bytes = slot_bytes * len(encoded.column_tables) + 4 * (encoded.num_dense + 1)
     written = sum(file.stat().st_size for file in scratch.rglob("*") if file.is_file())
     require_disk(
         scratch,
-        sum(processed.counts["samples"].values()) * sample_bytes + num_rows * slot_bytes - written,
+        sum(encoded.samples.values()) * sample_bytes + num_rows * slot_bytes - written,
         purpose="segregate",
         hint="free some disk, or choose a folder on a larger one with --runs",
     )
@@ -154,7 +154,7 @@ def _choose(
     if config.policy == "frequency":
         ranked = rank_rows(counts, oov_rows)
         return take_hot_rows(ranked, counts, num_rows=num_rows, num_oov=len(oov_rows))
-    starts = column_offsets(offsets, table_of_column(processed.counts))
+    starts = column_offsets(offsets, PreprocessFigures.of(processed).column_tables)
     held = _hold_rows(processed, columns, starts, scratch / "work" / "rows")
     return select_sample_aware(
         counts,
@@ -263,7 +263,7 @@ def _write_shards(
     """Write all shards; returns samples per group, and training lookups that find a hot row."""
     written: dict[str, int] = {}
     hits = 0
-    with progress.task("write shards", sum(processed.counts["samples"].values()), "samples") as advance:
+    with progress.task("write shards", sum(PreprocessFigures.of(processed).samples.values()), "samples") as advance:
         for split in ("train", "val", "test"):
             groups = ("hot", "cold") if split == "train" else (split,)
             writers = [_ShardWriter(scratch / group, config.samples_per_shard) for group in groups]

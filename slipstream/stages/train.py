@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +24,7 @@ from slipstream.embedding.tiers.placement import CachedRows
 from slipstream.errors import ConfigError
 from slipstream.io.artifacts import Artifact, write_atomically, write_json
 from slipstream.io.counts import read_counts
-from slipstream.io.samples import table_of_column
+from slipstream.io.figures import SegregateFigures, TrainFigures
 from slipstream.ops.metrics import Quality, measure_quality
 from slipstream.ops.plausibility import doubt_quality
 from slipstream.options import pick, to_dict
@@ -48,11 +47,11 @@ _ROUND_SAMPLES = 1_000_000
 """Most samples of a round."""
 
 
-def run_stage(job: StageJob) -> dict[str, Any]:
+def run_stage(job: StageJob) -> TrainFigures:
     """Train and evaluate; goes on from a checkpoint in the scratch folder where there is one.
 
     Returns:
-        Counts for the manifest: metrics, samples seen and dropped, throughput, bytes per tier.
+        Metrics, samples seen and dropped, throughput, bytes per tier.
     """
     config, scratch = job.config, job.scratch
     processed, segregated = job.inputs["preprocess"], job.inputs["segregate"]
@@ -67,11 +66,11 @@ def run_stage(job: StageJob) -> dict[str, Any]:
     with (
         SummaryWriter(str(scratch / "events")) as events,
         shards.streams(seed=config.train_seed) as open_streams,
-        job.progress.task("train", shards.num_train * config.train.epochs, "samples") as advance,
+        job.progress.task("train", shards.figures.num_train * config.train.epochs, "samples") as advance,
     ):
         trainer: Trainer | FaithfulTrainer
         if config.train.faithful:
-            trainer = _make_faithful(config, parts, num_hot=segregated.counts["hot_rows"])
+            trainer = _make_faithful(config, parts, num_hot=shards.figures.hot_rows)
         else:
             trainer = _make_trainer(config, parts, shards, checkpoints, on_report=_listener(events, advance))
             checkpoints.restore(trainer)
@@ -85,8 +84,8 @@ def run_stage(job: StageJob) -> dict[str, Any]:
         write_json(scratch / "staleness.json", [asdict(check) for check in trainer.skipper.checks])
         write_json(scratch / "losses.json", trainer.totals.losses)
     description = {
-        "num_dense": segregated.counts["num_dense"],
-        "tables": segregated.counts["tables"],
+        "num_dense": parts.num_dense,
+        "tables": shards.figures.rows_per_table,
         "column_tables": parts.layout.column_tables,
         "quantize_linears": config.tables.quantize_linears,
         "encoding": describe_encoding(processed).to_json(),
@@ -100,18 +99,19 @@ def run_stage(job: StageJob) -> dict[str, Any]:
         description=description,
         representations=parts.representations,
     )
-    figures = trainer.figures()
+    fit = trainer.figures()
     if isinstance(parts.placement, CachedRows):
-        figures = replace(figures, hit_ratio=parts.placement.cache.stats.hit_ratio)
-    return {
-        **{split: asdict(measured) for split, measured in quality.items()},
-        "device": parts.rows.device.type,
-        **figures.to_json(),
-        "warnings": [
+        fit = replace(fit, hit_ratio=parts.placement.cache.stats.hit_ratio)
+    return TrainFigures(
+        test=quality["test"],
+        val=quality["val"],
+        device=parts.rows.device.type,
+        **asdict(fit),
+        warnings=[
             *_doubt_cache(config.train, parts),
             *doubt_quality({split: measured.ne for split, measured in quality.items()}),
         ],
-    }
+    )
 
 
 def _doubt_cache(config: TrainConfig, parts: Assembly) -> list[str]:
@@ -132,12 +132,13 @@ def _open(config: PipelineConfig, segregated: Artifact, *, counts: np.ndarray) -
         torch.set_num_threads(config.train.num_threads)
     device = resolve_device(config.train.device)
     check_kernels(config.train.kernels, device)
-    padding_rows = segregated.counts.get("padding_rows", {})
-    specs = choose_tables(config.tables, segregated.counts["tables"], padding_rows)
+    figures = SegregateFigures.of(segregated)
+    padding_rows = figures.padding_rows or {}
+    specs = choose_tables(config.tables, figures.rows_per_table, padding_rows)
     layout = SlotLayout(
         read_slot_maps(segregated),
-        num_hot=segregated.counts["hot_rows"],
-        table_of_column=table_of_column(segregated.counts),
+        num_hot=figures.hot_rows,
+        table_of_column=figures.column_tables,
         outside={spec.name for spec in specs if spec.representation == "tt"},
     )
     if config.criterion == "stale" and not layout.inside:
@@ -153,7 +154,7 @@ def _open(config: PipelineConfig, segregated: Artifact, *, counts: np.ndarray) -
         counts=counts,
         network=config.model,
         linear_bits=config.tables.quantize_linears,
-        num_dense=segregated.counts["num_dense"],
+        num_dense=figures.num_dense,
         seed=config.train_seed,
         device=device,
     )
@@ -209,7 +210,7 @@ def _make_trainer(
         epochs=train.epochs,
         batch_size=train.batch_size,
         order=train.order,
-        segment_steps=config.skip.refresh_steps or default_segment_steps(shards.num_train, train.batch_size),
+        segment_steps=config.skip.refresh_steps or default_segment_steps(shards.figures.num_train, train.batch_size),
         round_samples=_ROUND_SAMPLES,
         warmup_steps=config.skip.warmup_steps,
         window_steps=config.skip.window_steps,

@@ -159,7 +159,7 @@ def test_a_kill_between_manifest_and_publishing_leaves_nothing_to_compute(
 
 def test_finished_parts_are_not_made_again(pipeline: Path, finished: dict[str, Path], tmp_path: Path, monkeypatch):
     written: list[str] = []
-    write_parquet, write_shard = preprocess._write_parquet, segregate.write_shard
+    write_parquet, write_shard = preprocess.write_parquet, segregate.write_shard
 
     def stop_after_ten(write):
         def counted(first: object, second: object) -> None:
@@ -172,7 +172,7 @@ def test_finished_parts_are_not_made_again(pipeline: Path, finished: dict[str, P
 
     start_from(finished, "segregate", tmp_path / "segregate")
     for stage, module, name, write in (
-        ("preprocess", preprocess, "_write_parquet", write_parquet),
+        ("preprocess", preprocess, "write_parquet", write_parquet),
         ("segregate", segregate, "write_shard", write_shard),
     ):
         made: list[str] = []

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from slipstream.io.artifacts import Artifact
+from slipstream.io.figures import SegregateFigures
 from slipstream.io.samples import Samples, read_shard
 from slipstream.training.order.rounds import OpenStreams
 from slipstream.training.order.stream import SampleStream
@@ -25,7 +26,7 @@ def read_slot_maps(segregated: Artifact) -> dict[str, np.ndarray]:
     """Slot of each row, per table, in the order of the tables."""
     path = segregated.check(segregated.path / "slots.npz")
     with np.load(path, allow_pickle=False) as arrays:
-        return {name: arrays[name] for name in segregated.counts["tables"]}
+        return {name: arrays[name] for name in SegregateFigures.of(segregated).rows_per_table}
 
 
 class Shards:
@@ -38,12 +39,8 @@ class Shards:
 
     def __init__(self, segregated: Artifact, layout: SlotLayout) -> None:
         self._segregated, self._layout = segregated, layout
-
-    @property
-    def num_train(self) -> int:
-        """Training samples, hot and cold."""
-        samples: dict[str, int] = self._segregated.counts["samples"]
-        return samples["hot"] + samples["cold"]
+        self.figures = SegregateFigures.of(segregated)
+        """What segregate reported."""
 
     def split(self, name: str) -> Iterator[Samples]:
         """Shards of `val` or `test`, in order."""
@@ -62,7 +59,7 @@ class Shards:
             return lambda: self._load(path)
 
         per_shard = self._segregated.manifest["config"]["samples_per_shard"]
-        total = self._segregated.counts["samples"][group]
+        total = self.figures.samples[group]
         return SampleStream(
             [loader(path) for path in paths],
             [min(per_shard, total - index * per_shard) for index in range(len(paths))],
