@@ -113,9 +113,12 @@ def plan(
 ) -> None:
     """Say which stages would run, and why; change nothing."""
     config = _load(pipeline, overrides)
-    from slipstream.pipeline import plan_pipeline
+    from rich.console import Console
 
-    plans = plan_pipeline(config, runs)
+    from slipstream.pipeline import plan_pipeline
+    from slipstream.report import RichProgress
+
+    plans = plan_pipeline(config, runs, RichProgress(Console(stderr=True)))
     if as_json:
         body = [{"stage": p.stage, "run": p.will_run, "reason": p.reason} for p in plans]
         typer.echo(json.dumps(body, indent=1))

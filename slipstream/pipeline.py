@@ -73,12 +73,14 @@ def _preprocess_seed(config: PipelineConfig) -> int:
     return config.seed if draws else 0
 
 
-def _raw_inputs(config: PipelineConfig) -> dict[str, str]:
+def _raw_inputs(config: PipelineConfig, progress: Progress) -> dict[str, str]:
     if _is_synthetic(config):
         return {}
-    from slipstream.io.raw import find_raw_files, fingerprint_raw
+    from slipstream.io.raw import bytes_to_hash, find_raw_files, fingerprint_raw
 
-    digests = [fingerprint_raw(path) for path in find_raw_files(config.dataset.raw)]
+    files = find_raw_files(config.dataset.raw)
+    with progress.task("hash raw files", sum(map(bytes_to_hash, files)), "B") as advance:
+        digests = [fingerprint_raw(path, on_read=lambda count: advance(count, "")) for path in files]
     return {"raw": xxhash.xxh3_64_hexdigest(" ".join(digests).encode())}
 
 
@@ -210,18 +212,19 @@ class Run:
     Args:
         config: The pipeline.
         runs_dir: Folder that holds run folders.
+        progress: Told how far the hashing of raw files is.
 
     Raises:
         DataError: A raw file is missing.
     """
 
-    def __init__(self, config: PipelineConfig, runs_dir: Path) -> None:
+    def __init__(self, config: PipelineConfig, runs_dir: Path, progress: Progress | None = None) -> None:
         self.config, self.run_dir = config, runs_dir / config.name
         self.stages = {stage.name: stage for stage in STAGES if stage.is_part(config)}
         """By name, in order."""
         self.keys: dict[str, StageKey] = {}
         for name, stage in self.stages.items():
-            self.keys[name] = stage.key(config, self.keys)
+            self.keys[name] = stage.key(config, self.keys, progress or Silent())
 
     def plan(self) -> list[StagePlan]:
         """Say for every stage whether it would run, and why. Reads manifests, changes nothing."""
@@ -296,13 +299,13 @@ def stage_names(config: PipelineConfig) -> list[str]:
     return [stage.name for stage in STAGES if stage.is_part(config)]
 
 
-def plan_pipeline(config: PipelineConfig, runs_dir: Path) -> list[StagePlan]:
+def plan_pipeline(config: PipelineConfig, runs_dir: Path, progress: Progress | None = None) -> list[StagePlan]:
     """Say for every stage whether it would run, and why. Reads manifests and raw files, changes nothing.
 
     Raises:
         DataError: A raw file is missing.
     """
-    return Run(config, runs_dir).plan()
+    return Run(config, runs_dir, progress).plan()
 
 
 def run_pipeline(
@@ -328,7 +331,7 @@ def run_pipeline(
         SlipstreamError: Whatever a stage expects to go wrong.
     """
     with run_lock(runs_dir / config.name):
-        run = Run(config, runs_dir)
+        run = Run(config, runs_dir, progress)
         return run.execute(stages, force=force, progress=progress or Silent(), on_stage=on_stage)
 
 

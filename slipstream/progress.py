@@ -1,5 +1,6 @@
 """How stages say how far they are, without knowing who listens."""
 
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
@@ -8,14 +9,60 @@ from typing import Protocol
 class Progress(Protocol):
     """Something that can show a task advancing."""
 
-    def task(self, label: str, total: int | None, unit: str) -> AbstractContextManager[Callable[[int, str], None]]:
-        """Open a task; the yielded function takes (units done since the last call, note)."""
+    def task(
+        self, label: str, total: int | None, unit: str, *, done: int = 0
+    ) -> AbstractContextManager[Callable[[int, str], None]]:
+        """Open a task; the yielded function takes (units done since the last call, note).
+
+        Args:
+            label: What is done.
+            total: Units in all.
+            unit: What is counted.
+            done: Units that an earlier run finished; they say nothing about how fast this one is.
+        """
         ...
 
 
 class Silent:
     """Shows nothing; what stages use when nobody watches."""
 
-    def task(self, label: str, total: int | None, unit: str) -> AbstractContextManager[Callable[[int, str], None]]:
+    def task(
+        self, label: str, total: int | None, unit: str, *, done: int = 0
+    ) -> AbstractContextManager[Callable[[int, str], None]]:
         """Open a task that nobody sees."""
         return nullcontext(lambda done, note: None)
+
+
+class Pace:
+    """How far a task is, and how long it will take.
+
+    Args:
+        total: Units in all, None where nobody knows.
+        done: Units that an earlier run finished.
+        clock: Seconds now.
+    """
+
+    def __init__(self, total: int | None, *, done: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
+        self._total, self._before, self._clock = total, done, clock
+        self._done, self._started = done, clock()
+
+    def advance(self, units: int) -> None:
+        """Count units done."""
+        self._done += units
+
+    @property
+    def done(self) -> int:
+        """Units done, those of an earlier run included."""
+        return self._done
+
+    @property
+    def share(self) -> float | None:
+        """Units done over all, None where that is unknown."""
+        return min(self._done / self._total, 1.0) if self._total else None
+
+    def seconds_left(self) -> float | None:
+        """Seconds until the end at the mean pace since the task was opened, None before anything is done."""
+        here = self._done - self._before
+        if not self._total or here <= 0:
+            return None
+        return (self._clock() - self._started) / here * max(self._total - self._done, 0)

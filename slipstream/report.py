@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -11,11 +13,12 @@ from rich.console import Console, Group, RenderableType
 from rich.progress import (
     BarColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
+    Task,
     TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.table import Table
 from rich.text import Text
@@ -24,40 +27,90 @@ from slipstream.compare import ComparedVariant, Spread
 from slipstream.config import PipelineConfig
 from slipstream.io.figures import GenerateFigures, PreprocessFigures, SegregateFigures, TrainFigures
 from slipstream.pipeline import RunResult, StagePlan, StageResult
+from slipstream.progress import Pace
 from slipstream.stage import row_bytes_of
 
 _MOST_SHOWN = 40
 """Items of a list that are shown one by one."""
 
 
+_PLAIN_SECONDS = 30
+"""Between lines about a task where there is no terminal."""
+
+
 class RichProgress:
-    """Shows tasks as bars on a terminal; on anything else nothing is drawn."""
+    """Shows tasks as bars on a terminal; on anything else a plain line says every 30 seconds how far a task is."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
 
     @contextmanager
-    def task(self, label: str, total: int | None, unit: str) -> Iterator[Callable[[int, str], None]]:
+    def task(self, label: str, total: int | None, unit: str, *, done: int = 0) -> Iterator[Callable[[int, str], None]]:
         """Open a task and show it until the block ends."""
-        if not self._console.is_terminal:
-            yield lambda done, note: None
-            return
+        pace = Pace(total, done=done)
+        show = self._show_bar if self._console.is_terminal else self._say_now_and_then
+        with show(label, total, pace) as listen:
+
+            def advance(units: int, note: str) -> None:
+                pace.advance(units)
+                listen(units, note)
+
+            yield advance
+
+    @contextmanager
+    def _show_bar(self, label: str, total: int | None, pace: Pace) -> Iterator[Callable[[int, str], None]]:
         columns = (
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(bar_width=28),
             TaskProgressColumn(),
             TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            _TimeLeftColumn(pace),
             TextColumn("[dim]{task.fields[note]}"),
         )
         with Progress(*columns, console=self._console, transient=True) as bars:
-            task_id = bars.add_task(f"{label:<16}", total=total, note="")
+            task_id = bars.add_task(f"{label:<16}", total=total, note="", completed=pace.done)
 
-            def advance(done: int, note: str) -> None:
-                bars.update(task_id, advance=done, note=note or bars.tasks[0].fields["note"])
+            def listen(units: int, note: str) -> None:
+                bars.update(task_id, advance=units, note=note or bars.tasks[0].fields["note"])
 
-            yield advance
+            yield listen
+
+    @contextmanager
+    def _say_now_and_then(self, label: str, total: int | None, pace: Pace) -> Iterator[Callable[[int, str], None]]:
+        notes, is_over = [""], threading.Event()
+
+        def speak() -> None:
+            while not is_over.wait(_PLAIN_SECONDS):
+                known = [label, "" if pace.share is None else f"{pace.share:.0%}", notes[0], _time_left(pace)]
+                self._console.print(", ".join(filter(None, known)), markup=False, highlight=False, soft_wrap=True)
+
+        def listen(units: int, note: str) -> None:
+            notes[0] = note or notes[0]
+
+        speaker = threading.Thread(target=speak, name="progress", daemon=True)
+        speaker.start()
+        try:
+            yield listen
+        finally:
+            is_over.set()
+            speaker.join()
+
+
+class _TimeLeftColumn(ProgressColumn):
+    """How long a task will take still."""
+
+    def __init__(self, pace: Pace) -> None:
+        super().__init__()
+        self._pace = pace
+
+    def render(self, task: Task) -> Text:
+        return Text(_time_left(self._pace), style="progress.remaining")
+
+
+def _time_left(pace: Pace) -> str:
+    seconds = pace.seconds_left()
+    return "" if seconds is None else f"{datetime.timedelta(seconds=round(seconds))} left"
 
 
 def stage_line(result: StageResult) -> Text:

@@ -52,17 +52,18 @@ class Stage:
     """Whether a pipeline has the stage."""
     settings: Callable[[PipelineConfig], Mapping[str, Any]] | None = None
     """Plain values of the pipeline file that its result depends on; None for its section."""
-    other_inputs: Callable[[PipelineConfig], Mapping[str, str]] = field(default=lambda config: {})
+    other_inputs: Callable[[PipelineConfig, Progress], Mapping[str, str]] = field(default=lambda config, progress: {})
     """Fingerprints of what it reads beside artifacts."""
     seed: Callable[[PipelineConfig], int] = field(default=lambda config: config.seed)
     """Seed of what it draws; 0 where it draws nothing."""
 
-    def key(self, config: PipelineConfig, earlier: Mapping[str, StageKey]) -> StageKey:
+    def key(self, config: PipelineConfig, earlier: Mapping[str, StageKey], progress: Progress) -> StageKey:
         """Name everything that the stage's result depends on.
 
         Args:
             config: The pipeline.
             earlier: Keys of the stages before it.
+            progress: Told how far the hashing of raw files is.
 
         Raises:
             DataError: A raw file is missing.
@@ -72,7 +73,7 @@ class Stage:
         return StageKey(
             stage=self.name,
             config=settings(config),
-            inputs=inputs | dict(self.other_inputs(config)),
+            inputs=inputs | dict(self.other_inputs(config, progress)),
             seed=self.seed(config),
         )
 

@@ -152,9 +152,9 @@ def test_raw_files_are_hashed_once_a_run(tmp_path: Path, monkeypatch: pytest.Mon
     hashed: list[str] = []
     fingerprint = raw.fingerprint_raw
 
-    def counting(path: str) -> str:
+    def counting(path: str, **options: Any) -> str:
         hashed.append(path)
-        return fingerprint(path)
+        return fingerprint(path, **options)
 
     monkeypatch.setattr(raw, "fingerprint_raw", counting)
     config = tiny_config(dataset={"source": "criteo", "raw": [str(file) for file in files]})

@@ -168,27 +168,31 @@ def _read_lines(
     chunks: list[ParsedChunk] = []
     rejected = lines = 0
 
-    def parse(block: RawBlock) -> tuple[ParsedChunk, int]:
-        return _parse_block(block, source, store), block.stored
-
-    with progress.task("parse", sum(raw_size(file) for file in files), "B") as advance:
-        for file_index, path in enumerate(files):
-            finished = store.finished(file_index)
-            passed, size = 0, raw_size(path)
+    sizes = [raw_size(file) for file in files]
+    kept = [store.finished(index) for index in range(len(files))]
+    kept_bytes = [size if store.is_complete(index) else _stored(kept[index], size) for index, size in enumerate(sizes)]
+    with progress.task("parse", sum(sizes), "B", done=sum(kept_bytes)) as advance:
+        for file_index, (path, size, finished) in enumerate(zip(files, sizes, kept, strict=True)):
+            passed = kept_bytes[file_index]
             if not store.is_complete(file_index):
                 done = finished[-1].end if finished else 0
                 blocks = read(path, file_index=file_index, skip=done, skip_blocks=len(finished))
-                for chunk, stored in in_order(parse, blocks, workers):
+                for chunk in in_order(lambda block: _parse_block(block, source, store), blocks, workers):
                     finished.append(chunk)
                     lines, rejected = lines + chunk.num_lines, rejected + chunk.num_rejected
-                    advance(max(min(stored, size) - passed, 0), f"{lines:,} lines")
-                    passed = max(passed, min(stored, size))
+                    advance(_stored(finished, size) - passed, f"{lines:,} lines")
+                    passed = _stored(finished, size)
                     if lines >= _HOPELESS_LINES and rejected > lines / 2:
                         ParsedFiles(files, chunks + finished, store, [], store).check_rejects(max_reject_ratio)
                 store.mark_complete(file_index, len(finished))
             advance(size - passed, "")
             chunks += finished
     return chunks
+
+
+def _stored(chunks: Sequence[ParsedChunk], size: int) -> int:
+    """Bytes of a file that its chunks so far were made of."""
+    return min(chunks[-1].stored, size) if chunks else 0
 
 
 def _parse_block(block: RawBlock, source: Source, store: ParsedStore) -> ParsedChunk:
@@ -216,6 +220,7 @@ def _parse_block(block: RawBlock, source: Source, store: ParsedStore) -> ParsedC
         num_rejected=len(rejects),
         end=block.end,
         day_counts=day_counts,
+        stored=block.stored,
     )
     store.write(chunk, parsed.samples, rejects, dense)
     return chunk
@@ -244,8 +249,9 @@ def _gather(
     finished = store.finished(_ANY_FILE)
     if store.is_complete(_ANY_FILE):
         return finished
-    with progress.task("gather", sum(chunk.num_samples for chunk in lines), "events") as advance:
-        first = finished[-1].end if finished else 0
+    first = finished[-1].end if finished else 0
+    num_done = sum(int(np.searchsorted(_owners(events, chunk), np.uint64(first))) for chunk in lines)
+    with progress.task("gather", sum(chunk.num_samples for chunk in lines), "events", done=num_done) as advance:
         bounds = _find_bounds(source, lines, events, first=first, most_events=most_events)
 
         def make(task: tuple[int, tuple[int, int]]) -> tuple[ParsedChunk, int]:
@@ -264,9 +270,11 @@ def _gather(
             store.write(chunk, samples, [], [dense_name(number) for number in range(source.num_dense)])
             return chunk, gathered.height
 
+        num_samples = sum(chunk.num_samples for chunk in finished)
         for chunk, num_events in in_order(make, enumerate(pairwise(bounds), start=len(finished)), workers):
             finished.append(chunk)
-            advance(num_events, f"{sum(done.num_samples for done in finished):,} samples")
+            num_samples += chunk.num_samples
+            advance(num_events, f"{num_samples:,} samples")
         store.mark_complete(_ANY_FILE, len(finished))
     return finished
 

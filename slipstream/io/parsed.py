@@ -37,6 +37,8 @@ class ParsedChunk:
     """Offset in the file's uncompressed stream just after the chunk."""
     day_counts: dict[str, int]
     """Samples per day; one entry, the file index, where the source has no day column."""
+    stored: int = 0
+    """Bytes of the file, as it is stored, that were read up to here."""
 
 
 class ParsedStore:

@@ -16,7 +16,7 @@ import sys
 import zipfile
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +44,8 @@ _OTHER_KINDS = (
 )
 # the stubs of isal take the class for one of its instances
 _DAMAGED = (gzip.BadGzipFile, cast(type[Exception], igzip_lib.error), zlib.error, zstandard.ZstdError)
+_STORED_AT_ONCE = 1 << 20
+"""Bytes of a compressed file read together."""
 _GZIP_MAGIC = b"\x1f\x8b"
 _BOM = b"\xef\xbb\xbf"
 _LINE_WINDOW = 1 << 16
@@ -195,10 +197,20 @@ def is_parquet(path: str) -> bool:
     return path.lower().endswith((".parquet", ".pq"))
 
 
-def fingerprint_raw(path: str) -> str:
+def bytes_to_hash(path: str) -> int:
+    """Bytes of a raw file that `fingerprint_raw` reads."""
+    size = raw_size(path)
+    return size if size <= _WHOLE_HASH_BYTES else _SAMPLES * _SAMPLE_BYTES
+
+
+def fingerprint_raw(path: str, *, on_read: Callable[[int], None] = lambda count: None) -> str:
     """Hash of a raw file: of all of it up to 256 MiB, of its size and 256 even samples beyond.
 
     Names and times do not count, so moved or copied files keep their fingerprint.
+
+    Args:
+        path: Raw file.
+        on_read: Told how many bytes were read since the last time.
     """
     size = raw_size(path)
     digest = xxhash.xxh3_64(str(size).encode())
@@ -206,10 +218,12 @@ def fingerprint_raw(path: str) -> str:
         if size <= _WHOLE_HASH_BYTES:
             while data := stream.read(1 << 22):
                 digest.update(data)
+                on_read(len(data))
         else:
             for index in range(_SAMPLES):
                 stream.seek((size - _SAMPLE_BYTES) * index // (_SAMPLES - 1))
                 digest.update(stream.read(_SAMPLE_BYTES))
+                on_read(_SAMPLE_BYTES)
     return digest.hexdigest()
 
 
@@ -406,7 +420,7 @@ class _GzipStream:
                 break
             data, self._unread = self._unread, b""
             if not data and self._member.needs_input:
-                data = self._stored.read(1 << 20)
+                data = self._stored.read(_STORED_AT_ONCE)
                 if not data:
                     raise EOFError
             piece = self._member.decompress(data, size - total)
@@ -420,7 +434,7 @@ class _GzipStream:
         self._unread = b"" if is_first else self._member.unused_data
         while True:
             self._unread = self._unread if is_first else self._unread.lstrip(b"\0")
-            more = b"" if len(self._unread) >= len(_GZIP_MAGIC) else self._stored.read(1 << 20)
+            more = b"" if len(self._unread) >= len(_GZIP_MAGIC) else self._stored.read(_STORED_AT_ONCE)
             if not more:
                 break
             self._unread += more
@@ -440,15 +454,21 @@ class _ZstdStream:
         self._frame = zstandard.ZstdDecompressor().decompressobj()
         self._in_frame = False
         self._unread = b""
+        self._held = memoryview(b"")
 
     def seekable(self) -> bool:
         return False
 
     def read(self, size: int) -> bytes:
-        out: list[bytes] = []
+        out: list[memoryview] = []
         total = 0
         while total < size:
-            data = self._unread or self._stored.read(1 << 20)
+            if self._held:
+                out.append(self._held[: size - total])
+                self._held = self._held[len(out[-1]) :]
+                total += len(out[-1])
+                continue
+            data = self._unread or self._stored.read(_STORED_AT_ONCE)
             self._unread = b""
             if not data:
                 if self._in_frame:
@@ -457,10 +477,8 @@ class _ZstdStream:
             if self._frame.eof:
                 self._frame = zstandard.ZstdDecompressor().decompressobj()
             self._in_frame = True
-            piece = self._frame.decompress(data)
+            self._held = memoryview(self._frame.decompress(data))
             if self._frame.eof:
                 self._in_frame = False
                 self._unread = self._frame.unused_data
-            out.append(piece)
-            total += len(piece)
         return b"".join(out)

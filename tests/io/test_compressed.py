@@ -4,11 +4,12 @@ import gzip
 import io
 import zlib
 
+import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 from isal import igzip_lib
 
-from slipstream.io.raw import _GzipStream
+from slipstream.io.raw import _GzipStream, _ZstdStream
 
 DAMAGED = (gzip.BadGzipFile, zlib.error, igzip_lib.error)
 
@@ -45,3 +46,14 @@ def test_gzip_is_read_as_the_standard_library_does(packed: list[bytes], size: in
     found = outcome(_GzipStream(io.BytesIO(content)), size)  # type: ignore[arg-type]
     # damage may be noticed at another byte, so a damaged file that also ends early may be called the one or the other
     assert found == expected or {found, expected} == {"damaged", "truncated"}
+
+
+@given(st.lists(st.binary(max_size=3000), max_size=4), st.lists(st.integers(1, 700), min_size=1, max_size=9))
+def test_zstd_never_gives_more_than_was_asked_for(frames: list[bytes], sizes: list[int]):
+    stream = _ZstdStream(io.BytesIO(b"".join(zstandard.compress(frame) for frame in frames)))
+    whole, found = b"".join(frames), b""
+    for size in [*sizes, len(whole) + 1]:
+        piece = stream.read(size)
+        assert len(piece) == min(size, len(whole) - len(found))
+        found += piece
+    assert found == whole
