@@ -230,7 +230,8 @@ def _build_chosen(base: Any, registry: Registry[Any], value: Any, key: str) -> A
                 f"`{key}.{unknown}` belongs to {', '.join(owners)}, found `{key}.name` = '{name}'",
                 hint=f"leave it out; --set '{key}={{name=\"{name}\"}}' replaces the whole section",
             )
-    return build(registry.get(name), value, f"{key}.")
+    # the name is given even where it is left out, so that what is stored says which dataclass it was
+    return build(registry.get(name), {**value, "name": name}, f"{key}.")
 
 
 def _choose(choices: Sequence[Any], value: Any, key: str) -> Any:

@@ -176,6 +176,16 @@ def test_a_model_from_elsewhere_has_its_keys_and_checks():
     assert caught.value.hint == "did you mean `model.padding`?"
 
 
+def test_a_model_that_states_no_name_has_the_one_it_is_registered_by():
+    @dataclass(frozen=True, kw_only=True, slots=True)
+    class Nameless(Wide):
+        name: str = "dlrm"
+
+    with MODELS.registered("nameless", Nameless):
+        model = tiny_config(model={"name": "nameless"}).model
+        assert model.name == "nameless" and read_model(to_dict(model)) == model
+
+
 @pytest.mark.parametrize("name", MODELS.names())
 def test_a_model_comes_back_from_its_description(name: str):
     sources = MODELS.get(name).sources
