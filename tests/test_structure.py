@@ -146,6 +146,28 @@ def test_every_module_says_what_it_is(path: Path):
     assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or path.name == "__main__.py"
 
 
+# --- size ----------------------------------------------------------------------------------------------------
+
+MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION = 500, 80
+LONGER = {"datasets/synthetic.py", "embedding/cached/bag.py", "embedding/row_cache.py"}
+"""Files with one reason to change each."""
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_a_file_can_be_read_at_once(path: Path):
+    num_lines = len(path.read_text(encoding="utf-8").splitlines())
+    is_read_at_once = num_lines <= MOST_LINES_OF_A_FILE or name_of(path) in LONGER
+    assert is_read_at_once, f"{num_lines} lines: split it by reason to change"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_a_function_fits_a_page(path: Path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            num_lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert num_lines <= MOST_LINES_OF_A_FUNCTION, f"`{node.name}` has {num_lines} lines"
+
+
 # --- starting fast -------------------------------------------------------------------------------------------
 
 _START = """

@@ -129,6 +129,34 @@ def take_above_threshold(counts: np.ndarray, oov_rows: np.ndarray, *, access_thr
     return HotSet(is_hot=is_hot, access_threshold=access_threshold)
 
 
+def choose_hot_rows(
+    policy: str,
+    counts: np.ndarray,
+    oov_rows: np.ndarray,
+    samples: Callable[[], Iterable[np.ndarray]],
+    *,
+    num_rows: int,
+    power: float,
+    rounds: int,
+) -> HotSet:
+    """Choose the hot rows by a policy; where all rows fit, all are hot.
+
+    Args:
+        policy: `frequency` or `sample-aware`.
+        counts: Accesses per global row. Shape (V,), integer.
+        oov_rows: Global rows of the OOV rows, which are always hot. Shape (T,).
+        samples: For `sample-aware`, as `select_sample_aware` takes them; not called for `frequency`.
+        num_rows: H asked for, from T to V.
+        power: For `sample-aware`.
+        rounds: For `sample-aware`.
+    """
+    if num_rows == len(counts):
+        return take_all_rows(counts, oov_rows)
+    if policy == "frequency":
+        return take_hot_rows(rank_rows(counts, oov_rows), counts, num_rows=num_rows, num_oov=len(oov_rows))
+    return select_sample_aware(counts, oov_rows, samples, num_rows=num_rows, power=power, rounds=rounds)
+
+
 def select_sample_aware(
     counts: np.ndarray,
     oov_rows: np.ndarray,

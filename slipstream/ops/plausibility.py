@@ -13,9 +13,8 @@ _MOST_HELD_OUT, _LEAST_HELD_OUT = 0.3, 0.01
 """Shares of all samples; `chronological` holds out a seventh, one day of Criteo Terabyte is a twenty-fourth."""
 
 
-def doubt_yield(*, lines: int, rejected: int, samples: int) -> list[str]:
-    """Warn when nearly all lines are accepted and hardly any sample comes of them."""
-    accepted = lines - rejected
+def doubt_yield(*, accepted: int, samples: int) -> list[str]:
+    """Warn when hardly any sample comes of the accepted lines."""
     if samples >= _LEAST_YIELD * accepted:
         return []
     return [

@@ -165,15 +165,21 @@ def run(
         padding_rows=_find_padding(source, vocabularies),
         dense_minima=minima if config.dense_transform == "torchrec" else None,
         negatives_left_out=layout.num_left_out if negative_keep_ratio < 1 else None,
-        warnings=[
-            *find_twins(files),
-            *doubt_yield(
-                lines=parsed.num_lines, rejected=rejected, samples=sum(layout.totals.values()) + layout.num_left_out
-            ),
-            *doubt_split(config.split, layout.totals, left_out=layout.num_left_out),
-            *doubt_classes(layout.totals, positives),
-        ],
+        warnings=_find_doubts(config, files, layout, positives, accepted=parsed.num_lines - rejected),
     )
+
+
+def _find_doubts(
+    config: PreprocessConfig, files: Sequence[str], layout: SplitLayout, positives: dict[str, int], *, accepted: int
+) -> list[str]:
+    """Say what looks wrong though nothing failed."""
+    num_samples = sum(layout.totals.values()) + layout.num_left_out
+    return [
+        *find_twins(files),
+        *doubt_yield(accepted=accepted, samples=num_samples),
+        *doubt_split(config.split, layout.totals, left_out=layout.num_left_out),
+        *doubt_classes(layout.totals, positives),
+    ]
 
 
 # --- before the work ----------------------------------------------------------------------------------------

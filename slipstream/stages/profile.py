@@ -24,14 +24,7 @@ from slipstream.io.counts import write_counts
 from slipstream.io.figures import CurveFigures, PreprocessFigures, ProfileFigures
 from slipstream.io.samples import column_offsets, count_samples, read_rows
 from slipstream.ops.counting import count_accesses, sample_positions
-from slipstream.ops.hot_set import (
-    HotSet,
-    measure_hot_set,
-    rank_rows,
-    select_sample_aware,
-    table_offsets,
-    take_hot_rows,
-)
+from slipstream.ops.hot_set import choose_hot_rows, measure_hot_set, table_offsets
 from slipstream.ops.parallel import in_order
 from slipstream.progress import Progress
 from slipstream.schema import table_name
@@ -105,14 +98,16 @@ def run(
         held["val"].append(read_rows(processed.check(part), columns, starts)[:: strides["val"]].copy())
     blocks = {name: _in_blocks(np.concatenate(held.pop(name))) for name in ("train", "val")}
 
+    oov_rows = offsets[:-1]
+
     def measure(choice: tuple[float, str]) -> list[CurveFigures]:
         share, policy = choice
-        hot_set = _select(
+        hot_set = choose_hot_rows(
             policy,
             counts,
-            offsets[:-1],
+            oov_rows,
             blocks["train"],
-            share=share,
+            num_rows=max(int(len(counts) * share), len(oov_rows)),
             power=sample_aware_power,
             rounds=sample_aware_rounds,
         )
@@ -132,23 +127,6 @@ def run(
         frame.select("policy", "split", pl.exclude("policy", "split")).write_parquet(path)
     lookups = int(counts.sum())
     return ProfileFigures(samples_counted=lookups // len(columns), lookups=lookups, rows=int(offsets[-1]), curve=curve)
-
-
-def _select(
-    policy: str,
-    counts: np.ndarray,
-    oov_rows: np.ndarray,
-    samples: _Blocks,
-    *,
-    share: float,
-    power: float,
-    rounds: int,
-) -> HotSet:
-    num_rows = max(int(len(counts) * share), len(oov_rows))
-    if policy == "frequency":
-        ranked = rank_rows(counts, oov_rows)
-        return take_hot_rows(ranked, counts, num_rows=num_rows, num_oov=len(oov_rows))
-    return select_sample_aware(counts, oov_rows, samples, num_rows=num_rows, power=power, rounds=rounds)
 
 
 def _stride(processed: Artifact, split: str) -> int:

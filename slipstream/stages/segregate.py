@@ -13,7 +13,7 @@ missing shard needs.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -28,24 +28,8 @@ from slipstream.io.artifacts import Artifact, write_atomically, write_json
 from slipstream.io.capacity import require_disk
 from slipstream.io.counts import read_counts
 from slipstream.io.figures import PreprocessFigures, SegregateFigures
-from slipstream.io.samples import (
-    Samples,
-    column_offsets,
-    concat_samples,
-    read_part,
-    read_rows,
-    write_shard,
-)
-from slipstream.ops.hot_set import (
-    HotSet,
-    assign_slots,
-    rank_rows,
-    select_sample_aware,
-    table_offsets,
-    take_above_threshold,
-    take_all_rows,
-    take_hot_rows,
-)
+from slipstream.io.samples import Samples, column_offsets, concat_samples, read_part, read_rows, write_shard
+from slipstream.ops.hot_set import HotSet, assign_slots, choose_hot_rows, table_offsets, take_above_threshold
 from slipstream.ops.parallel import in_order
 from slipstream.options import parse_budget
 from slipstream.progress import Progress
@@ -149,17 +133,17 @@ def _choose(
     if config.access_threshold:
         return take_above_threshold(counts, oov_rows, access_threshold=config.access_threshold)
     num_rows = _affordable_rows(config.hot_budget, len(counts), len(oov_rows), row_bytes)
-    if num_rows == len(counts):
-        return take_all_rows(counts, oov_rows)
-    if config.policy == "frequency":
-        ranked = rank_rows(counts, oov_rows)
-        return take_hot_rows(ranked, counts, num_rows=num_rows, num_oov=len(oov_rows))
     starts = column_offsets(offsets, PreprocessFigures.of(processed).column_tables)
-    held = _hold_rows(processed, columns, starts, scratch / "work" / "rows")
-    return select_sample_aware(
+
+    def samples() -> Iterator[np.ndarray]:
+        for path in _hold_rows(processed, columns, starts, scratch / "work" / "rows"):
+            yield np.load(path, mmap_mode="r", allow_pickle=False)
+
+    return choose_hot_rows(
+        config.policy,
         counts,
         oov_rows,
-        lambda: (np.load(path, mmap_mode="r", allow_pickle=False) for path in held),
+        samples,
         num_rows=num_rows,
         power=config.sample_aware_power,
         rounds=config.sample_aware_rounds,
@@ -202,7 +186,7 @@ def _doubt_budget(config: SegregateConfig, num_rows: int, row_bytes: int) -> lis
 
 
 def _hold_rows(processed: Artifact, columns: list[str], starts: np.ndarray, folder: Path) -> list[Path]:
-    """Decode the training rows once; the rounds then read them as mapped arrays."""
+    """Decode the training rows, where that is not done yet; the rounds read them as mapped arrays."""
     held = []
     for part in processed.files("train/", ".parquet"):
         path = folder / f"{part.stem}.npy"

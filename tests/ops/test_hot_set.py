@@ -12,6 +12,7 @@ from slipstream.ops.counting import count_accesses
 from slipstream.ops.hot_set import (
     Movement,
     assign_slots,
+    choose_hot_rows,
     hot_row_bytes,
     measure_hot_set,
     rank_rows,
@@ -188,6 +189,23 @@ def test_sample_aware_does_not_depend_on_blocks(drawn, data):
         for samples in (lambda: [rows], lambda: [rows[cut:], rows[:cut]])
     )
     assert whole.is_hot.tolist() == halves.is_hot.tolist()
+
+
+@pytest.mark.parametrize("policy", ["frequency", "sample-aware"])
+def test_where_all_rows_fit_all_are_hot_without_a_look_at_samples(policy: str):
+    counts = np.array([0, 5, 0, 0, 3])
+    hot_set = choose_hot_rows(policy, counts, np.array([0, 3]), forbidden, num_rows=5, power=4.0, rounds=2)
+    assert hot_set.is_hot.all()
+
+
+def test_frequency_needs_no_samples():
+    counts = np.array([0, 5, 0, 0, 3])
+    hot_set = choose_hot_rows("frequency", counts, np.array([0, 3]), forbidden, num_rows=3, power=4.0, rounds=2)
+    assert np.flatnonzero(hot_set.is_hot).tolist() == [0, 1, 3]
+
+
+def forbidden() -> list[np.ndarray]:
+    pytest.fail("samples are read")
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=30))
