@@ -84,7 +84,7 @@ class Stage:
 
 
 def row_bytes_of(config: PipelineConfig) -> int:
-    """Accelerator bytes of one hot row under a pipeline's optimizer and skip criterion."""
+    """Count the accelerator bytes of one hot row under a pipeline's optimizer and skip criterion."""
     from slipstream.ops.hot_set import hot_row_bytes
 
     return hot_row_bytes(

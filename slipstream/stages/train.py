@@ -63,67 +63,22 @@ def run_stage(job: StageJob) -> TrainFigures:
         fingerprint=job.key.fingerprint,
         every_steps=config.train.checkpoint_steps,
     )
-    with (
-        SummaryWriter(str(scratch / "events")) as events,
-        shards.streams(seed=config.train_seed) as open_streams,
-        job.progress.task("train", shards.figures.num_train * config.train.epochs, "samples") as advance,
-    ):
-        trainer: Trainer | FaithfulTrainer
-        if config.train.faithful:
-            trainer = _make_faithful(config, parts, num_hot=shards.figures.hot_rows)
-        else:
+    with SummaryWriter(str(scratch / "events")) as events:
+        with (
+            shards.streams(seed=config.train_seed) as open_streams,
+            job.progress.task("train", shards.figures.num_train * config.train.epochs, "samples") as advance,
+        ):
             trainer = _make_trainer(config, parts, shards, checkpoints, on_report=_listener(events, advance))
-            checkpoints.restore(trainer)
-        with fitting_the_device(lambda: f"step {trainer.totals.steps + 1}, of {config.train.batch_size:,} samples"):
-            trainer.train(open_streams)
+            if isinstance(trainer, Trainer):
+                checkpoints.restore(trainer)
+            with fitting_the_device(lambda: f"step {trainer.totals.steps + 1}, of {config.train.batch_size:,} samples"):
+                trainer.train(open_streams)
         quality = _evaluate(config, parts, shards, scratch)
         for split, measured in quality.items():
             for name, value in asdict(measured).items():
                 events.add_scalar(f"{split}/{name}", value, trainer.totals.steps)
-    if isinstance(trainer, Trainer):
-        write_json(scratch / "staleness.json", [asdict(check) for check in trainer.skipper.checks])
-        write_json(scratch / "losses.json", trainer.totals.losses)
-    description = {
-        "num_dense": parts.num_dense,
-        "tables": shards.figures.rows_per_table,
-        "column_tables": parts.layout.column_tables,
-        "quantize_linears": config.tables.quantize_linears,
-        "encoding": describe_encoding(processed).to_json(),
-        **to_dict(config.model),
-    }
-    save_model(
-        scratch,
-        model=parts.model,
-        rows=parts.rows,
-        slot_maps=parts.layout.slot_maps,
-        description=description,
-        representations=parts.representations,
-    )
-    fit = trainer.figures()
-    if isinstance(parts.placement, CachedRows):
-        fit = replace(fit, hit_ratio=parts.placement.cache.stats.hit_ratio)
-    return TrainFigures(
-        test=quality["test"],
-        val=quality["val"],
-        device=parts.rows.device.type,
-        **asdict(fit),
-        warnings=[
-            *_doubt_cache(config.train, parts),
-            *doubt_quality({split: measured.ne for split, measured in quality.items()}),
-        ],
-    )
-
-
-def _doubt_cache(config: TrainConfig, parts: Assembly) -> list[str]:
-    """Say where mode `cached` holds more rows than it was asked to."""
-    asked, held = int(parts.layout.num_rows * config.cache_ratio), parts.rows.num_staged
-    if config.mode != "cached" or held <= asked:
-        return []
-    return [
-        f"the cache holds {held:,} rows ({held / parts.layout.num_rows:.1%}), not the {asked:,} of `train.cache_ratio` "
-        f"= {config.cache_ratio:g}: two batches of {config.batch_size:,} can look up as many; lower `train.batch_size` "
-        "for a smaller cache"
-    ]
+    _save(config, parts, trainer, processed, scratch)
+    return _sum_up(config, parts, trainer, quality)
 
 
 def _open(config: PipelineConfig, segregated: Artifact, *, counts: np.ndarray) -> Assembly:
@@ -161,7 +116,7 @@ def _open(config: PipelineConfig, segregated: Artifact, *, counts: np.ndarray) -
 
 
 def choose_tables(config: TablesConfig, tables: Mapping[str, int], padding_rows: Mapping[str, int]) -> list[TableSpec]:
-    """How each table is held.
+    """Decide how each table is held.
 
     Args:
         config: Section `tables`.
@@ -204,8 +159,11 @@ def _make_trainer(
     checkpoints: Checkpointer,
     *,
     on_report: Callable[[StepReport], None],
-) -> Trainer:
+) -> Trainer | FaithfulTrainer:
+    """Make what trains: the loop that every mode shares, or the published order."""
     train = config.train
+    if train.faithful:
+        return _make_faithful(config, parts, num_hot=shards.figures.hot_rows)
     schedule = Schedule(
         epochs=train.epochs,
         batch_size=train.batch_size,
@@ -295,3 +253,58 @@ def _evaluate(config: PipelineConfig, parts: Assembly, shards: Shards, scratch: 
         with write_atomically(scratch / f"predictions_{split}.npy") as path, path.open("wb") as stream:
             np.save(stream, predicted)
     return quality
+
+
+def _save(
+    config: PipelineConfig, parts: Assembly, trainer: Trainer | FaithfulTrainer, processed: Artifact, scratch: Path
+) -> None:
+    """Write the model with all it takes to use it, and what the loop noted on the way."""
+    if isinstance(trainer, Trainer):
+        write_json(scratch / "staleness.json", [asdict(check) for check in trainer.skipper.checks])
+        write_json(scratch / "losses.json", trainer.totals.losses)
+    description = {
+        "num_dense": parts.num_dense,
+        "tables": {name: len(slots) for name, slots in parts.layout.slot_maps.items()},
+        "column_tables": parts.layout.column_tables,
+        "quantize_linears": config.tables.quantize_linears,
+        "encoding": describe_encoding(processed).to_json(),
+        **to_dict(config.model),
+    }
+    save_model(
+        scratch,
+        model=parts.model,
+        rows=parts.rows,
+        slot_maps=parts.layout.slot_maps,
+        description=description,
+        representations=parts.representations,
+    )
+
+
+def _sum_up(
+    config: PipelineConfig, parts: Assembly, trainer: Trainer | FaithfulTrainer, quality: dict[str, Quality]
+) -> TrainFigures:
+    fit = trainer.figures()
+    if isinstance(parts.placement, CachedRows):
+        fit = replace(fit, hit_ratio=parts.placement.cache.stats.hit_ratio)
+    return TrainFigures(
+        test=quality["test"],
+        val=quality["val"],
+        device=parts.rows.device.type,
+        **asdict(fit),
+        warnings=[
+            *_doubt_cache(config.train, parts),
+            *doubt_quality({split: measured.ne for split, measured in quality.items()}),
+        ],
+    )
+
+
+def _doubt_cache(config: TrainConfig, parts: Assembly) -> list[str]:
+    """Say where mode `cached` holds more rows than it was asked to."""
+    asked, held = int(parts.layout.num_rows * config.cache_ratio), parts.rows.num_staged
+    if config.mode != "cached" or held <= asked:
+        return []
+    return [
+        f"the cache holds {held:,} rows ({held / parts.layout.num_rows:.1%}), not the {asked:,} of `train.cache_ratio` "
+        f"= {config.cache_ratio:g}: two batches of {config.batch_size:,} can look up as many; lower `train.batch_size` "
+        "for a smaller cache"
+    ]

@@ -227,7 +227,7 @@ def make_step(
 
 
 def learning_rate(progress: float, *, lr: float, warmup: float, decay: str) -> float:
-    """Learning rate after a share of training.
+    """Compute the learning rate after a share of training.
 
     Args:
         progress: Share done, in [0, 1].

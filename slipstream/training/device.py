@@ -12,7 +12,7 @@ from slipstream.errors import CapacityError, ConfigError
 
 
 def resolve_device(name: str) -> torch.device:
-    """The accelerator to use; `auto` takes CUDA where there is one.
+    """Pick the accelerator to use; `auto` takes CUDA where there is one.
 
     Raises:
         ConfigError: CUDA was asked for and is not there.

@@ -90,7 +90,7 @@ class FaithfulTrainer:
         self._hot_lookahead = LookAhead(self._hot_rows, StagingHalves(self._hot_rows), chunk_batches=1)
 
     def figures(self) -> FitFigures:
-        """What training amounted to."""
+        """Sum up what training amounted to."""
         return fit_figures(
             self.totals,
             self.lookahead,

@@ -160,7 +160,7 @@ class Trainer:
         return self.position
 
     def figures(self) -> FitFigures:
-        """What training amounted to."""
+        """Sum up what training amounted to."""
         rule = self.skipper.rule
         return fit_figures(
             self.totals,

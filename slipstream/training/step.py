@@ -95,7 +95,7 @@ class TrainStep:
         )
 
     def look_up(self, slots_BF: np.ndarray) -> Tensor:
-        """What the model predicts from, once no row is staged. Shape (B, F, D)."""
+        """Look up what the model predicts from, once no row is staged. Shape (B, F, D)."""
         return self.representations.look_up(self.rows, slots_BF)
 
     def settle(self) -> None:

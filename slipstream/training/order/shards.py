@@ -23,7 +23,7 @@ _NUM_LOADERS = 8
 
 
 def read_slot_maps(segregated: Artifact) -> dict[str, np.ndarray]:
-    """Slot of each row, per table, in the order of the tables."""
+    """Read the slot of each row, per table, in the order of the tables."""
     path = segregated.check(segregated.path / "slots.npz")
     with np.load(path, allow_pickle=False) as arrays:
         return {name: arrays[name] for name in SegregateFigures.of(segregated).rows_per_table}
@@ -43,7 +43,7 @@ class Shards:
         """What segregate reported."""
 
     def split(self, name: str) -> Iterator[Samples]:
-        """Shards of `val` or `test`, in order."""
+        """Read the shards of `val` or `test`, in order."""
         return (self._load(path) for path in self._paths(name))
 
     @contextmanager
