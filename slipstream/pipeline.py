@@ -1,4 +1,4 @@
-"""The order of stages, what each depends on, and whether it has to run.
+"""The list of stages, what each depends on, and runs of them.
 
     generate -> preprocess -> profile -> segregate -> train        (generate only for source `synthetic`)
 

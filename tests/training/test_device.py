@@ -3,15 +3,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from slipstream.errors import CapacityError, ConfigError
+from slipstream.errors import CapacityError
 from slipstream.training.device import fitting_the_device, resolve_device
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_auto_is_the_cpu_and_cuda_an_error():
-    assert resolve_device("auto") == resolve_device("cpu") == torch.device("cpu")
-    with pytest.raises(ConfigError, match="finds no CUDA device"):
-        resolve_device("cuda")
+@pytest.mark.parametrize(("is_there", "expected"), [(True, "cuda"), (False, "cpu")])
+def test_auto_is_cuda_where_there_is_one(monkeypatch: pytest.MonkeyPatch, is_there: bool, expected: str):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: is_there)
+    assert resolve_device("auto") == torch.device(expected)
 
 
 def test_a_device_that_is_full_says_what_did_not_fit_when_it_failed():

@@ -266,6 +266,19 @@ def make_step(kind: str, cls: type[TrainStep] = TrainStep, **options: Any) -> Tr
     return cls(model=model, rows=rows, dense_optimizer=optimizer, eps=1e-8, representations=representations, **options)
 
 
+def test_plain_tables_hand_rows_on_as_they_are():
+    layout = make_layout()
+    rows = TieredRows(num_rows=22, num_hot=9, embedding_dim=DIM, num_staged=4, optimizer="sgd", device=CPU)
+    rows.load(torch.arange(22), torch.randn(22, DIM))
+    plain = Representations.plain(layout, embedding_dim=DIM, device=CPU)
+    looked_up = torch.randn(BATCH, len(ROWS), DIM)
+    plain.begin_step(0.1)
+    assert plain.train(looked_up, None) is looked_up
+    slots = np.arange(2 * len(ROWS)).reshape(2, -1)
+    assert torch.equal(plain.look_up(rows, slots), rows.gather(torch.from_numpy(slots.ravel())).view(2, len(ROWS), DIM))
+    assert plain.state() == ({}, {})
+
+
 def make_batch(layout: SlotLayout, seed: int, size: int = BATCH) -> tuple[StagedBatch, np.ndarray]:
     """A batch, and the rows it looks up."""
     rng = np.random.default_rng([7, seed])
