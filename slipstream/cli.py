@@ -188,14 +188,14 @@ def show(
 
 @app.command(epilog="Example: slipstream clean tiny")
 def clean(pipeline: _Pipeline = _DEFAULT_PIPELINE, runs: _Runs = _RUNS, overrides: _Set = _NO_OVERRIDES) -> None:
-    """Remove what killed processes left in a run folder; published artifacts stay."""
+    """Remove what killed processes left in a run folder, and parsed numbers; published artifacts stay."""
     config = _load(pipeline, overrides)
     from slipstream.pipeline import clean_run
 
     removed = clean_run(runs, config.name)
     for path in removed:
         _say(f"removed {path}")
-    typer.echo(f"{len(removed)} leftover folders removed")
+    typer.echo(f"{len(removed)} folders removed")
 
 
 @app.command(

@@ -28,6 +28,7 @@ from slipstream.io.artifacts import (
     find_artifact,
     leftovers,
     open_artifact,
+    parsed_folders,
     publish,
     remove_artifact,
     run_lock,
@@ -405,10 +406,10 @@ def score_lines(
 
 
 def clean_run(runs_dir: Path, name: str) -> list[Path]:
-    """Remove what killed processes left in a run folder; returns what was removed."""
+    """Remove what killed processes left in a run folder, and parsed chunks; returns what was removed."""
     run_dir = runs_dir / name
     with run_lock(run_dir):
-        found = leftovers(run_dir)
+        found = [*leftovers(run_dir), *parsed_folders(run_dir)]
         for path in found:
             discard(path)
     return found

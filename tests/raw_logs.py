@@ -98,11 +98,11 @@ def stage_files(folder: Path) -> dict[str, bytes]:
 
 
 def run_files(run_dir: Path) -> dict[str, bytes]:
-    """Every file of a run folder, by name; manifests without their timing fields."""
+    """Every file of a run folder but parsed chunks, by name; manifests without their timing fields."""
     found = {}
     for path in sorted(run_dir.rglob("*")):
         name = path.relative_to(run_dir).as_posix()
-        if not path.is_file() or name == ".lock":
+        if not path.is_file() or name == ".lock" or name.startswith("parsed/"):
             continue
         found[name] = path.read_bytes()
         if path.name == "manifest.json":
@@ -123,9 +123,9 @@ def write_pipeline(path: Path, raw: Path | str, *, preprocess: str = "", segrega
     return path
 
 
-def invoke(stage: str, pipeline: Path, runs: Path, *overrides: str) -> Result:
+def invoke(stage: str, pipeline: Path, runs: Path, *overrides: str, force: bool = False) -> Result:
     """Run a stage through the command line, in this process."""
-    options = [part for override in overrides for part in ("--set", override)]
+    options = [part for override in overrides for part in ("--set", override)] + ["--force"] * force
     return CliRunner().invoke(app, [stage, str(pipeline), "--runs", str(runs), "--quiet", *options])
 
 

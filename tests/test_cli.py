@@ -209,7 +209,8 @@ def test_clean_removes_what_a_killed_process_left(folder: Path, run_arguments: l
     left = folder / "runs" / "tiny_test" / "train" / ".0123456789abcdef.partial"
     left.mkdir()
     result = call("clean", *run_arguments)
-    assert result.stdout == "1 leftover folders removed\n"
+    assert result.stdout == "2 folders removed\n", "of the killed process, and of parsed numbers"
+    assert call("clean", *run_arguments).stdout == "0 folders removed\n"
     assert str(left) in result.stderr
     assert not left.exists()
 

@@ -15,7 +15,7 @@ from slipstream import pipeline
 from slipstream.config import DatasetConfig, PipelineConfig
 from slipstream.errors import ArtifactError, DataError
 from slipstream.io import raw
-from slipstream.io.artifacts import leftovers, scratch_dir
+from slipstream.io.artifacts import leftovers, parsed_folders, scratch_dir
 from slipstream.io.figures import Figures
 from slipstream.pipeline import STAGES, clean_run, latest_artifact, plan_pipeline, run_pipeline, stage_names
 from slipstream.stage import Stage, StageJob
@@ -196,8 +196,9 @@ def test_clean_removes_leftovers_and_keeps_artifacts(runs: Path):
     key = plan_pipeline(tiny_config(seed=77), runs)[0].key
     left = scratch_dir(run_dir, key)
     (left / "half").write_text("x")
-    assert clean_run(runs, "tiny_test") == [left]
-    assert not left.exists()
+    parsed = parsed_folders(run_dir)
+    assert len(parsed) == 1 and clean_run(runs, "tiny_test") == [left, *parsed]
+    assert not left.exists() and not parsed_folders(run_dir)
     assert to_run(tiny_config(), runs) == {}
 
 

@@ -170,11 +170,14 @@ def _read_lines(
 
     sizes = [raw_size(file) for file in files]
     kept = [store.finished(index) for index in range(len(files))]
-    kept_bytes = [size if store.is_complete(index) else _stored(kept[index], size) for index, size in enumerate(sizes)]
+    kept_bytes = [
+        size if store.is_complete(index, len(kept[index])) else _stored(kept[index], size)
+        for index, size in enumerate(sizes)
+    ]
     with progress.task("parse", sum(sizes), "B", done=sum(kept_bytes)) as advance:
         for file_index, (path, size, finished) in enumerate(zip(files, sizes, kept, strict=True)):
             passed = kept_bytes[file_index]
-            if not store.is_complete(file_index):
+            if not store.is_complete(file_index, len(finished)):
                 done = finished[-1].end if finished else 0
                 blocks = read(path, file_index=file_index, skip=done, skip_blocks=len(finished))
                 for chunk in in_order(lambda block: _parse_block(block, source, store), blocks, workers):
@@ -247,7 +250,7 @@ def _gather(
 ) -> list[ParsedChunk]:
     """Make samples of all events, stretch of owners by stretch; a stretch ends where a group begins."""
     finished = store.finished(_ANY_FILE)
-    if store.is_complete(_ANY_FILE):
+    if store.is_complete(_ANY_FILE, len(finished)):
         return finished
     first = finished[-1].end if finished else 0
     num_done = sum(int(np.searchsorted(_owners(events, chunk), np.uint64(first))) for chunk in lines)

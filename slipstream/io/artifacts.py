@@ -30,6 +30,8 @@ from slipstream.errors import ArtifactError, CapacityError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+PARSED = "parsed"
+"""Folder of a run for parsed chunks, which are no artifacts: they may be removed at any time."""
 
 _NAMES_SHOWN = 3
 
@@ -266,6 +268,11 @@ def leftovers(run_dir: Path) -> list[Path]:
     return sorted(path for path in run_dir.glob("*/.*") if path.suffix in {".partial", ".removed"})
 
 
+def parsed_folders(run_dir: Path) -> list[Path]:
+    """Folders of parsed chunks, which the next preprocess makes again where it needs them."""
+    return sorted((run_dir / PARSED).glob("[0-9a-f]*"))
+
+
 def write_json(path: Path, value: object) -> None:
     """Write JSON so that the file is whole or absent."""
     partial = path.with_name(f".{path.name}.tmp")
@@ -349,6 +356,19 @@ def run_lock(run_dir: Path) -> Iterator[None]:
         yield
     finally:
         holder.unlink(missing_ok=True)
+        lock.release()
+
+
+@contextlib.contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Work in a folder alone: wait until no other process does."""
+    with wrap_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder / ".lock")
+        lock.acquire()
+    try:
+        yield
+    finally:
         lock.release()
 
 

@@ -1,9 +1,12 @@
 """Parsed chunks: the numbers of one block of raw lines, kept until every count is known.
 
-work/parsed/00000-000000.arrow   samples, sparse columns dictionary-encoded (see README.md)
-work/parsed/00000-000000.rejects.parquet   rejected lines, only where there are any
-work/parsed/00000-000000.json    written last: the chunk is whole
-work/parsed/00000.json           written after the file's last chunk: the file is whole
+00000-000000.arrow              samples, sparse columns dictionary-encoded (see README.md)
+00000-000000.rejects.parquet    rejected lines, only where there are any
+00000-000000.json               written last: the chunk is whole; holds the hashes of its files
+00000.json                      written after the file's last chunk: the file is whole
+
+They depend on the raw files and the source alone, so they outlive the run that made them: another vocabulary limit or
+split goes on from them.
 """
 
 from __future__ import annotations
@@ -18,9 +21,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from slipstream.errors import ArtifactError
-from slipstream.io.artifacts import write_atomically, write_json
+from slipstream.io.artifacts import hash_file, write_atomically, write_json
 from slipstream.schema import MISSING_ID
 
+_SAMPLES, _REJECTS = ".arrow", ".rejects.parquet"
 _REJECT_SCHEMA = pa.schema({"position": pa.int64(), "reason": pa.string(), "content": pa.binary()})
 
 
@@ -42,7 +46,7 @@ class ParsedChunk:
 
 
 class ParsedStore:
-    """The folder of parsed chunks of one preprocess run."""
+    """A folder of parsed chunks."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -63,7 +67,7 @@ class ParsedStore:
             dense: Dense columns; missing values become 0, in as few bytes as hold them.
         """
         stem = self._stem(chunk.file_index, chunk.block_index)
-        with write_atomically(stem.with_suffix(".arrow")) as path:
+        with write_atomically(stem.with_suffix(_SAMPLES)) as path:
             table = _encode(samples, dense)
             with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
                 writer.write_table(table)
@@ -72,15 +76,17 @@ class ParsedStore:
                 pa.array(column, type=kind)
                 for column, kind in zip(zip(*rejects, strict=True), _REJECT_SCHEMA.types, strict=True)
             ]
-            with write_atomically(stem.with_suffix(".rejects.parquet")) as path:
+            with write_atomically(stem.with_suffix(_REJECTS)) as path:
                 pq.write_table(pa.Table.from_arrays(columns, schema=_REJECT_SCHEMA), path)
-        write_json(stem.with_suffix(".json"), asdict(chunk))
+        written = [stem.with_suffix(suffix) for suffix in (_SAMPLES, _REJECTS) if suffix == _SAMPLES or rejects]
+        hashes = {path.name: hash_file(path) for path in written}
+        write_json(stem.with_suffix(".json"), {"chunk": asdict(chunk), "xxh3": hashes})
 
     def finished(self, file_index: int) -> list[ParsedChunk]:
-        """Chunks of a file that are whole, from the first on without a gap; later ones are removed."""
+        """Chunks of a file that are whole and unaltered, from the first on without a gap; later ones are removed."""
         chunks: list[ParsedChunk] = []
-        while (path := self._stem(file_index, len(chunks)).with_suffix(".json")).exists():
-            chunks.append(ParsedChunk(**json.loads(path.read_text(encoding="utf-8"))))
+        while (chunk := self._read(self._stem(file_index, len(chunks)).with_suffix(".json"))) is not None:
+            chunks.append(chunk)
         for path in self._folder.glob(f"{file_index:05d}-*"):
             if int(path.name[6:12]) >= len(chunks):
                 path.unlink()
@@ -90,23 +96,37 @@ class ParsedStore:
         """Say that a file has no further chunks."""
         write_json(self._folder / f"{file_index:05d}.json", {"num_chunks": num_chunks})
 
-    def is_complete(self, file_index: int) -> bool:
-        """Whether a file was read to its end."""
-        return (self._folder / f"{file_index:05d}.json").exists()
+    def is_complete(self, file_index: int, num_chunks: int) -> bool:
+        """Whether a file was read to its end, and that many chunks are all it has."""
+        try:
+            said = json.loads((self._folder / f"{file_index:05d}.json").read_text(encoding="utf-8"))
+            return bool(said["num_chunks"] == num_chunks)
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def _read(self, path: Path) -> ParsedChunk | None:
+        """What is known of a chunk; None where it is missing, damaged, or its files are no longer what was written."""
+        try:
+            said = json.loads(path.read_text(encoding="utf-8"))
+            if any(hash_file(self._folder / name) != digest for name, digest in said["xxh3"].items()):
+                return None
+            return ParsedChunk(**said["chunk"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
 
     def open(self, chunk: ParsedChunk, columns: list[str] | None = None) -> pa.Table:
         """Map columns of a chunk, None for all, into memory; nothing is copied until it is used."""
-        path = self._stem(chunk.file_index, chunk.block_index).with_suffix(".arrow")
+        path = self._stem(chunk.file_index, chunk.block_index).with_suffix(_SAMPLES)
         try:
             source = pa.memory_map(str(path), "rb")
         except OSError as exc:
-            raise ArtifactError(f"expected a parsed chunk at `{path}`", hint="run with --force") from exc
+            raise ArtifactError(f"expected a parsed chunk at `{path}`", hint="run again: it is made anew") from exc
         table = pa.ipc.open_file(source).read_all()
         return table if columns is None else table.select(columns)
 
     def rejects(self, chunk: ParsedChunk) -> pl.DataFrame:
         """Rejected lines of a chunk: position, reason, content."""
-        path = self._stem(chunk.file_index, chunk.block_index).with_suffix(".rejects.parquet")
+        path = self._stem(chunk.file_index, chunk.block_index).with_suffix(_REJECTS)
         return pl.from_arrow(pq.read_table(path))  # type: ignore[return-value]
 
     def _stem(self, file_index: int, block_index: int) -> Path:

@@ -8,7 +8,8 @@ Costs   one pass over the text, then two over the parsed numbers on disk; memory
 
 Three passes, because rows are ranked by training counts and the split is known only after the last line:
 parse (text to numbers, dictionary-encoded per chunk), count (one table at a time), encode (numbers to rows).
-Each finished chunk, table and part is kept, so a killed run goes on where it stopped.
+Each finished chunk, table and part is kept, so a killed run goes on where it stopped. Parsed chunks depend on the raw
+files and the source alone; they stay in the run folder, and another vocabulary limit or split goes on from them.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ import polars as pl
 import pyarrow as pa
 
 from slipstream.config import PreprocessConfig
-from slipstream.datasets.parsing import parse_files
+from slipstream.datasets.parsing import ParsedFiles, parse_files
 from slipstream.datasets.registry import SOURCES
-from slipstream.datasets.source import ColumnarSource, Source, SourceOptions
+from slipstream.datasets.source import ColumnarSource, GroupingSource, Source, SourceOptions
 from slipstream.errors import ConfigError, DataError
-from slipstream.io.artifacts import write_atomically
+from slipstream.io.artifacts import PARSED, StageKey, hold, write_atomically
 from slipstream.io.capacity import require_disk, require_memory
 from slipstream.io.figures import PreprocessFigures
 from slipstream.io.lookups import lookup_path, write_lookup
@@ -48,7 +49,7 @@ from slipstream.ops.vocabulary import (
     build_vocabulary,
     hash_to_buckets,
 )
-from slipstream.options import parse_bytes
+from slipstream.options import parse_bytes, to_dict
 from slipstream.progress import Progress
 from slipstream.schema import LABEL, MISSING_ID, SPLITS, dense_name, table_name
 from slipstream.stage import StageJob
@@ -76,15 +77,25 @@ def run_stage(job: StageJob) -> PreprocessFigures:
         history_length=dataset.history_length,
         points_per_user=dataset.points_per_user,
     )
+    source = SOURCES.get(dataset.source)(options)
     return run(
         job.config.preprocess,
-        source=SOURCES.get(dataset.source)(options),
+        source=source,
         files=files,
         seed=job.config.seed,
         scratch=job.scratch,
         progress=job.progress,
         negative_keep_ratio=dataset.negative_keep_ratio,
+        parsed_dir=job.scratch.parents[1] / PARSED / _parsed_key(job, source).fingerprint,
     )
+
+
+def _parsed_key(job: StageJob, source: Source) -> StageKey:
+    """What parsed chunks depend on: all that preprocess does, but for its section and which negatives are kept."""
+    others = {*to_dict(job.config.preprocess), "negative_keep_ratio"}
+    settings = {name: value for name, value in job.key.config.items() if name not in others}
+    seed = job.config.seed if isinstance(source, GroupingSource) else 0  # other sources draw nothing
+    return StageKey(stage=PARSED, config=settings, inputs=job.key.inputs, seed=seed)
 
 
 def run(
@@ -96,6 +107,7 @@ def run(
     scratch: Path,
     progress: Progress,
     negative_keep_ratio: float = 1.0,
+    parsed_dir: Path | None = None,
 ) -> PreprocessFigures:
     """Turn raw files into encoded splits below `scratch`.
 
@@ -107,6 +119,7 @@ def run(
         scratch: Folder to write to.
         progress: Told how far it is.
         negative_keep_ratio: Share of the training split's negatives to keep, in (0, 1].
+        parsed_dir: Where parsed chunks are, or are put and stay for other limits and splits; None for `scratch`.
 
     Returns:
         Samples and positives per split, lines, rejected, rows per table; and warnings.
@@ -120,16 +133,9 @@ def run(
     _check_columns(files, source)
     # one more than cores: there is always one that waits for the disk or for its turn in Python
     workers = config.num_threads or (os.cpu_count() or 1) + 1
-    _check_capacity(config, files, scratch, workers)
-    parsed = parse_files(
-        source,
-        files=files,
-        folder=scratch / "work",
-        chunk_bytes=parse_bytes(config.chunk_bytes),
-        max_reject_ratio=config.max_reject_ratio,
-        workers=workers,
-        progress=progress,
-    )
+    parsed_dir = parsed_dir or scratch / "work"
+    _check_capacity(config, files, (scratch, parsed_dir), workers)
+    parsed = _parse(config, source, files, parsed_dir, workers=workers, progress=progress)
     rejected = parsed.check_rejects(config.max_reject_ratio)
     layout = SplitLayout(
         config.split, parsed.samples, store=parsed.store, seed=seed, negative_keep_ratio=negative_keep_ratio
@@ -169,6 +175,21 @@ def run(
     )
 
 
+def _parse(
+    config: PreprocessConfig, source: Source, files: Sequence[str], folder: Path, *, workers: int, progress: Progress
+) -> ParsedFiles:
+    with hold(folder):
+        return parse_files(
+            source,
+            files=files,
+            folder=folder,
+            chunk_bytes=parse_bytes(config.chunk_bytes),
+            max_reject_ratio=config.max_reject_ratio,
+            workers=workers,
+            progress=progress,
+        )
+
+
 def _find_doubts(
     config: PreprocessConfig, files: Sequence[str], layout: SplitLayout, positives: dict[str, int], *, accepted: int
 ) -> list[str]:
@@ -194,7 +215,7 @@ def _check_columns(files: Sequence[str], source: Source) -> None:
             )
 
 
-def _check_capacity(config: PreprocessConfig, files: Sequence[str], scratch: Path, workers: int) -> None:
+def _check_capacity(config: PreprocessConfig, files: Sequence[str], folders: Sequence[Path], workers: int) -> None:
     text_bytes = sum(estimate_text_bytes(file) for file in files)
     chunk_bytes = min(parse_bytes(config.chunk_bytes), text_bytes)
     require_memory(
@@ -202,9 +223,10 @@ def _check_capacity(config: PreprocessConfig, files: Sequence[str], scratch: Pat
         purpose="preprocess",
         hint=f"lower `preprocess.chunk_bytes` ({config.chunk_bytes}) or `preprocess.num_threads` ({workers})",
     )
-    written = sum(file.stat().st_size for file in scratch.rglob("*") if file.is_file())
+    there = {file for folder in folders for file in folder.rglob("*") if file.is_file()}
+    written = sum(file.stat().st_size for file in there)
     require_disk(
-        scratch,
+        folders[0],
         int(text_bytes * _DISK_PER_TEXT_BYTE) - written,
         purpose=f"preprocess of about {text_bytes / 1e9:,.1f} GB of text",
         hint="free some disk, or choose a folder on a larger one with --runs",

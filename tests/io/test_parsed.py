@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -77,10 +78,23 @@ def test_finished_chunks_end_at_the_first_gap_and_the_rest_is_removed(tmp_path: 
 def test_a_file_is_complete_only_when_it_says_so(tmp_path: Path):
     store = ParsedStore(tmp_path)
     write(store, chunk_of(0))
-    assert not store.is_complete(0)
+    assert not store.is_complete(0, 1)
     store.mark_complete(0, 1)
-    assert store.is_complete(0)
+    assert store.is_complete(0, 1)
+    assert not store.is_complete(0, 0), "a chunk of it is gone"
     assert store.finished(0) == [chunk_of(0)]
+
+
+@pytest.mark.parametrize("kind", ["arrow", "rejects.parquet", "json"])
+@pytest.mark.parametrize("damage", [lambda content: content[:-9], lambda content: bytes(99) + content[99:]])
+def test_an_altered_chunk_is_none(tmp_path: Path, kind: str, damage: Callable[[bytes], bytes]):
+    store = ParsedStore(tmp_path)
+    for index in (0, 1, 2):
+        write(store, chunk_of(index, num_rejected=1), rejects=[(1, "too short", b"x")])
+    altered = tmp_path / f"00000-000001.{kind}"
+    altered.write_bytes(damage(altered.read_bytes()))
+    assert store.finished(0) == [chunk_of(0, num_rejected=1)]
+    assert not altered.exists(), "it is removed, to be made again"
 
 
 def test_a_missing_chunk_is_an_artifact_error(tmp_path: Path):

@@ -10,6 +10,7 @@ import pytest
 from raw_logs import (
     as_frame,
     expected_rows,
+    invoke,
     make_lines,
     read_rejects,
     read_split,
@@ -17,12 +18,15 @@ from raw_logs import (
     run_preprocess,
     sample_line,
     stage_files,
+    write_pipeline,
     write_raw,
 )
 
+from slipstream.datasets.criteo import CriteoSource
 from slipstream.errors import CapacityError, ConfigError, DataError
 from slipstream.io import capacity
 from slipstream.ops.vocabulary import hash_to_buckets
+from slipstream.pipeline import latest_artifact
 
 NUM_LINES = 2100
 TRAIN = NUM_LINES * 6 // 7
@@ -262,3 +266,34 @@ def test_a_vocabulary_too_large_for_memory_names_the_knobs(tmp_path: Path, log: 
     with pytest.raises(CapacityError, match="looking up rows") as caught:
         run_preprocess(tmp_path / "out", [log])
     assert "preprocess.freq_threshold" in (caught.value.hint or "")
+
+
+def test_other_limits_go_on_from_what_was_parsed(tmp_path: Path, lines: list[bytes], monkeypatch: pytest.MonkeyPatch):
+    pipeline = write_pipeline(tmp_path / "run.toml", write_raw(tmp_path / "log", lines))
+    runs = [tmp_path / name for name in ("kept", "anew")]
+    assert invoke("preprocess", pipeline, runs[0]).exit_code == 0
+    others = ("preprocess.freq_threshold=3", "preprocess.split=random", "preprocess.max_rows=50")
+    assert invoke("preprocess", pipeline, runs[1], *others).exit_code == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(CriteoSource, "parse", lambda self, data: pytest.fail("parsed again"))
+        assert invoke("preprocess", pipeline, runs[0], *others).exit_code == 0
+    outputs = [_newest_outputs(folder) for folder in runs]
+    assert outputs[0] == outputs[1]
+
+
+def test_an_altered_parsed_chunk_is_parsed_again(tmp_path: Path, lines: list[bytes]):
+    pipeline = write_pipeline(tmp_path / "run.toml", write_raw(tmp_path / "log", lines))
+    assert invoke("preprocess", pipeline, tmp_path / "runs").exit_code == 0
+    expected = _newest_outputs(tmp_path / "runs")
+    [chunk] = (tmp_path / "runs").glob("run/parsed/*/parsed/*.arrow")
+    content = bytearray(chunk.read_bytes())
+    content[len(content) // 2] ^= 1
+    chunk.write_bytes(content)
+    result = invoke("preprocess", pipeline, tmp_path / "runs", force=True)
+    assert result.exit_code == 0 and _newest_outputs(tmp_path / "runs") == expected
+
+
+def _newest_outputs(runs: Path) -> dict[str, str]:
+    artifact = latest_artifact(runs / "run", "preprocess")
+    assert artifact is not None
+    return {name: entry["xxh3"] for name, entry in artifact.manifest["outputs"].items()}
