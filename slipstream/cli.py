@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
+import signal
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -361,7 +364,14 @@ def model(
 
 def main() -> None:
     """Entry point of the console script."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("slipstream").setLevel(logging.INFO)
     app()
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def _run(

@@ -284,8 +284,11 @@ class TrainConfig:
     """Share of all rows that mode `cached` holds on the device; at least what two batches can look up."""
     cache_policy: Literal["rank", "lfu"] = "rank"
     """Who leaves the cache first: `rank` the row least used in the training split, `lfu` the least used so far."""
-    checkpoint_steps: int = speed_only(5000)
-    """Steps between checkpoints that an interrupted run goes on from; 0 keeps none."""
+    checkpoint_minutes: float = speed_only(5.0)
+    """Minutes between checkpoints that an interrupted run goes on from; 0 does not look at the clock. Where this and
+    `train.checkpoint_steps` are both 0 none is kept; else one more is after the last step and when you stop the run."""
+    checkpoint_steps: int = speed_only(0)
+    """Steps between checkpoints; 0 does not count steps."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Accelerator; `auto` takes CUDA where there is one."""
     epochs: int = 1
@@ -334,7 +337,7 @@ class TrainConfig:
             )
         require(0 < self.cache_ratio <= 1, "train.cache_ratio", "in (0, 1]", self.cache_ratio)
         require(self.seed is None or 0 <= self.seed < 2**32, "train.seed", "in [0, 2^32)", self.seed)
-        for name in ("staging_rows", "num_threads", "weight_decay", "checkpoint_steps"):
+        for name in ("staging_rows", "num_threads", "weight_decay", "checkpoint_steps", "checkpoint_minutes"):
             require(getattr(self, name) >= 0, f"train.{name}", "at least 0", getattr(self, name))
         require(self.lr > 0, "train.lr", "above 0", self.lr)
         require(0 <= self.lr_warmup < 1, "train.lr_warmup", "in [0, 1)", self.lr_warmup)

@@ -27,6 +27,7 @@ import xxhash
 
 from slipstream import __version__
 from slipstream.errors import ArtifactError, CapacityError
+from slipstream.io.capacity import show_bytes
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -284,10 +285,15 @@ def write_json(path: Path, value: object) -> None:
 
 
 @contextlib.contextmanager
-def write_atomically(path: Path) -> Iterator[Path]:
-    """Yield a hidden name to write; it gets its real name when the block ends without an error."""
+def write_atomically(path: Path, *, needed_bytes: int = 0) -> Iterator[Path]:
+    """Yield a hidden name to write; it gets its real name when the block ends without an error.
+
+    Args:
+        path: The real name.
+        needed_bytes: What it takes, for the message when the disk is full; 0 where nobody knows.
+    """
     partial = path.with_name(f".{path.name}.tmp")
-    with wrap_write_errors(path):
+    with wrap_write_errors(path, needed_bytes=needed_bytes):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield partial
@@ -318,18 +324,26 @@ def link_or_copy(source: Path, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def wrap_write_errors(path: Path) -> Iterator[None]:
+def wrap_write_errors(path: Path, *, needed_bytes: int = 0) -> Iterator[None]:
     """Turn failures of the operating system while writing into a `CapacityError` or `ArtifactError`."""
     try:
         yield
     except OSError as exc:
         reason = exc.strerror or str(exc)
         if "No space left" in str(exc) or "quota" in str(exc).lower():
+            needed = f"; it takes {show_bytes(needed_bytes)}" if needed_bytes else ""
             raise CapacityError(
-                f"no space left while writing `{path}`",
+                f"no space left while writing `{path}`{needed}, and {_show_free(path)} there",
                 hint="free some disk, or choose another folder with --runs; finished parts are kept",
             ) from exc
         raise ArtifactError(f"cannot write `{path}`: {reason}", hint="choose a writable folder with --runs") from exc
+
+
+def _show_free(path: Path) -> str:
+    for folder in path.parents:
+        with contextlib.suppress(OSError):
+            return f"{show_bytes(shutil.disk_usage(folder).free)} are free"
+    return "nobody knows what is free"
 
 
 @contextlib.contextmanager

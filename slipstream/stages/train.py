@@ -34,7 +34,7 @@ from slipstream.training.assemble import Assembly, Settings, assemble, learning_
 from slipstream.training.checkpoint import Checkpointer
 from slipstream.training.device import check_kernels, fitting_the_device, resolve_device
 from slipstream.training.faithful import FaithfulRule, FaithfulTrainer
-from slipstream.training.loop import StepReport, Trainer
+from slipstream.training.loop import LoopTotals, StepReport, Trainer
 from slipstream.training.model_file import save_model
 from slipstream.training.order.schedule import Schedule, default_segment_steps
 from slipstream.training.order.shards import Shards, read_slot_maps
@@ -59,25 +59,30 @@ def run_stage(job: StageJob) -> TrainFigures:
     parts = _open(config, segregated, counts=read_counts(job.inputs["profile"]))
     shards = Shards(segregated, parts.layout)
     checkpoints = Checkpointer(
-        scratch / "work" / "checkpoint.safetensors",
+        scratch / "work",
         fingerprint=job.key.fingerprint,
         every_steps=config.train.checkpoint_steps,
+        every_minutes=config.train.checkpoint_minutes,
     )
-    with SummaryWriter(str(scratch / "events")) as events:
+    with SummaryWriter(str(scratch / "events")) as events, checkpoints:
         with (
             shards.streams(seed=config.train_seed) as open_streams,
             job.progress.task("train", shards.figures.num_train * config.train.epochs, "samples") as advance,
         ):
-            trainer = _make_trainer(config, parts, shards, checkpoints, on_report=_listener(events, advance))
-            if isinstance(trainer, Trainer):
-                checkpoints.restore(trainer)
+            listener = _Listener(events, advance)
+            trainer = _make_trainer(config, parts, shards, checkpoints, on_report=listener)
             with fitting_the_device(lambda: f"step {trainer.totals.steps + 1}, of {config.train.batch_size:,} samples"):
-                trainer.train(open_streams)
+                if isinstance(trainer, FaithfulTrainer):
+                    trainer.train(open_streams)
+                else:
+                    if checkpoints.restore(trainer):
+                        listener.resume(trainer.totals)
+                    checkpoints.train(trainer, open_streams)
         quality = _evaluate(config, parts, shards, scratch)
         for split, measured in quality.items():
             for name, value in asdict(measured).items():
                 events.add_scalar(f"{split}/{name}", value, trainer.totals.steps)
-    _save(config, parts, trainer, processed, scratch)
+        _save(config, parts, trainer, processed, scratch)
     return _sum_up(config, parts, trainer, quality)
 
 
@@ -224,11 +229,21 @@ def _make_faithful(config: PipelineConfig, parts: Assembly, *, num_hot: int) -> 
         )
 
 
-def _listener(events: SummaryWriter, advance: Callable[[int, str], None]) -> Callable[[StepReport], None]:
-    shown = 0
+class _Listener:
+    """Passes reports on to TensorBoard and to whoever watches."""
 
-    def listen(report: StepReport) -> None:
-        nonlocal shown
+    def __init__(self, events: SummaryWriter, advance: Callable[[int, str], None]) -> None:
+        self._events, self._advance = events, advance
+        self._shown = 0
+
+    def resume(self, totals: LoopTotals) -> None:
+        """Show at once where a training stands that goes on."""
+        self._shown = totals.samples_seen + totals.samples_dropped
+        self._advance(self._shown, f"from step {totals.steps:,}")
+
+    def __call__(self, report: StepReport) -> None:
+        """Hear a report."""
+        events = self._events
         events.add_scalar("train/loss", report.loss, report.step)
         events.add_scalar("train/samples_per_second", report.samples_per_second, report.step)
         events.add_scalar("train/samples_dropped", report.samples_dropped, report.step)
@@ -236,10 +251,10 @@ def _listener(events: SummaryWriter, advance: Callable[[int, str], None]) -> Cal
             events.add_scalar("train/threshold", report.threshold, report.step)
         done = report.samples_seen + report.samples_dropped
         skipped = f"  skipped {report.samples_dropped / done:.0%}" if report.samples_dropped else ""
-        advance(done - shown, f"loss {report.loss:.4f}  {report.samples_per_second:,.0f} samples/s{skipped}")
-        shown = done
-
-    return listen
+        self._advance(
+            done - self._shown, f"loss {report.loss:.4f}  {report.samples_per_second:,.0f} samples/s{skipped}"
+        )
+        self._shown = done
 
 
 def _evaluate(config: PipelineConfig, parts: Assembly, shards: Shards, scratch: Path) -> dict[str, Quality]:

@@ -1,169 +1,234 @@
-"""Checkpoints of a training: safetensors, no pickles.
+"""Checkpoints of a training, written beside it.
 
-A checkpoint holds everything a killed run needs to end with the parameters of an uninterrupted one, in one file
-that is renamed into place: rows and optimizer state by tier, dense layers, position in the epoch, samples waiting
-for a batch, what was kept of the current round, staleness state. The order of samples and batches is redrawn from
-the seed.
+A checkpoint holds everything a killed run needs to end with the parameters of an uninterrupted one: rows and optimizer
+state by tier, dense layers, position in the epoch, samples waiting for a batch, what was kept of the current round,
+staleness state. The order of samples and batches is redrawn from the seed.
+
+    work/checkpoint-000000001200.safetensors   everything that is an array
+    work/checkpoint-000000001200.json          written last: the rest, the hash of the other file, and its own
+    work/checkpoint-….damaged                  one that could not be used, put aside
+
+Rows are frozen, not copied, and a thread writes them block by block while training goes on. The one before stays until
+the next is whole. One whose hash is wrong is put aside, and the one before is taken, or training starts anew.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
-import torch
-from safetensors.torch import save_file
-from torch import Tensor
+import xxhash
 
-from slipstream.errors import ArtifactError
-from slipstream.io.artifacts import write_atomically
-from slipstream.io.samples import Samples
-from slipstream.training.loop import LoopTotals, Trainer
-from slipstream.training.model_file import read_tensors
-from slipstream.training.order.rounds import Picked, Position
-from slipstream.training.skipping.skipper import Selection
+from slipstream.embedding.tiers.frozen import FrozenRows, FrozenTiers
+from slipstream.io.artifacts import hash_file, sync, write_json
+from slipstream.io.tensors import StoredTensor, write_tensors
+from slipstream.training.loop import Trainer
+from slipstream.training.order.rounds import OpenStreams
+from slipstream.training.stopping import StopSignals
+from slipstream.training.training_state import collect_state, restore_state
 
-_GROUPS = ("hot", "cold")
+_FORMAT = 2
+_log = logging.getLogger(__name__)
+
+
+class _AbandonedError(Exception):
+    """Nobody needs what is being written."""
 
 
 class Checkpointer:
     """Saves and restores a trainer.
 
+    Left, it finishes what it is writing, unless all went well and nobody needs it any more.
+
     Args:
-        path: The checkpoint file.
-        fingerprint: Of the run; a checkpoint of another run is refused.
-        every_steps: Steps between saves, rounded up to the end of a look-ahead chunk; 0 never saves.
+        folder: Where checkpoints lie.
+        fingerprint: Of the run; a checkpoint of another run is put aside.
+        every_steps: Steps between saves, rounded up to the end of a look-ahead chunk; 0 does not count steps.
+        every_minutes: Minutes between saves; 0 does not look at the clock. Where both are 0, nothing is ever saved.
+        clock: Seconds that pass.
     """
 
-    def __init__(self, path: Path, *, fingerprint: str, every_steps: int) -> None:
-        self._path, self._fingerprint, self._every_steps = path, fingerprint, every_steps
-        self._saved_at = 0
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        fingerprint: str,
+        every_steps: int,
+        every_minutes: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._folder, self._fingerprint = folder, fingerprint
+        self._every_steps, self._every_seconds, self._clock = every_steps, 60 * every_minutes, clock
+        self._signals = StopSignals()
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+        self._is_abandoned = Event()
+        self._saved_steps, self._saved_at = 0, clock()
 
-    def between_chunks(self, trainer: Trainer) -> None:
-        """Save when it is time; called while no row moves."""
-        steps = trainer.totals.steps
-        if self._every_steps and steps - self._saved_at >= self._every_steps:
-            self._save(trainer)
-            self._saved_at = steps
+    def __enter__(self) -> Checkpointer:
+        """Begin."""
+        return self
 
-    def restore(self, trainer: Trainer) -> bool:
-        """Bring a trainer to the state of the checkpoint; returns whether there was one.
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, traceback: object) -> None:
+        """Finish what is being written, or give it up: when all went well, and when somebody insists on stopping."""
+        if exc is None or self._signals.is_insistent:
+            self._is_abandoned.set()
+        self._writer.shutdown(wait=True)
+
+    def train(self, trainer: Trainer, open_streams: OpenStreams) -> None:
+        """Train to the end, and save after the last step. Ctrl-C and SIGTERM save before they interrupt.
+
+        Args:
+            trainer: Calls `between_chunks`; restored, where there was something to restore.
+            open_streams: Gives the streams of an epoch.
 
         Raises:
-            ArtifactError: The file is damaged or belongs to another run.
+            SlipstreamError: Whatever training expects to go wrong.
+            KeyboardInterrupt: Somebody asked to stop; where training stands is saved.
         """
-        if not self._path.exists():
-            return False
-        tensors, metadata = read_tensors(self._path)
-        if metadata.get("fingerprint") != self._fingerprint:
-            raise ArtifactError(
-                f"`{self._path}` is a checkpoint of run {metadata.get('fingerprint')}, expected {self._fingerprint}",
-                hint="remove it, or run `slipstream train --force`",
-            )
-        _set_parameters(trainer, tensors)
-        state = json.loads(metadata["state"])
-        trainer.totals = LoopTotals(**state["totals"])
-        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-        trainer.position = _read_position(state["position"], arrays)
-        trainer.skipper.restore(state["skipper"], _below(arrays, "skipper."))
-        if trainer.step.tracker is not None:
-            trainer.step.tracker.restore(_below(arrays, "tracker."))
-        trainer.lookahead.restore_counters(state["lookahead"])
-        trainer.step.representations.restore(state.get("tables", {}), _below(tensors, "tables."))
-        self._saved_at = trainer.totals.steps
-        return True
+        with self._signals:
+            trainer.train(open_streams)
+        if self._is_on and trainer.totals.steps > self._saved_steps:
+            self._is_abandoned.set()  # what is being written is not needed any more
+            self.wait(trainer)
+            self._is_abandoned.clear()
+            self._save(trainer)
+
+    def between_chunks(self, trainer: Trainer) -> None:
+        """Save when it is time; called while no row moves.
+
+        Raises:
+            CapacityError: The disk was full for the last checkpoint.
+            KeyboardInterrupt: Somebody asked to stop; where training stands is saved.
+        """
+        if self._writing is not None and self._writing.done():
+            self.wait(trainer)
+        if self._signals.is_requested:
+            self._stop(trainer)
+        if self._writing is None and self._is_due(trainer.totals.steps) and trainer.is_settled():
+            self._save(trainer)
+
+    def wait(self, trainer: Trainer) -> None:
+        """Wait until nothing is being written.
+
+        Raises:
+            CapacityError: The disk was full.
+        """
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            try:
+                writing.result()
+            finally:
+                trainer.lookahead.thaw()
+
+    def restore(self, trainer: Trainer) -> bool:
+        """Bring a trainer to the state of the newest checkpoint that is whole; returns whether there was one.
+
+        Others are put aside, with a warning.
+        """
+        for path in sorted(self._folder.glob("checkpoint-*.json"), reverse=True):
+            weights = path.with_suffix(".safetensors")
+            try:
+                state = self._read(path)
+            except (OSError, ValueError, KeyError, TypeError) as exc:
+                for file in (path, weights):
+                    if file.exists():
+                        file.rename(file.with_name(f"{file.name}.damaged"))
+                _log.warning(f"checkpoint `{weights}` cannot be used: {exc}; it is kept as `{weights.name}.damaged`")
+                continue
+            restore_state(trainer, state, weights)
+            self._saved_steps, self._saved_at = trainer.totals.steps, self._clock()
+            _log.info(f"training goes on after step {trainer.totals.steps:,}, from `{weights}`")
+            return True
+        if any(self._folder.glob("checkpoint-*.damaged")):
+            _log.warning("training starts anew: no checkpoint is left")
+        return False
+
+    @property
+    def _is_on(self) -> bool:
+        return self._every_steps > 0 or self._every_seconds > 0
+
+    def _is_due(self, steps: int) -> bool:
+        by_steps = self._every_steps > 0 and steps - self._saved_steps >= self._every_steps
+        by_clock = self._every_seconds > 0 and self._clock() - self._saved_at >= self._every_seconds
+        return steps > self._saved_steps and (by_steps or by_clock)
+
+    def _stop(self, trainer: Trainer) -> None:
+        if self._is_on:
+            _log.info("stopping; a checkpoint is written first, a second signal stops at once")
+            self.wait(trainer)
+            if trainer.totals.steps > self._saved_steps:
+                self._save(trainer)
+                self.wait(trainer)
+        raise KeyboardInterrupt
 
     def _save(self, trainer: Trainer) -> None:
-        trainer.totals.loss_sum += trainer.step.take_loss_sum()
-        position = trainer.settle_position()
-        plain, arrays = trainer.skipper.state()
-        tracker = trainer.step.tracker
-        tracked = {} if tracker is None else tracker.state()
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in _parameters(trainer).items()}
-        for name, array in (
-            _prefixed("skipper.", arrays) | _prefixed("tracker.", tracked) | _position_arrays(position)
-        ).items():
-            tensors[name] = torch.from_numpy(np.ascontiguousarray(array))
-        state = {
-            "totals": asdict(trainer.totals) | {"seconds": trainer.elapsed()},
-            "position": _plain_position(position),
-            "skipper": plain,
-            "lookahead": trainer.lookahead.counters(),
-        }
-        state["tables"], extra = trainer.step.representations.state()
-        tensors |= {f"tables.{name}": value.cpu().contiguous() for name, value in extra.items()}
-        metadata = {"fingerprint": self._fingerprint, "state": json.dumps(state)}
-        with write_atomically(self._path) as path:
-            save_file(tensors, path, metadata=metadata)
+        """Freeze the rows, copy the rest, and begin to write."""
+        state, tensors = collect_state(trainer)
+        frozen = trainer.lookahead.freeze()
+        self._saved_steps, self._saved_at = trainer.totals.steps, self._clock()
+        body = {"format": _FORMAT, "fingerprint": self._fingerprint, "state": state}
+        path = self._folder / f"checkpoint-{trainer.totals.steps:012d}.json"
+        self._writing = self._writer.submit(self._write, path, body, tensors, frozen)
+
+    def _write(
+        self, path: Path, body: dict[str, Any], tensors: Mapping[str, StoredTensor], frozen: FrozenTiers
+    ) -> None:
+        stored = dict(tensors)
+        for tier, rows in (("hot", frozen.hot), ("cold", frozen.cold)):
+            stored |= {f"{tier}.{index}": self._store(one) for index, one in enumerate(rows)}
+        try:
+            self._remove_all_but_one()
+            body["xxh3"] = write_tensors(path.with_suffix(".safetensors"), stored)
+            write_json(path, {"xxh3": _digest(body), "body": body})
+            sync(path.parent)
+        except _AbandonedError:
+            return
+        finally:
+            frozen.close()
+
+    def _store(self, rows: FrozenRows) -> StoredTensor:
+        def blocks() -> Iterator[np.ndarray]:
+            for block in rows.blocks():
+                if self._is_abandoned.is_set():
+                    raise _AbandonedError
+                yield block
+
+        return StoredTensor(dtype=np.dtype(np.float32), shape=rows.shape, blocks=blocks)
+
+    def _remove_all_but_one(self) -> None:
+        """Leave the newest checkpoint, and nothing of those before it or of one that was cut short."""
+        whole = sorted(self._folder.glob("checkpoint-*.json"))
+        for path in whole[:-1]:
+            path.unlink()
+        newest = {path.with_suffix(".safetensors") for path in whole[-1:]}
+        for path in set(self._folder.glob("checkpoint-*.safetensors")) - newest:
+            path.unlink()
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        """The state in a checkpoint whose two files are whole and belong to this run.
+
+        Raises:
+            ValueError, KeyError, TypeError, OSError: They are not.
+        """
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        body = stored["body"]
+        if stored["xxh3"] != _digest(body):
+            raise ValueError(f"the hash of `{path.name}` is wrong")
+        if body["format"] != _FORMAT or body["fingerprint"] != self._fingerprint:
+            raise ValueError(f"it belongs to run {body['fingerprint']}, and this is {self._fingerprint}")
+        if hash_file(path.with_suffix(".safetensors")) != body["xxh3"]:
+            raise ValueError("its hash is wrong")
+        state: dict[str, Any] = body["state"]
+        return state
 
 
-def _parameters(trainer: Trainer) -> dict[str, Tensor]:
-    rows = trainer.step.rows
-    tensors = {f"hot.{index}": buffer[: rows.num_hot].cpu() for index, (buffer, _) in enumerate(rows.pairs)}
-    tensors |= {f"cold.{index}": host for index, host in enumerate(trainer.lookahead.cold_now())}
-    tensors |= {f"dense.{name}": value for name, value in trainer.step.model.state_dict().items()}
-    tensors |= {f"dense_state.{i}": value for i, value in enumerate(trainer.step.dense_optimizer.state)}
-    return tensors
-
-
-def _set_parameters(trainer: Trainer, tensors: Mapping[str, Tensor]) -> None:
-    rows = trainer.step.rows
-    for index, (buffer, host) in enumerate(rows.pairs):
-        buffer[: rows.num_hot] = tensors[f"hot.{index}"].to(buffer.device)
-        host.copy_(tensors[f"cold.{index}"])
-    trainer.step.model.load_state_dict(_below(tensors, "dense."))
-    for index, value in enumerate(trainer.step.dense_optimizer.state):
-        value.copy_(tensors[f"dense_state.{index}"])
-
-
-def _plain_position(position: Position) -> dict[str, Any]:
-    return {
-        "epoch": position.epoch,
-        "round_index": position.round_index,
-        "batches_done": position.batches_done,
-    }
-
-
-def _position_arrays(position: Position) -> dict[str, np.ndarray]:
-    arrays: dict[str, np.ndarray] = {}
-    for kind, samples in position.waiting.items():
-        fields = {"X_int": samples.X_int, "X_cat": samples.X_cat, "y": samples.y, "weights": samples.weights}
-        arrays |= {f"waiting.{kind}.{name}": value for name, value in fields.items() if value is not None}
-    for name, picked in (("picked", position.picked), ("ahead", position.picked_ahead)):
-        for group, selection in zip(_GROUPS, picked or (), strict=False):
-            arrays[f"{name}.{group}.keep"] = selection.keep
-            if selection.weights is not None:
-                arrays[f"{name}.{group}.weights"] = selection.weights
-    return arrays
-
-
-def _read_position(plain: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> Position:
-    waiting = {}
-    for kind in _GROUPS:
-        if fields := _below(arrays, f"waiting.{kind}."):
-            waiting[kind] = Samples(
-                X_int=fields["X_int"], X_cat=fields["X_cat"], y=fields["y"], weights=fields.get("weights")
-            )
-    return Position(
-        waiting=waiting, picked=_read_picked(arrays, "picked"), picked_ahead=_read_picked(arrays, "ahead"), **plain
-    )
-
-
-def _read_picked(arrays: Mapping[str, np.ndarray], name: str) -> Picked | None:
-    fields = [_below(arrays, f"{name}.{group}.") for group in _GROUPS]
-    if not all(fields):
-        return None
-    hot, cold = (Selection(keep=one["keep"], weights=one.get("weights")) for one in fields)
-    return hot, cold
-
-
-def _below(items: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    return {name.removeprefix(prefix): value for name, value in items.items() if name.startswith(prefix)}
-
-
-def _prefixed(prefix: str, items: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {prefix + name: value for name, value in items.items()}
+def _digest(body: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(body, sort_keys=True).encode())

@@ -159,6 +159,10 @@ class Trainer:
         self.position.picked_ahead = self._preparer.wait()
         return self.position
 
+    def is_settled(self) -> bool:
+        """Whether `settle_position` would return at once."""
+        return self._preparer is not None and self._preparer.is_idle()
+
     def figures(self) -> FitFigures:
         """Sum up what training amounted to."""
         rule = self.skipper.rule

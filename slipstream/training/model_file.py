@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slipstream.embedding.quantized import PackedLinear, QuantizedLinear
@@ -32,7 +31,8 @@ from slipstream.embedding.quantized.numbers import dequantize, pack, quantize, t
 from slipstream.embedding.tiers.rows import TieredRows
 from slipstream.embedding.tt.bag import TTEmbeddingBag
 from slipstream.errors import ArtifactError, ConfigError
-from slipstream.io.artifacts import write_atomically, write_json
+from slipstream.io.artifacts import write_json
+from slipstream.io.tensors import StoredTensor, write_tensors
 from slipstream.models.registry import read_model
 from slipstream.training.representations import BITS, Representations
 
@@ -189,8 +189,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _write(folder: Path, tensors: dict[str, Tensor], description: Mapping[str, Any]) -> None:
-    with write_atomically(folder / _WEIGHTS) as path:
-        save_file({name: value.contiguous() for name, value in tensors.items()}, path)
+    stored = {name: StoredTensor.of(value.contiguous().numpy()) for name, value in tensors.items()}
+    write_tensors(folder / _WEIGHTS, stored)
     write_json(folder / _DESCRIPTION, dict(description))
 
 

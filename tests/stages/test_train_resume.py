@@ -1,22 +1,29 @@
 """A killed training goes on from its checkpoint and ends with the parameters of an uninterrupted one."""
 
+import errno
 import json
+import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 from raw_logs import subprocess_environment
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from slipstream.config import build_pipeline
-from slipstream.errors import ArtifactError
+from slipstream.embedding.tiers import frozen
+from slipstream.errors import CapacityError
 from slipstream.pipeline import RunResult, run_pipeline
-from slipstream.training import checkpoint
+from slipstream.progress import Silent
+from slipstream.training import checkpoint, loop
 
 TREE = {
     "name": "resume",
@@ -76,6 +83,7 @@ def test_a_training_interrupted_anywhere_ends_with_the_same_parameters(
     def save_then_die(self: checkpoint.Checkpointer, trainer: object) -> None:
         nonlocal saves_until_cut
         original(self, trainer)
+        self.wait(trainer)
         saves_until_cut -= 1
         if saves_until_cut <= 0:
             raise Killed
@@ -89,9 +97,7 @@ def test_a_training_interrupted_anywhere_ends_with_the_same_parameters(
         except Killed:
             interruptions += 1
     assert interruptions >= 3
-    expected, found = model_of(whole), model_of(resumed)
-    assert expected.keys() == found.keys()
-    assert all(np.array_equal(expected[name], found[name]) for name in expected)
+    assert_same_model(whole, resumed)
     for figure in ("steps", "samples_seen", "samples_dropped", "bytes_to_device", "threshold"):
         if figure == "bytes_to_device" and settings.get("mode") != "resident":
             continue  # rows staged when the run was cut are fetched once more
@@ -100,53 +106,238 @@ def test_a_training_interrupted_anywhere_ends_with_the_same_parameters(
         assert whole.counts("train")[split] == resumed.counts("train")[split]
 
 
-def leave_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Interrupt a training right after its first checkpoint."""
-    original = checkpoint.Checkpointer._save
+def assert_same_model(expected: RunResult, found: RunResult) -> None:
+    ours, theirs = model_of(expected), model_of(found)
+    assert ours.keys() == theirs.keys()
+    assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
-    def save_then_die(self: checkpoint.Checkpointer, trainer: object) -> None:
-        original(self, trainer)
-        raise Killed
 
-    monkeypatch.setattr(checkpoint.Checkpointer, "_save", save_then_die)
+def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch, interrupt: Callable[[], None]) -> list[int]:
+    """Call something after a step; returns the list that the steps of the first and of later runs go to."""
+    steps: list[int] = []
+    original = loop.Trainer._train_batch
+
+    def counted(self: loop.Trainer, *batch: object) -> None:
+        original(self, *batch)  # type: ignore[arg-type]
+        steps.append(self.totals.steps)
+        if len(steps) == step:
+            interrupt()
+
+    monkeypatch.setattr(loop.Trainer, "_train_batch", counted)
+    return steps
+
+
+def die() -> None:
+    raise Killed
+
+
+def checkpoints_of(runs: Path, suffix: str = ".json") -> list[Path]:
+    return sorted(runs.glob(f"resume/train/.*.partial/work/checkpoint-*{suffix}"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    return run_pipeline(pipeline(), tmp_path_factory.mktemp("whole"))
+
+
+# --- written while training goes on --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{}, {"mode": "cached", "cache_ratio": 0.6}, {"mode": "resident"}], ids=str)
+def test_a_checkpoint_written_beside_training_is_of_one_moment(
+    settings: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows are written one by one, so that many change before it is their turn."""
+    monkeypatch.setattr(frozen, "_BLOCK_BYTES", 1)
+    steps = interrupt_at(47, monkeypatch, die)
+    with pytest.raises(Killed):
+        run_pipeline(pipeline(**settings), tmp_path / "cut")
+    assert checkpoints_of(tmp_path / "cut")
+    resumed = run_pipeline(pipeline(**settings), tmp_path / "cut")
+    assert 1 < steps[47] < 47, "the second run went on from a checkpoint of an earlier step than it was killed at"
+    assert_same_model(run_pipeline(pipeline(**settings), tmp_path / "whole"), resumed)
+
+
+def test_the_checkpoint_before_stays_and_older_ones_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt_at(47, monkeypatch, die)
     with pytest.raises(Killed):
         run_pipeline(pipeline(), tmp_path)
-    (path,) = tmp_path.glob("resume/train/.*.partial/work/checkpoint.safetensors")
-    return path
+    assert len(checkpoints_of(tmp_path)) == len(checkpoints_of(tmp_path, ".safetensors")) == 2
 
 
-def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = leave_checkpoint(tmp_path, monkeypatch)
-    tensors, metadata = checkpoint.read_tensors(path)
-    save_file(
-        {name: tensor.numpy() for name, tensor in tensors.items()}, path, metadata=metadata | {"fingerprint": "other"}
-    )
+@pytest.mark.parametrize("minutes", [0.0, 1e-9, 1e9])
+def test_checkpoints_go_by_the_clock_too(minutes: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt_at(47, monkeypatch, die)
+    with pytest.raises(Killed):
+        run_pipeline(pipeline(checkpoint_steps=0, checkpoint_minutes=minutes), tmp_path)
+    assert len(checkpoints_of(tmp_path)) == (2 if minutes == 1e-9 else 0)
 
-    with pytest.raises(ArtifactError, match="checkpoint of run other"):
+
+def test_a_run_killed_after_its_last_step_trains_no_step_again(
+    whole: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = interrupt_at(-1, monkeypatch, die)
+    with monkeypatch.context() as patch:
+        patch.setattr("slipstream.stages.train._evaluate", lambda *args, **options: die())
+        with pytest.raises(Killed):
+            run_pipeline(pipeline(checkpoint_steps=0), tmp_path)
+    steps.clear()
+    assert_same_model(whole, run_pipeline(pipeline(checkpoint_steps=0), tmp_path))
+    assert steps == []
+
+
+def test_a_full_disk_under_a_checkpoint_ends_training_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: frozen.FrozenRows) -> Iterator[np.ndarray]:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(frozen.FrozenRows, "blocks", fail)
+    with pytest.raises(CapacityError, match=r"checkpoint-\d+\.safetensors`; it takes .* are free"):
         run_pipeline(pipeline(), tmp_path)
 
 
-def test_a_damaged_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = leave_checkpoint(tmp_path, monkeypatch)
-    path.write_bytes(path.read_bytes()[:100])
+# --- asked to stop -------------------------------------------------------------------------------------------
 
-    with pytest.raises(ArtifactError, match="safetensors"):
-        run_pipeline(pipeline(), tmp_path)
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_a_signal_saves_and_the_next_run_repeats_no_step(
+    number: signal.Signals, whole: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = interrupt_at(21, monkeypatch, lambda: os.kill(os.getpid(), number))
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        run_pipeline(pipeline(checkpoint_steps=0), tmp_path)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    assert 21 <= len(steps) <= 22, "it stops at the end of its chunk"
+    resumed = run_pipeline(pipeline(checkpoint_steps=0), tmp_path)
+    assert steps == list(range(1, resumed.counts("train")["steps"] + 1))
+    assert_same_model(whole, resumed)
+
+
+def test_a_second_signal_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def insist() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    steps = interrupt_at(21, monkeypatch, insist)
+    with pytest.raises(KeyboardInterrupt):
+        run_pipeline(pipeline(checkpoint_steps=0), tmp_path)
+    assert len(steps) == 21
+    assert checkpoints_of(tmp_path) == []
+
+
+def test_a_signal_where_no_checkpoints_are_kept_just_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt_at(21, monkeypatch, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(KeyboardInterrupt):
+        run_pipeline(pipeline(checkpoint_steps=0, checkpoint_minutes=0.0), tmp_path)
+    assert checkpoints_of(tmp_path) == []
+
+
+def test_a_resumed_run_shows_at_once_where_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    steps = interrupt_at(21, monkeypatch, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        run_pipeline(pipeline(checkpoint_steps=0), tmp_path)
+    stopped_at, told = len(steps), []
+
+    class Watch(Silent):
+        def task(self, label: str, total: int | None, unit: str):
+            return nullcontext(lambda done, note: told.append((label, done, note, len(steps))))
+
+    with caplog.at_level("INFO", "slipstream"):
+        run_pipeline(pipeline(checkpoint_steps=0), tmp_path, progress=Watch())
+    label, done, note, steps_then = next(one for one in told if one[0] == "train")
+    assert (label, note, steps_then) == ("train", f"from step {stopped_at}", stopped_at)
+    assert stopped_at * 64 * 0.8 < done
+    assert f"training goes on after step {stopped_at}" in caplog.text
+    assert sum(done for label, done, *_ in told if label == "train") <= 2 * 4000
+
+
+# --- damaged -------------------------------------------------------------------------------------------------
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:100])
+
+
+def belong_to_another_run(file: Path) -> None:
+    stored = json.loads(file.with_suffix(".json").read_text())
+    stored["body"]["fingerprint"] = "other"
+    stored["xxh3"] = checkpoint._digest(stored["body"])
+    file.with_suffix(".json").write_text(json.dumps(stored))
+
+
+@pytest.mark.parametrize("num_damaged", [1, 2])
+@pytest.mark.parametrize("suffix", [".json", ".safetensors"])
+@pytest.mark.parametrize("damage", [flip, truncate, Path.unlink, belong_to_another_run])
+def test_a_checkpoint_that_cannot_be_used_is_put_aside_and_the_one_before_is_taken(
+    damage: Callable[[Path], None],
+    suffix: str,
+    num_damaged: int,
+    whole: RunResult,
+    left: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shutil.copytree(left, tmp_path, dirs_exist_ok=True)
+    names = [path.name for path in checkpoints_of(tmp_path, suffix)]
+    for path in checkpoints_of(tmp_path, suffix)[-num_damaged:]:
+        damage(path)
+    steps = interrupt_at(-1, monkeypatch, die)
+    put_aside = []
+    original = checkpoint.Checkpointer.train
+
+    def look(self: checkpoint.Checkpointer, *args: object) -> None:
+        put_aside.extend(path.name.removesuffix(".damaged") for path in checkpoints_of(tmp_path, ".damaged"))
+        original(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(checkpoint.Checkpointer, "train", look)
+    resumed = run_pipeline(pipeline(), tmp_path)
+    assert_same_model(whole, resumed)
+    if damage is Path.unlink and suffix == ".json":
+        assert put_aside == []  # without it the other file counts as cut short
+    else:
+        hint = [name for name in names[-num_damaged:] if damage is not Path.unlink]
+        assert set(put_aside) >= set(hint)
+        assert caplog.text.count("cannot be used") == num_damaged
+    first = int(names[0][11:23])
+    assert steps[0] == (first + 1 if num_damaged == 1 else 1)
+    if num_damaged == 2:
+        assert ("training starts anew" in caplog.text) == bool(put_aside)
+
+
+@pytest.fixture(scope="module")
+def left(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A runs folder whose training was killed when it had two checkpoints."""
+    folder = tmp_path_factory.mktemp("left")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        interrupt_at(47, patch, die)
+        run_pipeline(pipeline(), folder)
+    return folder
 
 
 CHILD = """
-import json, sys, time
+import json, signal, sys, time
 from pathlib import Path
 from slipstream.config import build_pipeline
 from slipstream.pipeline import run_pipeline
 from slipstream.training.loop import Trainer
 
-step = Trainer._step
+step = Trainer._train_batch
 def step_slowly(self, *batch):
     step(self, *batch)
     print("step", flush=True)
     time.sleep(0.02)
-Trainer._step = step_slowly
+Trainer._train_batch = step_slowly
 run_pipeline(build_pipeline(json.loads(sys.argv[1])), Path(sys.argv[2]))
 """
 
@@ -169,10 +360,8 @@ def test_training_survives_kill_9_at_twenty_random_moments(tmp_path: Path) -> No
             process.stdout.readline()
         time.sleep(rng.uniform(0, 0.04))
         assert process.poll() is None, "the training ended before it was killed"
-        process.send_signal(signal.SIGKILL)
+        process.send_signal(rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGINT, signal.SIGTERM]))
         process.wait()
         process.stdout.close()
     resumed = run_pipeline(build_pipeline(tree), tmp_path / "cut")
-    expected, found = model_of(whole), model_of(resumed)
-    assert expected.keys() == found.keys()
-    assert all(np.array_equal(expected[name], found[name]) for name in expected)
+    assert_same_model(whole, resumed)

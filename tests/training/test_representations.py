@@ -115,6 +115,7 @@ def test_an_interrupted_training_ends_with_the_same_model(tmp_path: Path, tables
     def save_then_die(self: checkpoint.Checkpointer, trainer: Any) -> None:
         nonlocal saves
         original(self, trainer)
+        self.wait(trainer)
         saves += 1
         if saves in (2, 4):
             raise Killed

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from slipstream.embedding.duplicates import Distinct, SortedLookups, find_distinct, sort_lookups
+from slipstream.embedding.tiers.frozen import FrozenTiers
 from slipstream.embedding.tiers.placement import Placement, Plan, Request
 from slipstream.embedding.tiers.rows import TieredRows
 from slipstream.embedding.tiers.transfer import RowMover
@@ -84,6 +85,12 @@ class StagedBatch:
             return self.distinct
         assert self.positions is not None
         return find_distinct(self.positions, padding=padding)
+
+    def find_positions(self) -> Tensor:
+        """The positions looked up, once or more often each. Shape (U,) or (L,)."""
+        positions = self.positions if self.distinct is None else self.distinct.rows
+        assert positions is not None
+        return positions
 
     def tensors(self) -> list[Tensor]:
         """Everything that went to the device."""
@@ -154,6 +161,7 @@ class LookAhead:
         self._rows, self._placement, self._chunk_batches = rows, placement, chunk_batches
         self._columns = columns
         self._mover = RowMover(rows)
+        self._frozen: FrozenTiers | None = None
         self.lookups = 0
         """Lookups of all batches so far."""
         self.cold_lookups = 0
@@ -184,7 +192,7 @@ class LookAhead:
         Args:
             batches: In training order.
             step: Reads and changes `rows.buffer` at the batch's positions.
-            between_chunks: Called before each chunk while nothing moves; may call `cold_now`.
+            between_chunks: Called before each chunk while nothing moves; may call `freeze`.
 
         Raises:
             StagingOverflowError: A single batch has more cold rows than fit.
@@ -202,6 +210,8 @@ class LookAhead:
                 self._activate(chunk)
                 following = host.submit(self._leave_and_prepare, chunk.plan, pending, chunk_batches)
                 for batch in chunk.batches:
+                    if self._frozen is not None:
+                        self._frozen.keep_hot(batch.find_positions)
                     step(batch)
 
     def flush(self) -> None:
@@ -224,15 +234,17 @@ class LookAhead:
         self._mover.bytes_to_device = counters["bytes_to_device"]
         self._mover.bytes_to_host = counters["bytes_to_host"]
 
-    def cold_now(self) -> list[Tensor]:
-        """Copies of the cold tier with the latest values, one per travelling tensor; between chunks only."""
-        cold, positions = self._placement.unwritten()
-        copies = []
-        for buffer, host in self._rows.pairs:
-            latest = host.clone()
-            latest[torch.from_numpy(cold)] = buffer[torch.from_numpy(positions).to(buffer.device)].cpu()
-            copies.append(latest)
-        return copies
+    def freeze(self) -> FrozenTiers:
+        """All rows as they are now, to be read while training goes on, until `thaw`; between chunks only."""
+        self._frozen = FrozenTiers(self._rows, self._placement.unwritten())
+        self._mover.before_write = self._frozen.keep_cold
+        return self._frozen
+
+    def thaw(self) -> None:
+        """Forget what `freeze` gave."""
+        if self._frozen is not None:
+            self._frozen.close()
+        self._frozen = self._mover.before_write = None
 
     def _chunk_sizes(self) -> Iterator[int]:
         """Batches of the second chunk and of those after it."""

@@ -140,7 +140,7 @@ class StagingHalves:
         """The rows of the last chunk; afterwards nothing is staged."""
         released = self._held()
         self._position[self._current] = -1
-        self._current = _NONE
+        self._current, self._before = _NONE, (_NONE, _NONE)
         return released
 
     def _held(self) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,7 @@ On CPU the same calls are plain copies, which is how the tests prove the order o
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -43,6 +43,8 @@ class RowMover:
         self._computed: torch.cuda.Event | None = None
         self.bytes_to_device = 0
         self.bytes_to_host = 0
+        self.before_write: Callable[[np.ndarray], None] | None = None
+        """Told which rows of the cold tier are about to change."""
 
     def to_device(self, arrays: Sequence[np.ndarray]) -> list[Tensor]:
         """Bring arrays to the device, all in one copy; they may be used from the next `mark_moved` on.
@@ -105,6 +107,8 @@ class RowMover:
         if not len(cold):
             return
         targets = torch.from_numpy(cold.astype(np.int64, copy=False))
+        if self.before_write is not None:
+            self.before_write(cold)
         self.bytes_to_host += len(cold) * self._rows.row_bytes
         (sources,) = self.to_device([positions.astype(np.int64, copy=False)])
         if self._copies is None:

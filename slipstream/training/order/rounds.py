@@ -155,6 +155,10 @@ class RoundPreparer:
         """Wait until no round is being prepared; returns what was picked of the next one, if it is."""
         return None if self._ahead is None else self._ahead.result().picked
 
+    def is_idle(self) -> bool:
+        """Whether `wait` would return at once."""
+        return self._ahead is None or self._ahead.done()
+
     def _plan(self, open_streams: OpenStreams) -> Iterator[_Task]:
         schedule = self._schedule
         for epoch in range(self._start[0], schedule.epochs):

@@ -252,13 +252,62 @@ def test_between_chunks_the_whole_model_can_be_read(placement: str, drawn, data)
 
     def compare() -> None:
         weights, state = plain_loop(num_rows, batches[:done], "rowwise_adagrad")
-        cold_weights, cold_state = lookahead.cold_now()
+        frozen = lookahead.freeze()
+        cold_weights, cold_state = (torch.from_numpy(np.concatenate(list(one.blocks()))) for one in frozen.cold)
+        lookahead.thaw()
         assert torch.equal(rows.buffer[:num_hot], weights[:num_hot])
         assert torch.equal(cold_weights, weights[num_hot:])
         assert torch.equal(cold_state, state[num_hot:])
 
     lookahead.run(iter(batches), step, between_chunks=compare)
     assert done == len(batches)
+
+
+@pytest.mark.parametrize("placement", ["halves", "lfu"])
+@given(drawn=slot_batches(), data=st.data())
+def test_the_model_of_a_moment_can_be_read_while_training_goes_on(placement: str, drawn, data):
+    num_rows, slots = drawn
+    num_hot = data.draw(st.integers(0, num_rows - 1))
+    batches = make_batches(slots)
+    largest = max(len(cold_rows_of(batch, num_hot)) for batch in batches)
+    num_staged = 2 * max(largest, 1) if placement == "halves" else min(2 * max(largest, 1), num_rows - num_hot)
+    if num_staged // 2 < largest:
+        return
+    rows = make_tiers(num_rows, num_hot, num_staged, "rowwise_adagrad")
+    lookahead = make_lookahead(rows, chunk_batches=data.draw(st.integers(1, 3)), placement=placement)
+    train, freeze_at, done = trainer_of(rows), data.draw(st.integers(0, len(batches))), 0
+    frozen_at, readers, found = 0, [], []
+
+    def read_some() -> None:
+        for reader, pieces in zip(readers, found, strict=True):
+            pieces += [block for block in [next(reader, None)] if block is not None]
+
+    def step(batch: StagedBatch) -> None:
+        nonlocal done
+        train(batch)
+        done += 1
+        read_some()
+
+    def freeze() -> None:
+        nonlocal frozen_at
+        if done >= freeze_at and not readers:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("slipstream.embedding.tiers.frozen._BLOCK_BYTES", 1)  # blocks of one row
+                frozen = lookahead.freeze()
+            frozen_at = done
+            for one in (*frozen.hot, *frozen.cold):
+                readers.append(one.blocks())
+                found.append([])
+
+    lookahead.run(iter(batches), step, between_chunks=freeze)
+    lookahead.flush()
+    freeze()
+    for reader, pieces in zip(readers, found, strict=True):
+        pieces += reader
+    weights, state = plain_loop(num_rows, batches[:frozen_at], "rowwise_adagrad")
+    expected = (weights[:num_hot], state[:num_hot], weights[num_hot:], state[num_hot:])
+    for pieces, values in zip(found, expected, strict=True):
+        assert np.array_equal(np.concatenate([values[:0].numpy(), *pieces]), values.numpy())
 
 
 def test_an_overflow_says_how_much_room_one_batch_needs():
