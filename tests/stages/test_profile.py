@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
 from strategies import tiny_config
 
+from slipstream.io import samples
 from slipstream.io.counts import read_counts
 from slipstream.ops.hot_set import CurvePoint, HotSet, measure_hot_set
 from slipstream.pipeline import RunResult, run_pipeline
@@ -117,6 +120,23 @@ def test_the_curve_holds_its_samples_and_no_part(tmp_path: Path, profiled: RunRe
         owner = block if block.base is None else block.base
         assert owner.nbytes <= (100 + num_parts) * 26 * 4, "no view keeps a whole part alive"
     assert sampled.counts("profile")["lookups"] == profiled.counts("profile")["lookups"], "counts are of all samples"
+
+
+def test_no_part_outlives_its_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    read: list[weakref.ref[np.ndarray]] = []
+    most_alive = 0
+
+    def read_rows(*arguments: Any) -> np.ndarray:
+        nonlocal most_alive
+        rows = samples.read_rows(*arguments)
+        most_alive = max(most_alive, sum(part() is not None for part in read))
+        read.append(weakref.ref(rows))
+        return rows
+
+    monkeypatch.setattr(profile, "read_rows", read_rows)
+    monkeypatch.setattr(profile, "CURVE_SAMPLES", 100)
+    run_to_profile(tmp_path, preprocess__samples_per_part=500)
+    assert len(read) > 5 and most_alive <= 1, "only the part before is still there"
 
 
 def test_fewer_budgets_are_measured_at_once_where_tables_are_large(monkeypatch: pytest.MonkeyPatch):
