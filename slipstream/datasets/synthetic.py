@@ -71,6 +71,9 @@ _CRITEO_GROWTH = (
     0.15, 0.02, 0.8, 0.66, 0.12, 0.13, 0.06, 0.13, 0.0, 0.33, 0.06, 0.78, 0.01,
     0.01, 0.16, 0.75, 0.0, 0.12, 0.08, 0.05, 0.77, 0.07, 0.01, 0.47, 0.11, 0.42,
 )  # fmt: skip
+# How many times more values a table must have, at full size, for as many to be drawn as Criteo Kaggle has: draws from a
+# law this skewed never reach most of its tail. Other tables are used up.
+_UNSEEN = {2: 76.2, 3: 1.254, 11: 19.62, 15: 3.461, 20: 7.336}
 # Share of the most frequent value, and of missing values (integers, then tokens), as in Criteo Kaggle.
 _TOP_SHARES = (
     0.5, 0.11, 0.026, 0.037, 0.67, 0.45, 0.021, 0.6, 0.9, 0.22, 0.032, 0.026, 0.032,
@@ -126,19 +129,25 @@ _INTEGER_SHAPES = (
 def default_table_sizes(num_samples: int) -> tuple[int, ...]:
     """Return 26 vocabulary sizes in the proportions of Criteo Kaggle, for a log of this length.
 
-    Small tables stay as they are; large ones grow with the log, each at its own pace. A log uses
-    up only part of its largest tables: about a third of those ids are ever drawn.
+    Small tables stay as they are; large ones grow with the log, each at its own pace. A log uses up only part of its
+    largest tables: of those of a million samples about a third is drawn. Towards the size of Criteo Kaggle they get
+    more values than that data set has, so that as many are drawn: 33.8 million of all tables.
 
     Args:
         num_samples: Rows of the log, >= 1.
 
     Returns:
-        26 sizes, none below 3 and, except for that, none above num_samples.
+        26 sizes, none below 3.
     """
     share = min(1.0, num_samples / _CRITEO_SAMPLES)
-    return tuple(
+    in_proportion = (
         max(3, min(num_samples, round(size * share**growth)))
         for size, growth in zip(_CRITEO_SIZES, _CRITEO_GROWTH, strict=True)
+    )
+    # the third power leaves short logs as they are: less than a thousandth more up to a million samples
+    return tuple(
+        round(size * _UNSEEN[table] ** share**3) if table in _UNSEEN else size
+        for table, size in enumerate(in_proportion)
     )
 
 

@@ -12,6 +12,7 @@ from scipy.sparse import csr_matrix, hstack
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss, roc_auc_score
 
+from slipstream.datasets import synthetic
 from slipstream.datasets.synthetic import (
     BLOCK_ROWS,
     MISSING_ID,
@@ -261,10 +262,35 @@ def test_a_linear_model_learns_most_of_the_teacher(large_rows: LogRows):
 def test_default_tables_keep_the_shape_of_criteo():
     small, large = default_table_sizes(20_000), default_table_sizes(45_840_617)
     assert len(small) == NUM_TABLES
-    assert large[2] == 10_131_227
+    assert large[1] == 583 and large[9] == 93_145, "tables that are used up have the real size"
     assert large[8] == small[8] == 3
     assert all(a <= b for a, b in zip(small, large, strict=True))
     assert max(small) <= 20_000
+    assert max(default_table_sizes(200_000)) == 131_065, "short logs are what they were"
+
+
+def expected_distinct(size: int, table: int, num_samples: int) -> float:
+    """Ids of a table that a log is expected to draw: between two knots of their law all ranks are equally likely."""
+    exponent = 1.05 + synthetic._STEEPER.get(table, 0.0)
+    knots = synthetic._rank_knots(size, synthetic._TOP_SHARES[table], exponent) / 2**synthetic._FIXED_BITS
+    widths = np.diff(knots)
+    draws = num_samples * (1 - synthetic._MISSING_RATIOS[13 + table]) / len(widths)
+    tail = widths[widths >= 1]
+    # a rank narrower than a knot is drawn for certain
+    return float(knots[-1] - tail.sum() + (tail * -np.expm1(-draws / tail)).sum())
+
+
+def test_a_log_as_long_as_criteo_kaggle_draws_as_many_ids(large_rows: LogRows):
+    for table in (2, 11, 15, 20):
+        drawn = len(np.unique(large_rows.ids[table][large_rows.ids[table] >= 0]))
+        expected = expected_distinct(LARGE.table_sizes[table], table, LARGE.num_samples)
+        assert drawn == pytest.approx(expected, rel=0.02), "the expectation is right where it can be counted"
+    real = synthetic._CRITEO_SIZES
+    full = default_table_sizes(synthetic._CRITEO_SAMPLES)
+    expected_of_table = [expected_distinct(size, table, synthetic._CRITEO_SAMPLES) for table, size in enumerate(full)]
+    assert sum(expected_of_table) == pytest.approx(sum(real), rel=0.005)
+    large = [table for table, size in enumerate(real) if size > 80_000]
+    assert [expected_of_table[table] for table in large] == pytest.approx([real[table] for table in large], rel=0.01)
 
 
 @pytest.mark.parametrize(
