@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from fake_cuda import FakeCuda, pretend_cuda
 from hypothesis import settings
 
 if not torch.cuda.is_available():
@@ -29,6 +30,32 @@ def _plain_output(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.delenv("FORCE_COLOR", raising=False)
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
+    """A pretended device, for tests of what only that can show."""
+    with pretend_cuda(monkeypatch) as fake:
+        yield fake
+
+
+@pytest.fixture(params=["pretended", pytest.param("real", marks=pytest.mark.gpu)])
+def cuda(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """The device of every test for CUDA: in any run a pretended one, in `make test-gpu` the one of the machine.
+
+    The test fails if it puts nothing there; pretended, also if anything was out of order.
+    """
+    if request.param == "real":
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+        before = torch.cuda.memory_stats().get("allocation.all.allocated", 0)
+        yield torch.device("cuda")
+        assert torch.cuda.memory_stats()["allocation.all.allocated"] > before, "nothing was put on the device"
+        return
+    fake: FakeCuda = request.getfixturevalue("fake_cuda")
+    yield torch.device("cuda")
+    assert fake.has_been_used, "nothing was put on the device"
+    assert fake.races == fake.not_handed_over() == fake.refused == fake.spins == []
 
 
 @pytest.fixture(scope="session")

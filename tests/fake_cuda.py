@@ -1,0 +1,461 @@
+"""A CUDA device that is none: memory and arithmetic of the CPU, streams and events as vector clocks, graphs that replay.
+
+Code that asks for `cuda` runs unchanged and computes what it would on a CPU, so results can be compared to the bit.
+What a CPU hides is watched. A stream learns what its thread knows when it is given work, a thread learns from an event
+when it waits for it, and tasks and results of a thread pool carry what their givers know. Every access to device memory
+or to page-locked memory must be ordered with those before it, row by row where rows are picked; else it is a race,
+whatever the timing of today.
+
+    races              accesses without an order
+    not_handed_over()  memory that died without the allocator being told of a stream that used it
+    beside_captures    calls of other threads while a graph was captured
+    refused            calls that the capture does not allow: those of others in mode "global", and its own that wait
+    pinned_bytes       of every allocation of page-locked memory
+    pageable_copies    copies between the device and ordinary memory; the host waits for these
+    spins              waits for events that do not let the thread sleep
+
+A graph is captured without effect and replayed by running its operations again on the memory they had.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import count
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map
+from vector_clocks import Clock, Memory, join
+
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+SYNCHRONISING = frozenset(
+    "_local_scalar_dense nonzero _unique2 unique_dim unique_consecutive masked_select equal bincount".split()
+)
+"""Operations whose result, or its shape, the host waits for."""
+_OVERWRITING = {"copy_", "fill_", "zero_", "index_copy_", "index_fill_"}
+_BY_ROWS = {"index_select", "index_copy_", "index_add_", "index_fill_", "index", "index_put_", "_index_put_impl_"}
+
+
+class FakeCuda:
+    """The device."""
+
+    def __init__(self) -> None:
+        self.races: list[str] = []
+        self.beside_captures: list[str] = []
+        self.refused: list[str] = []
+        self.pinned_bytes: list[int] = []
+        self.pageable_copies: list[str] = []
+        self.spins: list[str] = []
+        self.capture_modes: list[str] = []
+        self.num_replays = 0
+        self.on_capture: Callable[[], None] = lambda: None
+        """Called when a capture has begun."""
+        self.limit_bytes: float = float("inf")
+        self._memories: dict[int, Memory] = {}
+        self._allocated_bytes = 0
+        self._streams: list[FakeStream] = []
+        self._of_thread = threading.local()
+        self._thread_numbers = count()
+        self._lock = threading.RLock()
+        self._capture: FakeCapture | None = None
+        self._compute = FakeStream(self, "compute")
+
+    @property
+    def has_been_used(self) -> bool:
+        """Whether anything was ever put there."""
+        return any(not memory.is_pinned for memory in self._memories.values())
+
+    def not_handed_over(self) -> list[str]:
+        """Memory that is gone, and the streams that may still have used it.
+
+        What several streams write is taken to live to the end, as its owner does.
+        """
+        return [
+            f"{memory.num_units} x {memory.unit} bytes of {memory.born} used by {sorted(others)}"
+            for memory in self._memories.values()
+            if memory.born and memory.storage.expired() and len(memory.writes) == 1
+            if (others := memory.used_by - memory.handed_to - {memory.born})
+        ]
+
+    # --- who is at work ---
+
+    def thread(self) -> tuple[str, Clock]:
+        """Name and clock of the current thread."""
+        mine = self._of_thread
+        if not hasattr(mine, "clock"):
+            mine.name = f"{threading.current_thread().name} ({next(self._thread_numbers)})"
+            mine.clock = {mine.name: 0}
+        return mine.name, mine.clock
+
+    def current_stream(self, device: object = None) -> FakeStream:
+        """The stream that the current thread gives work to."""
+        return getattr(self._of_thread, "stream", self._compute)
+
+    @contextmanager
+    def stream(self, stream: FakeStream) -> Iterator[None]:
+        """Give work to another stream."""
+        before = self.current_stream()
+        self._of_thread.stream = stream
+        try:
+            yield
+        finally:
+            self._of_thread.stream = before
+
+    def synchronize(self, device: object = None) -> None:
+        """Wait for everything."""
+        self.call("cudaDeviceSynchronize", waits=True)
+        for stream in self._streams:
+            join(self.thread()[1], stream.clock)
+
+    def call(self, what: str, *, waits: bool = False) -> None:
+        """Note a call, where a graph is being captured; what waits is refused to the capturing thread itself."""
+        capture = self._capture
+        if capture is None:
+            return
+        if capture.thread != threading.get_ident():
+            self.beside_captures.append(f"{what} by {self.thread()[0]}")
+            if capture.mode == "global":
+                self.refused.append(self.beside_captures[-1])
+        elif waits:
+            self.refused.append(f"{what} by the capturing thread")
+
+    # --- memory ---
+
+    def memory_of(self, value: object) -> Memory | None:
+        """What is known of a tensor's storage; None for ordinary memory."""
+        return self._memories.get(value.untyped_storage()._cdata) if isinstance(value, Tensor) else None
+
+    def is_on_device(self, value: object) -> bool:
+        """Whether a tensor lives on the device."""
+        memory = self.memory_of(value)
+        return memory is not None and not memory.is_pinned
+
+    def _adopt(self, made: Any, given: Any, *, born: str | None) -> None:
+        """Watch what an operation allocated on the device."""
+        known = {tensor.untyped_storage()._cdata for tensor in _tensors(given)}
+        for tensor in _tensors(made):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in known:
+                self._memories[storage._cdata] = Memory.of(tensor, is_pinned=False, born=born)
+                self._allocated_bytes += storage.nbytes()
+                if self._allocated_bytes > self.limit_bytes:
+                    raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {storage.nbytes()} bytes")
+
+    def _access(self, actor: str, clock: Clock, tensor: Tensor, what: str, *, rows: Any = None, writes: bool) -> None:
+        memory = self.memory_of(tensor)
+        if memory is None or not tensor.numel():
+            return
+        others = memory.access(actor, clock, memory.units_of(tensor, rows), writes=writes)
+        if others:
+            kind = f"{'page-locked' if memory.is_pinned else 'device'} memory {tuple(tensor.shape)}"
+            self.races.append(f"{actor} {'writes' if writes else 'reads'} {kind} in {what}, in no order with {others}")
+
+    # --- operations ---
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one operation, on the device where it touches it."""
+        name = func.overloadpacket.__name__
+        wants_device = torch.device(kwargs.get("device") or CPU).type == "cuda"
+        wants_pinned = bool(kwargs.get("pin_memory")) or name == "_pin_memory"
+        known = [memory for tensor in _tensors((args, kwargs)) if (memory := self.memory_of(tensor)) is not None]
+        is_for_device = wants_device or any(not memory.is_pinned for memory in known)
+        if name == "is_pinned":
+            return bool(known) and not is_for_device
+        if not (wants_pinned or is_for_device or known):
+            return func(*args, **kwargs)
+        if wants_pinned or is_for_device:
+            waits = wants_pinned or name in SYNCHRONISING or self._is_pageable_copy(name, args)
+            self.call("cudaHostAlloc" if wants_pinned else name, waits=waits)
+        if wants_device:
+            kwargs = {**kwargs, "device": CPU}
+        with self._lock:  # a capture holds it, so that others cannot change what it puts back
+            if wants_pinned:
+                return self._allocate_pinned(func, args, kwargs)
+            if not is_for_device:
+                actor, clock = self.thread()
+                clock[actor] += 1
+                self._watch(func, args, kwargs, actor, clock)
+                return func(*args, **kwargs)
+            if self._capture is not None and self._capture.thread == threading.get_ident():
+                return self._capture.record(func, args, kwargs)
+            return self.run_on_stream(func, args, kwargs)
+
+    def run_on_stream(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Give an operation to the current stream."""
+        stream, (thread, known) = self.current_stream(), self.thread()
+        name = func.overloadpacket.__name__
+        stream.advance()
+        self._watch(func, args, kwargs, stream.name, stream.clock)
+        made = func(*args, **kwargs)
+        self._adopt(made, (args, kwargs), born=stream.name)
+        for tensor in _new_tensors(made, (args, kwargs)):
+            self._access(stream.name, stream.clock, tensor, name, writes=True)
+        is_pageable = self._is_pageable_copy(name, args)
+        if is_pageable:
+            self.pageable_copies.append(f"{tuple(args[0].shape)} by {thread}")
+        if is_pageable or name in SYNCHRONISING:
+            join(known, stream.clock)
+        return made
+
+    def to_host(self, tensor: Tensor) -> Tensor:
+        """What `.cpu()` gives: the host waits for it."""
+        self.call("cudaMemcpy to ordinary memory", waits=True)
+        with self._lock, _disable_current_modes():
+            stream = self.current_stream()
+            stream.advance()
+            self._access(stream.name, stream.clock, tensor, "cpu", writes=False)
+            join(self.thread()[1], stream.clock)
+            self.pageable_copies.append(f"{tuple(tensor.shape)} by {self.thread()[0]}")
+            return tensor.detach().clone()
+
+    def _allocate_pinned(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        kwargs = {key: value for key, value in kwargs.items() if key not in ("pin_memory", "device")}
+        pinned: Tensor = args[0].clone() if func.overloadpacket.__name__ == "_pin_memory" else func(*args, **kwargs)
+        self.pinned_bytes.append(pinned.nbytes)
+        self._memories[pinned.untyped_storage()._cdata] = Memory.of(pinned, is_pinned=True, born=None)
+        return pinned
+
+    def _is_pageable_copy(self, name: str, args: tuple[Any, ...]) -> bool:
+        sides = {"_to_copy": args[:1], "copy_": args[:2]}.get(name, ())
+        return any(isinstance(side, Tensor) and self.memory_of(side) is None for side in sides)
+
+    def _watch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], actor: str, clock: Clock) -> None:
+        """Check what an operation reads and writes of its arguments."""
+        if func.is_view:
+            return
+        name, schema = func.overloadpacket.__name__, func._schema.arguments
+        values = {argument.name: value for argument, value in zip(schema, args, strict=False)} | kwargs
+        for argument in schema:
+            writes = argument.alias_info is not None and argument.alias_info.is_write
+            rows = _picked_rows(values) if argument.name == "self" and name in _BY_ROWS else None
+            for tensor in _tensors(values.get(argument.name)):
+                if not writes or (name not in _OVERWRITING and argument.name != "out"):
+                    self._access(actor, clock, tensor, name, rows=rows, writes=False)
+                if writes:
+                    self._access(actor, clock, tensor, name, rows=rows, writes=True)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _new_tensors(made: Any, given: Any) -> list[Tensor]:
+    """What an operation made that shares no memory with what it was given."""
+    known = {tensor.untyped_storage()._cdata for tensor in _tensors(given)}
+    return [tensor for tensor in _tensors(made) if tensor.untyped_storage()._cdata not in known]
+
+
+def _picked_rows(values: dict[str, Any]) -> Tensor | None:
+    """The rows that an operation picks by index; None for all."""
+    if values.get("dim") == 0:
+        return values["index"]
+    indices = values.get("indices") or ()
+    return indices[0] if len(indices) == 1 else None
+
+
+class FakeStream:
+    """A queue of work."""
+
+    def __init__(self, cuda: FakeCuda, name: str | None = None) -> None:
+        self._cuda, self.name = cuda, name or f"stream {len(cuda._streams)}"
+        self.clock: Clock = {self.name: 0}
+        cuda._streams.append(self)
+
+    def advance(self) -> None:
+        """Take on one more piece of work, from the current thread."""
+        join(self.clock, self._cuda.thread()[1])
+        self.clock[self.name] += 1
+
+    def record_event(self, event: FakeEvent | None = None) -> FakeEvent:
+        event = event or FakeEvent(self._cuda)
+        event.record(self)
+        return event
+
+    def wait_event(self, event: FakeEvent) -> None:
+        join(self.clock, event.clock)
+
+
+class FakeEvent:
+    """A point in the work of a stream."""
+
+    def __init__(self, cuda: FakeCuda, *, blocking: bool = False) -> None:
+        self._cuda, self._blocking, self.clock = cuda, blocking, Clock()
+
+    def record(self, stream: FakeStream | None = None) -> None:
+        stream = stream or self._cuda.current_stream()
+        stream.advance()
+        self.clock = dict(stream.clock)
+
+    def synchronize(self) -> None:
+        thread, clock = self._cuda.thread()
+        self._cuda.call("cudaEventSynchronize", waits=True)
+        if not self._blocking:
+            self._cuda.spins.append(thread)
+        join(clock, self.clock)
+
+
+class FakeGraph:
+    """Recorded operations."""
+
+    def __init__(self, cuda: FakeCuda) -> None:
+        self._cuda = cuda
+        self.operations: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
+
+    def pool(self) -> object:
+        return self
+
+    def replay(self) -> None:
+        """Run everything again, results going where they went."""
+        self._cuda.num_replays += 1
+        with _disable_current_modes(), torch.no_grad():
+            for func, args, kwargs, made in self.operations:
+                again = _new_tensors(self._cuda.run_on_stream(func, args, kwargs), (args, kwargs))
+                for old, new in zip(_new_tensors(made, (args, kwargs)), again, strict=True):
+                    old.copy_(new)
+
+
+class FakeCapture:
+    """What `torch.cuda.graph` gives."""
+
+    def __init__(self, cuda: FakeCuda, graph: FakeGraph, *, pool: object, capture_error_mode: str) -> None:
+        self._cuda, self._graph, self.mode = cuda, graph, capture_error_mode
+        self.thread = threading.get_ident()
+        self._made: set[int] = set()
+        self._before: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __enter__(self) -> None:
+        self._cuda.synchronize()
+        self._cuda._lock.acquire()
+        self._cuda._capture = self
+        self._cuda.capture_modes.append(self.mode)
+        self._cuda.on_capture()
+
+    def __exit__(self, *exc: object) -> None:
+        self._cuda._capture = None
+        with _disable_current_modes(), torch.no_grad():
+            for now, before in self._before.values():
+                now.copy_(before)
+        self._cuda._lock.release()
+
+    def record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation for the shape of its result; what it does to older memory is undone in the end."""
+        for tensor in _tensors((args, kwargs)):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._made | self._before.keys():
+                whole = torch.empty(0, dtype=torch.uint8).set_(storage)
+                self._before[storage._cdata] = whole, whole.clone()
+        made = func(*args, **kwargs)
+        self._cuda._adopt(made, (args, kwargs), born=None)
+        self._made |= {tensor.untyped_storage()._cdata for tensor in _new_tensors(made, (args, kwargs))}
+        held = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, (args, kwargs, made))
+        self._graph.operations.append((func, *held))
+        return made
+
+
+class _Watch(TorchDispatchMode):
+    """Shows the device every operation of a thread."""
+
+    def __init__(self, cuda: FakeCuda) -> None:
+        super().__init__()
+        self._cuda = cuda
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self._cuda.run(func, args, kwargs or {})
+
+
+@contextmanager
+def pretend_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
+    """Let there be a device `cuda`."""
+    cuda = FakeCuda()
+
+    def capture(graph: FakeGraph, pool: object = None, capture_error_mode: str = "global") -> FakeCapture:
+        return FakeCapture(cuda, graph, pool=pool, capture_error_mode=capture_error_mode)
+
+    for name, replacement in {
+        "is_available": lambda: True,
+        "_lazy_init": lambda: None,
+        "Stream": lambda device=None: FakeStream(cuda),
+        "Event": lambda **options: FakeEvent(cuda, **options),
+        "current_stream": cuda.current_stream,
+        "stream": cuda.stream,
+        "synchronize": cuda.synchronize,
+        "CUDAGraph": lambda: FakeGraph(cuda),
+        "graph": capture,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, replacement)
+    _patch_tensors(cuda, monkeypatch)
+    _patch_pools(cuda, monkeypatch)
+    with _Watch(cuda):
+        yield cuda
+
+
+def _patch_tensors(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors say where they live, and move."""
+    base = torch._C.TensorBase
+
+    def to(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        is_there = cuda.is_on_device(tensor)
+        if device is not None and device.type == "cuda" and not is_there:
+            return torch.ops.aten._to_copy(tensor, dtype=dtype, device=device, non_blocking=non_blocking)
+        if device is None or not is_there:
+            return base.to(tensor, *args, **kwargs)
+        moved = tensor if device.type == "cuda" else cuda.to_host(tensor)
+        return moved if dtype is None else base.to(moved, dtype)
+
+    def numpy(tensor: Tensor, **options: Any) -> np.ndarray:
+        if cuda.is_on_device(tensor):
+            raise TypeError("can't convert cuda device type tensor to numpy")
+        return base.numpy(tensor, **options)
+
+    def record_stream(tensor: Tensor, stream: FakeStream) -> None:
+        memory = cuda.memory_of(tensor)
+        assert memory is not None
+        memory.handed_to.add(stream.name)
+
+    for name, replacement in {
+        "to": to,
+        "cpu": lambda tensor: to(tensor, CPU),
+        "cuda": lambda tensor, device=None: to(tensor, CUDA),
+        "numpy": numpy,
+        "record_stream": record_stream,
+        "device": property(lambda tensor: CUDA if cuda.is_on_device(tensor) else base.device.__get__(tensor)),
+        "is_cuda": property(cuda.is_on_device),
+    }.items():
+        monkeypatch.setattr(torch.Tensor, name, replacement, raising=False)
+
+
+def _patch_pools(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks know what their giver knew, and who takes a result knows what the task knew."""
+    submit, result = ThreadPoolExecutor.submit, Future.result
+
+    def watched_submit(pool: ThreadPoolExecutor, work: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        given, learned = dict(cuda.thread()[1]), Clock()
+
+        def watched() -> Any:
+            join(cuda.thread()[1], given)
+            try:
+                with _Watch(cuda):
+                    return work(*args, **kwargs)
+            finally:
+                join(learned, cuda.thread()[1])
+
+        future = submit(pool, watched)
+        future.learned = learned  # type: ignore[attr-defined]
+        return future
+
+    def watched_result(future: Future[Any], timeout: float | None = None) -> Any:
+        try:
+            return result(future, timeout)
+        finally:
+            join(cuda.thread()[1], getattr(future, "learned", {}))
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", watched_submit)
+    monkeypatch.setattr(Future, "result", watched_result)
