@@ -1,4 +1,4 @@
-"""A CUDA device that is none: memory and arithmetic of the CPU, streams and events as vector clocks, graphs that replay.
+"""A CUDA device that is none: memory and arithmetic of the CPU, streams as vector clocks, graphs that replay.
 
 Code that asks for `cuda` runs unchanged and computes what it would on a CPU, so results can be compared to the bit.
 What a CPU hides is watched. A stream learns what its thread knows when it is given work, a thread learns from an event

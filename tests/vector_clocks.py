@@ -1,6 +1,6 @@
 """Who is ordered after whom: vector clocks, and memory that remembers who touched which of its rows, and when.
 
-An actor is a thread or a stream. Its clock says how many steps of each actor are over before its own next one. An access
+An actor is a thread or a stream. Its clock says how many steps of each actor are over before its own next. An access
 is in order when the clock is past the last write of what it touches and, for a write, past the last reads too.
 """
 

@@ -1,4 +1,4 @@
-"""Capture of a step as a CUDA graph: while other threads move rows, for every kind of step, and with nothing left over."""
+"""Capture of a step as a CUDA graph: beside threads that move rows, for every kind of step, with nothing left over."""
 
 from __future__ import annotations
 
