@@ -398,7 +398,11 @@ def pretend_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
 
 def _patch_tensors(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors say where they live, and move."""
-    base = torch._C.TensorBase
+    base, make_tensor = torch._C.TensorBase, torch.tensor
+
+    def tensor(values: Any, *, device: torch.device | str | None = None, **options: Any) -> Tensor:
+        made: Tensor = make_tensor(values, **options)
+        return made if device is None else made.to(device)
 
     def to(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
@@ -420,6 +424,7 @@ def _patch_tensors(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
         assert memory is not None
         memory.handed_to.add(stream.name)
 
+    monkeypatch.setattr(torch, "tensor", tensor)
     for name, replacement in {
         "to": to,
         "cpu": lambda tensor: to(tensor, CPU),

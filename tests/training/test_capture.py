@@ -23,7 +23,9 @@ from slipstream.models.dlrm import DLRM
 from slipstream.ops.hot_set import Movement
 from slipstream.training import step as step_module
 from slipstream.training.dense_optimizer import DenseOptimizer
+from slipstream.training.representations import Representations
 from slipstream.training.skipping.staleness import make_tracker
+from slipstream.training.slot_layout import SlotLayout
 from slipstream.training.step import FixedShapeStep, TrainStep
 
 BATCH, TABLES, DENSE, DIM, NUM_ROWS, NUM_HOT = 8, 3, 2, 4, 60, 20
@@ -40,13 +42,16 @@ def make_step(make: type[TrainStep], device: torch.device, *, kind: str = "adagr
     )
     rows.load(torch.arange(NUM_ROWS), torch.randn(NUM_ROWS, DIM, generator=torch.Generator().manual_seed(1)))
     torch.manual_seed(0)
-    model = DLRM(num_dense=DENSE, num_tables=TABLES, embedding_dim=DIM, bottom_mlp=[5, DIM], top_mlp=[6, 1]).to(device)
+    network = DLRM(embedding_dim=DIM, bottom_mlp=(5, DIM), top_mlp=(6, 1))
+    model = network.build(num_dense=DENSE, num_columns=TABLES).to(device)
+    layout = SlotLayout({"cat_0": np.arange(NUM_ROWS)}, num_hot=NUM_HOT, table_of_column=[0] * TABLES)
     options = {"batch_size": BATCH, "num_dense": DENSE, "num_tables": TABLES} if make is FixedShapeStep else {}
     return make(
         model=model,
         rows=rows,
         dense_optimizer=DenseOptimizer(model.parameters(), kind=kind, eps=1e-8),  # type: ignore[arg-type]
         eps=1e-8,
+        representations=Representations.plain(layout, embedding_dim=DIM, device=device),
         **options,
     )
 

@@ -94,7 +94,9 @@ def train(mode: str, *, chunk_batches: int, sorts_all: bool, device: torch.devic
     batches = make_batches()
 
     def checkpoint() -> None:
-        read.append([rows.buffer[: rows.num_hot].cpu().clone(), *lookahead.cold_now()])
+        frozen = lookahead.freeze()
+        read.append([torch.from_numpy(block) for part in (*frozen.hot, *frozen.cold) for block in part.blocks()])
+        lookahead.thaw()
 
     for part in range(3):
         pieces = [next(batches) for _ in range(NUM_BATCHES // 3)]
