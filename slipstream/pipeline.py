@@ -8,6 +8,7 @@ is used as it is; otherwise the stage runs. Keys are known before anything runs,
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,14 +27,15 @@ from slipstream.io.artifacts import (
     describe_altered,
     discard,
     find_artifact,
+    find_place,
     leftovers,
     open_artifact,
     parsed_folders,
     publish,
     remove_artifact,
-    run_lock,
     scratch_dir,
 )
+from slipstream.io.locks import InUseError, hold_artifact
 from slipstream.options import to_dict
 from slipstream.progress import Progress, Silent
 from slipstream.stage import Stage, StageJob, row_bytes_of
@@ -248,37 +250,51 @@ class Run:
         progress: Progress,
         on_stage: Callable[[StageResult], None],
     ) -> RunResult:
-        """Run what has to; as `run_pipeline`, which holds the run folder."""
+        """Run what has to; as `run_pipeline`."""
         for key in self.keys.values():
-            complete_publishing(self.run_dir, key)
+            # who holds it publishes it
+            with contextlib.suppress(InUseError), hold_artifact(find_place(self.run_dir, key)):
+                complete_publishing(self.run_dir, key)
         named = set(self.stages if asked is None else asked)
         chosen = named | {stage.name for stage in self.stages.values() if stage.comes_with in named}
         plans = self.plan()
         result = RunResult(config=self.config, run_dir=self.run_dir)
-        for at, plan in enumerate(plans):
-            if plan.will_run and plan.stage not in chosen:
-                if not any(later.stage in chosen for later in plans[at:]):
-                    break
-                verb = self.stages[plan.stage].comes_with or plan.stage
-                raise ArtifactError(
-                    f"stage `{plan.stage}` has no output for this pipeline yet ({plan.reason})",
-                    hint=f"run `slipstream {verb}` first, or `slipstream run` for everything",
-                )
-            result.stages[plan.stage] = self._bring_up(plan, result, progress, forced=force and plan.stage in named)
-            if plan.stage in chosen:
-                on_stage(result.stages[plan.stage])
+        # what is there is held for the stages after it
+        with contextlib.ExitStack() as held:
+            for at, plan in enumerate(plans):
+                if plan.will_run and plan.stage not in chosen:
+                    if not any(later.stage in chosen for later in plans[at:]):
+                        break
+                    verb = self.stages[plan.stage].comes_with or plan.stage
+                    raise ArtifactError(
+                        f"stage `{plan.stage}` has no output for this pipeline yet ({plan.reason})",
+                        hint=f"run `slipstream {verb}` first, or `slipstream run` for everything",
+                    )
+                brought_up = self._bring_up(plan, result, progress, forced=force and plan.stage in named)
+                held.enter_context(hold_artifact(brought_up.artifact.path, shared=True))
+                open_artifact(brought_up.artifact.path)  # nobody took it away before it was held
+                result.stages[plan.stage] = brought_up
+                if plan.stage in chosen:
+                    on_stage(brought_up)
         return result
 
     def _bring_up(self, plan: StagePlan, result: RunResult, progress: Progress, *, forced: bool) -> StageResult:
         """Run a stage, or take what it has published."""
-        if forced:
-            remove_artifact(self.run_dir, plan.key)
-        elif plan.artifact is not None:
+        if not forced and plan.artifact is not None:
             if plan.reason != _UP_TO_DATE:
                 raise ArtifactError(plan.reason, hint=plan.artifact.remedy)
             return StageResult(
                 stage=plan.stage, status="skipped", reason=plan.reason, seconds=0.0, artifact=plan.artifact
             )
+        with hold_artifact(find_place(self.run_dir, plan.key)):
+            if forced:
+                remove_artifact(self.run_dir, plan.key)
+            elif (published := find_artifact(self.run_dir, plan.key)) is not None:
+                reason = "up to date: another process has just made it"
+                return StageResult(stage=plan.stage, status="skipped", reason=reason, seconds=0.0, artifact=published)
+            return self._run_stage(plan, result, progress, reason="forced" if forced else plan.reason)
+
+    def _run_stage(self, plan: StagePlan, result: RunResult, progress: Progress, *, reason: str) -> StageResult:
         started = time.perf_counter()
         job = StageJob(
             config=self.config,
@@ -291,7 +307,6 @@ class Run:
         seconds = time.perf_counter() - started
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         artifact = publish(self.run_dir, plan.key, figures.to_json(), seconds=seconds, peak_bytes=peak)
-        reason = "forced" if forced else plan.reason
         return StageResult(stage=plan.stage, status="ran", reason=reason, seconds=seconds, artifact=artifact)
 
 
@@ -331,9 +346,8 @@ def run_pipeline(
     Raises:
         SlipstreamError: Whatever a stage expects to go wrong.
     """
-    with run_lock(runs_dir / config.name):
-        run = Run(config, runs_dir, progress)
-        return run.execute(stages, force=force, progress=progress or Silent(), on_stage=on_stage)
+    run = Run(config, runs_dir, progress)
+    return run.execute(stages, force=force, progress=progress or Silent(), on_stage=on_stage)
 
 
 def export_samples(
@@ -406,13 +420,23 @@ def score_lines(
 
 
 def clean_run(runs_dir: Path, name: str) -> list[Path]:
-    """Remove what killed processes left in a run folder, and parsed chunks; returns what was removed."""
-    run_dir = runs_dir / name
-    with run_lock(run_dir):
-        found = [*leftovers(run_dir), *parsed_folders(run_dir)]
-        for path in found:
-            discard(path)
-    return found
+    """Remove what killed processes left in a run folder, and parsed chunks; returns what was removed.
+
+    What somebody works in stays.
+    """
+    run_dir, is_in_use = runs_dir / name, False
+    removed = []
+    for path in leftovers(run_dir):
+        try:
+            with hold_artifact(path.with_name(path.name.strip(".").partition(".")[0])):
+                discard(path)
+                removed.append(path)
+        except InUseError:
+            is_in_use = True  # somebody works in it, and perhaps on parsed chunks
+    for path in [] if is_in_use else parsed_folders(run_dir):
+        discard(path)
+        removed.append(path)
+    return removed
 
 
 def find_altered(config: PipelineConfig, runs_dir: Path) -> dict[str, list[str]]:

@@ -102,7 +102,7 @@ def run_files(run_dir: Path) -> dict[str, bytes]:
     found = {}
     for path in sorted(run_dir.rglob("*")):
         name = path.relative_to(run_dir).as_posix()
-        if not path.is_file() or name == ".lock" or name.startswith("parsed/"):
+        if not path.is_file() or path.suffix == ".lock" or name.startswith("parsed/"):
             continue
         found[name] = path.read_bytes()
         if path.name == "manifest.json":

@@ -15,9 +15,10 @@ from slipstream import pipeline
 from slipstream.config import DatasetConfig, PipelineConfig
 from slipstream.errors import ArtifactError, DataError
 from slipstream.io import raw
-from slipstream.io.artifacts import leftovers, parsed_folders, scratch_dir
+from slipstream.io.artifacts import find_place, leftovers, parsed_folders, scratch_dir
 from slipstream.io.figures import Figures
-from slipstream.pipeline import STAGES, clean_run, latest_artifact, plan_pipeline, run_pipeline, stage_names
+from slipstream.io.locks import InUseError, hold_artifact
+from slipstream.pipeline import STAGES, Run, clean_run, latest_artifact, plan_pipeline, run_pipeline, stage_names
 from slipstream.stage import Stage, StageJob
 
 ALL = ["generate", "preprocess", "profile", "segregate", "train"]
@@ -233,3 +234,32 @@ def test_a_missing_raw_file_is_named_before_anything_runs(tmp_path: Path):
     config = tiny_config(dataset__source="criteo", dataset__raw="/no/such/file.tsv")
     with pytest.raises(DataError, match=r"/no/such/file\.tsv"):
         run_pipeline(config, tmp_path)
+
+
+# --- two at work ---------------------------------------------------------------------------------------------
+
+
+def test_two_budgets_of_one_run_folder_can_be_worked_on_at_the_same_time(runs: Path):
+    one, other = tiny_config(segregate__hot_budget="41%"), tiny_config(segregate__hot_budget="42%")
+    with hold_artifact(find_place(runs / "tiny_test", Run(one, runs).keys["segregate"])):
+        assert run_pipeline(other, runs).stages["train"].status == "ran"
+        with pytest.raises(InUseError, match=f"segregate/.* is in use by process {os.getpid()}"):
+            run_pipeline(one, runs)
+    assert run_pipeline(one, runs).stages["train"].status == "ran"
+
+
+def test_nobody_removes_what_another_reads(runs: Path):
+    config = tiny_config()
+    with hold_artifact(find_place(runs / "tiny_test", Run(config, runs).keys["preprocess"]), shared=True):
+        with pytest.raises(InUseError, match="preprocess/"):
+            run_pipeline(config, runs, stages=["preprocess"], force=True)
+        run_pipeline(config, runs)
+
+
+def test_clean_leaves_what_somebody_works_in(runs: Path):
+    key = Run(tiny_config(segregate__hot_budget="43%"), runs).keys["segregate"]
+    scratch = scratch_dir(runs / "tiny_test", key)
+    with hold_artifact(find_place(runs / "tiny_test", key)):
+        assert clean_run(runs, "tiny_test") == []
+        assert scratch.exists()
+    assert scratch in clean_run(runs, "tiny_test")

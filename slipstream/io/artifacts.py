@@ -2,7 +2,7 @@
 
     runs/<name>/<stage>/<fingerprint>/           published: complete, its manifest.json written last
     runs/<name>/<stage>/.<fingerprint>.partial/  at work, or left by a killed process; keeps finished parts
-    runs/<name>/.lock                            held while a process works in the run folder
+    runs/<name>/<stage>/.<fingerprint>.lock      held while a process makes or reads the artifact: see locks.py
 
 The fingerprint covers the stage's resolved config, the fingerprints of its inputs, the seed and the format
 version; not paths or times. Publishing is one rename, and all that it names is forced to disk before, so a half-written
@@ -15,14 +15,12 @@ import contextlib
 import json
 import os
 import shutil
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import filelock
-import psutil
 import xxhash
 
 from slipstream import __version__
@@ -264,6 +262,11 @@ def discard(folder: Path) -> None:
         shutil.rmtree(doomed)
 
 
+def find_place(run_dir: Path, key: StageKey) -> Path:
+    """Where the artifact of a key is, or will be."""
+    return run_dir / key.stage / key.fingerprint
+
+
 def leftovers(run_dir: Path) -> list[Path]:
     """Scratch folders that killed processes left behind."""
     return sorted(path for path in run_dir.glob("*/.*") if path.suffix in {".partial", ".removed"})
@@ -347,33 +350,6 @@ def _show_free(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def run_lock(run_dir: Path) -> Iterator[None]:
-    """Hold the run folder for this process.
-
-    Raises:
-        ArtifactError: Another process holds it; the message says which.
-    """
-    with wrap_write_errors(run_dir):
-        run_dir.mkdir(parents=True, exist_ok=True)
-    holder = run_dir / ".lock.json"
-    lock = filelock.FileLock(run_dir / ".lock", timeout=0)
-    with wrap_write_errors(run_dir / ".lock"):
-        try:
-            lock.acquire()
-        except filelock.Timeout:
-            raise ArtifactError(
-                f"`{run_dir}` is in use by {_describe_holder(holder)}",
-                hint="wait for it to end, stop it, or work in another folder with --runs",
-            ) from None
-    try:
-        write_json(holder, {"pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")})
-        yield
-    finally:
-        holder.unlink(missing_ok=True)
-        lock.release()
-
-
-@contextlib.contextmanager
 def hold(folder: Path) -> Iterator[None]:
     """Work in a folder alone: wait until no other process does."""
     with wrap_write_errors(folder):
@@ -384,12 +360,3 @@ def hold(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _describe_holder(holder: Path) -> str:
-    try:
-        body = json.loads(holder.read_text(encoding="utf-8"))
-        name = psutil.Process(body["pid"]).name()
-    except (OSError, ValueError, KeyError, psutil.Error):
-        return "another process"
-    return f"process {body['pid']} ({name}), since {body['since']}"

@@ -3,8 +3,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +20,6 @@ from slipstream.io.artifacts import (
     open_artifact,
     publish,
     remove_artifact,
-    run_lock,
     scratch_dir,
     wrap_write_errors,
     write_atomically,
@@ -154,53 +151,16 @@ def test_a_folder_that_cannot_be_written_is_an_artifact_error(tmp_path: Path):
     with pytest.raises(ArtifactError, match="cannot write") as caught:
         scratch_dir(tmp_path / "taken", KEY)
     assert "--runs" in str(caught.value.hint)
-    with pytest.raises(ArtifactError, match="cannot write"), run_lock(tmp_path / "taken" / "run"):
-        pass
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_read_only_folder_is_an_artifact_error(tmp_path: Path):
     tmp_path.chmod(0o500)
     try:
-        with pytest.raises(ArtifactError, match="cannot write"), run_lock(tmp_path / "run"):
+        with pytest.raises(ArtifactError, match="cannot write"), write_atomically(tmp_path / "file"):
             pass
     finally:
         tmp_path.chmod(0o700)
-
-
-_HOLD = """
-import sys
-from pathlib import Path
-from slipstream.io.artifacts import run_lock
-with run_lock(Path(sys.argv[1])):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
-
-def test_the_second_process_on_a_run_folder_is_told_who_holds_it(tmp_path: Path):
-    run_dir = tmp_path / "run"
-    with subprocess.Popen(
-        [sys.executable, "-c", _HOLD, str(run_dir)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as holder:
-        assert holder.stdin and holder.stdout
-        assert holder.stdout.readline() == "held\n"
-        with pytest.raises(ArtifactError, match=rf"in use by process {holder.pid} \(\S+\), since") as caught:
-            with run_lock(run_dir):
-                pass
-        assert "--runs" in str(caught.value.hint)
-        holder.stdin.close()
-        assert holder.wait(timeout=30) == 0
-    with run_lock(run_dir):
-        assert json.loads((run_dir / ".lock.json").read_text())["pid"] == os.getpid()
-    assert not (run_dir / ".lock.json").exists()
-
-
-def test_a_lock_is_free_again_after_an_error(tmp_path: Path):
-    with pytest.raises(RuntimeError), run_lock(tmp_path):
-        raise RuntimeError
-    with run_lock(tmp_path):
-        pass
 
 
 @pytest.mark.parametrize("size", [0, 5, (1 << 22) + 1])

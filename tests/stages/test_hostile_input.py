@@ -16,7 +16,11 @@ import pytest
 import zstandard
 from raw_logs import invoke, make_lines, read_rejects, sample_line, start, write_pipeline, write_raw
 
+from slipstream.config import load_pipeline
 from slipstream.io import artifacts
+from slipstream.io.artifacts import find_place
+from slipstream.io.locks import hold_artifact
+from slipstream.pipeline import Run
 
 
 @pytest.fixture(scope="module")
@@ -324,9 +328,10 @@ def test_enospc_anywhere_is_a_capacity_error(tmp_path: Path, lines: list[bytes],
     assert invoke("preprocess", pipeline, tmp_path / "runs").exit_code == 0
 
 
-def test_a_second_process_on_the_run_folder_is_told_who_holds_it(tmp_path: Path, lines: list[bytes]):
+def test_a_second_process_on_an_artifact_is_told_who_holds_it(tmp_path: Path, lines: list[bytes]):
     pipeline = write_pipeline(tmp_path / "run.toml", write_raw(tmp_path / "log", lines))
-    with artifacts.run_lock(tmp_path / "runs" / "run"):
+    run = Run(load_pipeline(pipeline), tmp_path / "runs")
+    with hold_artifact(find_place(run.run_dir, run.keys["preprocess"])):
         process = start("preprocess", pipeline, tmp_path / "runs")
         said = process.communicate(timeout=120)[0].decode()
     assert process.returncode == 1 and f"process {os.getpid()}" in said
