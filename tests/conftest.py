@@ -39,6 +39,20 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
         yield fake
 
 
+@pytest.fixture(params=[pytest.param("real", marks=pytest.mark.gpu)])
+def real_cuda() -> Iterator[torch.device]:
+    """The device of the machine, for tests of what cannot be pretended. A test that puts nothing there fails."""
+    yield from _real_device()
+
+
+def _real_device() -> Iterator[torch.device]:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    before = torch.cuda.memory_stats().get("allocation.all.allocated", 0)
+    yield torch.device("cuda")
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] > before, "nothing was put on the device"
+
+
 @pytest.fixture(params=["pretended", pytest.param("real", marks=pytest.mark.gpu)])
 def cuda(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """The device of every test for CUDA: in any run a pretended one, in `make test-gpu` the one of the machine.
@@ -46,11 +60,7 @@ def cuda(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     The test fails if it puts nothing there; pretended, also if anything was out of order.
     """
     if request.param == "real":
-        if not torch.cuda.is_available():
-            pytest.skip("needs a CUDA device")
-        before = torch.cuda.memory_stats().get("allocation.all.allocated", 0)
-        yield torch.device("cuda")
-        assert torch.cuda.memory_stats()["allocation.all.allocated"] > before, "nothing was put on the device"
+        yield from _real_device()
         return
     fake: FakeCuda = request.getfixturevalue("fake_cuda")
     yield torch.device("cuda")

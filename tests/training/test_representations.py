@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -245,10 +246,10 @@ def make_layout(outside: set[str] = frozenset()) -> SlotLayout:  # type: ignore[
     return SlotLayout(slot_maps, num_hot=9, table_of_column=range(len(ROWS)), outside=outside)
 
 
-def make_step(kind: str, cls: type[TrainStep] = TrainStep, **options: Any) -> TrainStep:
+def make_step(kind: str, cls: type[TrainStep] = TrainStep, *, device: torch.device = CPU, **options: Any) -> TrainStep:
     layout = make_layout()
     rows = TieredRows(
-        num_rows=sum(ROWS), num_hot=sum(ROWS), embedding_dim=DIM, num_staged=0, optimizer=kind, device=CPU
+        num_rows=sum(ROWS), num_hot=sum(ROWS), embedding_dim=DIM, num_staged=0, optimizer=kind, device=device
     )
     rows.load(torch.arange(sum(ROWS)), torch.randn(sum(ROWS), DIM, generator=torch.Generator().manual_seed(1)))
     specs = [
@@ -256,12 +257,12 @@ def make_step(kind: str, cls: type[TrainStep] = TrainStep, **options: Any) -> Tr
         for at in range(len(ROWS))
     ]
     representations = Representations(
-        specs, layout=layout, embedding_dim=DIM, optimizer=kind, eps=1e-8, seed=0, device=CPU
+        specs, layout=layout, embedding_dim=DIM, optimizer=kind, eps=1e-8, seed=0, device=device
     )
     representations.settle(rows)
     torch.manual_seed(0)
     dlrm = DLRM(embedding_dim=DIM, bottom_mlp=(5, DIM), top_mlp=(6, 1))
-    model = dlrm.build(num_dense=DENSE, num_columns=len(ROWS))
+    model = dlrm.build(num_dense=DENSE, num_columns=len(ROWS)).to(device)
     dense_kind = "sgd" if kind == "sgd" else "adagrad"
     optimizer = DenseOptimizer(model.parameters(), kind=dense_kind, eps=1e-8)
     return cls(model=model, rows=rows, dense_optimizer=optimizer, eps=1e-8, representations=representations, **options)
@@ -359,17 +360,21 @@ def test_a_fixed_shape_step_rounds_like_the_plain_one():
     assert all(torch.equal(ours[1][name], theirs[1][name]) for name in ours[1])
 
 
-@pytest.mark.gpu
-def test_rounding_is_captured_in_a_cuda_graph():
+def test_rounding_is_captured_in_a_cuda_graph(cuda: torch.device):
     results = []
-    for cls, options in (
-        (TrainStep, {}),
-        (FixedShapeStep, {"batch_size": BATCH, "num_dense": DENSE, "num_tables": len(ROWS)}),
+    for cls, device, options in (
+        (TrainStep, CPU, {}),
+        (FixedShapeStep, cuda, {"batch_size": BATCH, "num_dense": DENSE, "num_tables": len(ROWS)}),
     ):
-        step = make_step("sgd", cls, **options)
-        for number in range(8):
-            step(make_batch(step.representations.layout, number)[0], 0.1)  # type: ignore[union-attr]
-        results.append(step.rows.buffer[: sum(ROWS)].cpu())
+        step = make_step("sgd", cls, device=device, **options)
+        for number in range(12):
+            batch = make_batch(step.representations.layout, number)[0]
+            assert batch.positions is not None
+            there = {name: getattr(batch, name).to(device) for name in ("dense", "labels", "positions")}
+            step(dataclasses.replace(batch, **there), 0.1)
+        grids = step.representations.grids
+        assert grids is not None
+        results.append([step.rows.buffer[: sum(ROWS)].cpu(), grids.scale.cpu(), grids.peak.cpu()])
     torch.testing.assert_close(*results)
 
 

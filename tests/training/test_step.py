@@ -230,23 +230,28 @@ def test_steps_by_triton_equal_those_by_torch_but_for_rounding(
     assert not torch.equal(buffers[0], make_rows(optimizer).buffer[:ROWS])
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("kernels", ["torch", "triton"])
-def test_a_captured_graph_equals_the_plain_step_on_cuda(kernels: str) -> None:
-    device = torch.device("cuda")
+def test_a_captured_graph_equals_the_plain_step_on_the_cpu(cuda: torch.device) -> None:
+    compare_captured(cuda, kernels="torch")
+
+
+def test_a_captured_graph_of_triton_kernels_equals_the_plain_step_on_the_cpu(real_cuda: torch.device) -> None:
+    compare_captured(real_cuda, kernels="triton")
+
+
+def compare_captured(cuda: torch.device, *, kernels: str) -> None:
     results = []
-    for make in (TrainStep, FixedShapeStep):
+    for make, device in ((TrainStep, torch.device("cpu")), (FixedShapeStep, cuda)):
         rows = TieredRows(
             num_rows=ROWS, num_hot=ROWS, embedding_dim=DIM, num_staged=0, optimizer="rowwise_adagrad", device=device
         )
         rows.load(torch.arange(ROWS), torch.randn(ROWS, DIM, generator=torch.Generator().manual_seed(1)))
         model = make_model().to(device)
-        step = make_step(make, model, rows, kind="adagrad", kernels=kernels)
+        step = make_step(make, model, rows, kind="adagrad", kernels=kernels if make is FixedShapeStep else "torch")
         tracker = step.tracker = make_tracker("per-label", rows.buffer[:ROWS])
-        for seed in range(8):
+        for seed in range(14):
             batch = make_batch(BATCH, seed, weighted=False)
             moved = {name: getattr(batch, name).to(device) for name in ("dense", "labels", "positions")}
-            if seed == 5:  # after the capture
+            if seed == 5:  # after the first capture, before the second
                 tracker.open_window()
             step(StagedBatch(is_hot=True, **moved), 0.1)
         results.append(torch.cat([rows.buffer[:ROWS].cpu().T, torch.from_numpy(tracker.close_window())]))

@@ -640,12 +640,13 @@ def test_any_script_of_calls_equals_a_plain_bag(data: st.DataObject) -> None:
     assert torch.equal(cached.weight, plain.weight)
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("optimizer", [None, "rowwise_adagrad", "adam"])
 @pytest.mark.parametrize("buffer_size", [0, 3])
-def test_training_on_a_device_equals_training_on_the_cpu(optimizer: Any, buffer_size: int) -> None:
+def test_training_on_a_device_equals_training_on_the_cpu(
+    optimizer: Any, buffer_size: int, real_cuda: torch.device
+) -> None:
     here, _ = pair(mode="sum", optimizer=optimizer, lr=0.3, buffer_size=buffer_size)
-    there = copy.deepcopy(here).cuda()
+    there = copy.deepcopy(here).to(real_cuda)
     sgds = {bag: torch.optim.SGD(bag.parameters(), lr=0.3) if optimizer is None else None for bag in (here, there)}
     for ids, offsets, _ in make_batches(30):
         upstream = torch.randn(5, D)

@@ -698,10 +698,9 @@ def test_misuse_says_what_was_expected_and_what_was_found(call, error, message):
         call()
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("optimizer", ["sgd", "adagrad"])
-def test_a_gpu_gives_what_a_cpu_gives(optimizer):
-    bags = [make_bag(optimizer=optimizer, device=device, use_cache=True) for device in ("cpu", "cuda")]
+def test_a_gpu_gives_what_a_cpu_gives(optimizer, cuda):
+    bags = [make_bag(optimizer=optimizer, device=device, use_cache=True) for device in ("cpu", cuda)]
     rng = np.random.default_rng(0)
     batches = [ragged(rng, bags[0].num_embeddings, 50) for _ in range(3)]
     for bag in bags:

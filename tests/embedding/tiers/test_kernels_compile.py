@@ -1,0 +1,64 @@
+"""The Triton kernels compiled for real devices: launched as always on a driver that only compiles, no warning."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="needs triton: pip install triton")
+
+PROGRAM = """
+import json, sys
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+class Driver:
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", int(sys.argv[1]), 32))
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+    get_active_torch_device = staticmethod(lambda: torch.device("cpu"))
+
+compiled = {}
+launch = JITFunction.run
+
+def only_compile(kernel, *args, warmup, **options):
+    assembly = launch(kernel, *args, warmup=True, **options).asm
+    target = assembly["ptx"].split(".target ")[1].split()[0]
+    compiled.setdefault(kernel.__name__, []).append([target, len(assembly["cubin"])])
+
+triton.runtime.driver.set_active(Driver())
+JITFunction.run = only_compile
+from slipstream.embedding.tiers import kernels
+for dim in (3, 128):
+    buffer, state, gradients = torch.zeros(50, dim), torch.zeros(50), torch.zeros(20, dim)
+    for dtype in (torch.int32, torch.int64):
+        kernels.gather_rows(buffer, torch.arange(20), torch.zeros(30, dtype=dtype))
+    for optimizer in ("sgd", "rowwise_adagrad"):
+        for weights in (None, torch.ones(20)):
+            kernels.update_rows(
+                optimizer, buffer, state, torch.arange(20), gradients,
+                lr=torch.tensor(0.1), eps=1e-8, sample_weights=weights, first_spare=40,
+            )
+every = sorted(name for name, value in vars(kernels).items() if isinstance(value, JITFunction))
+print(json.dumps({"compiled": compiled, "every": every}))
+"""
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_every_kernel_compiles_without_a_warning(architecture: int, tmp_path: Path):
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}  # nothing that was compiled before counts
+    del environment["TRITON_INTERPRET"]
+    command = [sys.executable, "-W", "error", "-c", PROGRAM, str(architecture)]
+    answer = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stderr == ""
+    found = json.loads(answer.stdout)
+    assert sorted(found["compiled"]) == found["every"]
+    for target, num_bytes in (each for variants in found["compiled"].values() for each in variants):
+        assert target.startswith(f"sm_{architecture}") and num_bytes > 0
