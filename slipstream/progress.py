@@ -45,10 +45,14 @@ class Pace:
     def __init__(self, total: int | None, *, done: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
         self._total, self._before, self._clock = total, done, clock
         self._done, self._started = done, clock()
+        self._first: tuple[int, float] | None = None
+        """What was done after the first advance, and when that was."""
 
     def advance(self, units: int) -> None:
         """Count units done."""
         self._done += units
+        if units and self._first is None:
+            self._first = self._done, self._clock()
 
     @property
     def done(self) -> int:
@@ -61,8 +65,16 @@ class Pace:
         return min(self._done / self._total, 1.0) if self._total else None
 
     def seconds_left(self) -> float | None:
-        """Seconds until the end at the mean pace since the task was opened, None before anything is done."""
+        """Seconds until the end, None before anything is done.
+
+        The pace since the task was opened is too slow: several workers begin together, and the first result takes as
+        long as their next ones. The pace since that result is too fast by as much. Their mean is taken.
+        """
         here = self._done - self._before
-        if not self._total or here <= 0:
+        if not self._total or here <= 0 or self._first is None:
             return None
-        return (self._clock() - self._started) / here * max(self._total - self._done, 0)
+        now, (first_done, first_time) = self._clock(), self._first
+        seconds_per_unit = (now - self._started) / here
+        if self._done > first_done:
+            seconds_per_unit = (seconds_per_unit + (now - first_time) / (self._done - first_done)) / 2
+        return seconds_per_unit * max(self._total - self._done, 0)

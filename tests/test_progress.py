@@ -40,7 +40,7 @@ class Recorder:
 
 
 @given(
-    st.lists(st.floats(0.6, 1.4), min_size=40, max_size=80),
+    st.lists(st.floats(0.85, 1.15), min_size=40, max_size=80),
     st.integers(0, 500),
     st.floats(0.01, 100),
 )
@@ -58,6 +58,19 @@ def test_after_a_tenth_the_time_left_is_off_by_less_than_a_third(paces: list[flo
             assert left is not None
             whole = durations.sum()
             assert abs((now[0] - 7) + left - whole) < whole / 3
+
+
+@given(st.integers(1, 4), st.integers(60, 200), st.floats(0, 0.9))
+def test_workers_that_begin_together_do_not_mislead(workers: int, num_tasks: int, apart: float):
+    # each worker takes a second a task; their results come together, or one after the other within that second
+    arrivals = [1 + index // workers + apart * (index % workers) / workers for index in range(num_tasks)]
+    now = [0.0]
+    pace = Pace(num_tasks, clock=lambda: now[0])
+    for index, arrival in enumerate(arrivals, start=1):
+        now[0] = arrival
+        pace.advance(1)
+        if 10 * index >= num_tasks and index > workers:
+            assert abs(arrival + (pace.seconds_left() or 0) - arrivals[-1]) < arrivals[-1] / 3
 
 
 def test_a_task_without_end_tells_no_time():
