@@ -46,8 +46,8 @@ class ComparedVariant:
     name: str
     overrides: tuple[str, ...]
     figures: dict[str, Spread]
-    """By name: seconds, samples_per_second, samples_seen, skipped_share, test and val metrics, auc (mean of test and
-    val), auc_change (paired against the first variant), hit_ratio, bytes."""
+    """By name: seconds, cpu_seconds, samples_per_second, samples_seen, skipped_share, test and val metrics, auc (mean
+    of test and val), auc_change (paired against the first variant), hit_ratio, bytes."""
     seeds: int
 
 
@@ -98,7 +98,7 @@ def run_comparison(
     progress: Progress,
     on_run: Callable[[str, int], None] = lambda name, seed: None,
 ) -> list[ComparedVariant]:
-    """Run every variant with every seed.
+    """Run every variant with every seed, seed by seed.
 
     Args:
         path: Pipeline file.
@@ -110,11 +110,11 @@ def run_comparison(
         progress: Told how far each stage is.
         on_run: Told which cell comes next.
     """
-    trained: list[list[TrainFigures]] = []
+    trained: list[list[TrainFigures]] = [[] for _ in grid]
     hot_rows: set[int] = set()
-    for variant in grid:
-        cells = []
-        for seed in range(seeds):
+    # all variants of a seed in a row: a machine that gets slower over hours meets every variant alike
+    for seed in range(seeds):
+        for variant, cells in zip(grid, trained, strict=True):
             on_run(variant.name, seed)
             # what the user sets comes last, so that --set skip.scope=hot holds for every criterion
             chosen = [*variant.overrides, *overrides, f"train.seed={seed}"]
@@ -131,7 +131,6 @@ def run_comparison(
                     hint='give the budget as a share, such as "10%", so that differences are paired',
                 )
             cells.append(_figures_of(result, TrainFigures))
-        trained.append(cells)
     return [_summarise(variant, cells, trained[0]) for variant, cells in zip(grid, trained, strict=True)]
 
 
@@ -171,6 +170,7 @@ def _figures(cell: TrainFigures) -> dict[str, float]:
     tiers = cell.bytes_per_tier
     figures = {
         "seconds": cell.train_seconds,
+        "cpu_seconds": cell.cpu_seconds,
         "samples_per_second": cell.samples_per_second,
         "samples_seen": cell.samples_seen,
         "skipped_share": cell.samples_dropped / (cell.samples_seen + cell.samples_dropped),

@@ -168,14 +168,18 @@ def _facts(result: RunResult) -> Iterator[tuple[str, str]]:
             yield split, _show_quality(asdict(quality), best)
         yield (
             "speed",
-            f"{trained.samples_per_second:,.0f} samples/s on {trained.device} over {trained.steps:,} steps, "
-            f"mode {config.train.mode}",
+            f"{trained.samples_per_second:,.0f} samples/s trained{_drop_speed(trained)} on {trained.device} "
+            f"over {trained.steps:,} steps, mode {config.train.mode}",
         )
         if trained.drop_asked:
             yield "dropped", _describe_drop(trained, config)
         tiers = ", ".join(f"{name} {show_bytes(size)}" for name, size in trained.bytes_per_tier.items())
         moved = show_bytes(trained.bytes_to_device), show_bytes(trained.bytes_to_host)
         yield "memory", f"{tiers}; moved {moved[0]} to the device, {moved[1]} back"
+
+
+def _drop_speed(trained: TrainFigures) -> str:
+    return f", {trained.samples_dropped / trained.train_seconds:,.0f} dropped," if trained.samples_dropped else ""
 
 
 def _describe_drop(trained: TrainFigures, config: PipelineConfig) -> str:
@@ -251,7 +255,7 @@ def comparison_table(compared: Sequence[ComparedVariant]) -> RenderableType:
     title = f"{compared[0].seeds} seeds, ± standard error, ΔAUC paired against {compared[0].name}"
     quality = _make_table(title, "AUC", "ΔAUC", "skipped", "seen")
     test = _make_table("test split", "logloss", "NE", "calibration")
-    cost = _make_table("cost", "wall s", "samples/s", "device", "host", "moved", "hits")
+    cost = _make_table("cost", "wall s", "CPU s", "samples/s", "device", "host", "moved", "hits")
     for variant in compared:
         figures = variant.figures
         quality.add_row(
@@ -270,6 +274,7 @@ def comparison_table(compared: Sequence[ComparedVariant]) -> RenderableType:
         cost.add_row(
             variant.name,
             _with_error(figures["seconds"], digits=1),
+            f"{figures['cpu_seconds'].mean:.1f}" if figures["cpu_seconds"].mean else "–",
             f"{figures['samples_per_second'].mean:,.0f}",
             show_bytes(figures["device_bytes"].mean),
             show_bytes(figures["host_bytes"].mean),

@@ -60,9 +60,11 @@ def test_an_empty_grid_is_an_error() -> None:
 
 
 def test_exact_modes_differ_by_nothing_and_criteria_skip_the_same_share(pipeline: Path, tmp_path: Path) -> None:
+    runs: list[tuple[str, int]] = []
     compared = run_comparison(
         pipeline,
         tmp_path / "runs",
+        on_run=lambda name, seed: runs.append((name, seed)),
         grid=make_grid(["resident", "fae"], ["random", "stale", "negative", "importance"], []),
         overrides=[],
         seeds=2,
@@ -71,6 +73,8 @@ def test_exact_modes_differ_by_nothing_and_criteria_skip_the_same_share(pipeline
     )
     by_name = {variant.name: variant.figures for variant in compared}
 
+    assert runs == [(name, seed) for seed in range(2) for name in by_name], "seed by seed, every variant in turn"
+    assert all(figures["cpu_seconds"].mean > 0 for figures in by_name.values())
     assert by_name["fae"]["auc_change"].mean == 0.0
     assert by_name["fae"]["test_logloss"] == by_name["resident"]["test_logloss"]
     assert by_name["resident"]["skipped_share"].mean == 0.0
@@ -90,7 +94,13 @@ def test_the_tables_of_a_comparison_fit_80_columns_and_show_spreads() -> None:
             "test_ne": 0.83916,
             "test_calibration": 1.006,
         },
-        **{"skipped_share": 0.2, "samples_seen": 45_840_617, "seconds": 1234.5, "samples_per_second": 1_234_567.0},
+        **{
+            "skipped_share": 0.2,
+            "samples_seen": 45_840_617,
+            "seconds": 1234.5,
+            "cpu_seconds": 2345.6,
+            "samples_per_second": 1_234_567.0,
+        },
         **{"device_bytes": 2.4e9, "host_bytes": 1.5e12, "moved_bytes": 1.1e12, "hit_ratio": 0.966},
     }
     figures = {name: Spread(mean=value, error=abs(value) / 100) for name, value in values.items()}
@@ -106,7 +116,7 @@ def test_the_tables_of_a_comparison_fit_80_columns_and_show_spreads() -> None:
     assert [" ".join(line[1:]) for line in found] == [
         "0.7582 ± 0.0076 -0.0011 ± 0.0000 20.0% 45,840,617",
         "0.4820 ± 0.0048 0.8392 ± 0.0084 1.006 ± 0.010",
-        "1234.5 ± 12.3 1,234,567 2.2 GiB 1.4 TiB 1.0 TiB 96.6%",
+        "1234.5 ± 12.3 2345.6 1,234,567 2.2 GiB 1.4 TiB 1.0 TiB 96.6%",
     ]
 
 

@@ -204,13 +204,17 @@ class FitFigures:
     threshold: float | None
     """T in force at the end, for criteria that have one."""
     samples_per_second: float
+    """Samples trained on, dropped ones not among them, over `train_seconds`."""
     train_seconds: float
+    """Wall time, loading included."""
     bytes_to_device: int
     bytes_to_host: int
     hit_ratio: float
     """Share of lookups that found their row on the device."""
     bytes_per_tier: dict[str, int]
     """By tier: hot, staging, cold; where there are any, what watches rows move, and tensor-train cores."""
+    cpu_seconds: float = 0.0
+    """Processor time of all threads in `train_seconds`; 0 in artifacts of older versions."""
     sync_bytes: int | None = None
     """Bytes of whole-table copies, in the published order."""
     sync_seconds: float | None = None

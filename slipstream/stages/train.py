@@ -247,6 +247,8 @@ class _Listener:
         events.add_scalar("train/loss", report.loss, report.step)
         events.add_scalar("train/samples_per_second", report.samples_per_second, report.step)
         events.add_scalar("train/samples_dropped", report.samples_dropped, report.step)
+        dropped_per_second = report.samples_per_second * report.samples_dropped / report.samples_seen
+        events.add_scalar("train/samples_dropped_per_second", dropped_per_second, report.step)
         if report.threshold is not None:
             events.add_scalar("train/threshold", report.threshold, report.step)
         done = report.samples_seen + report.samples_dropped

@@ -111,7 +111,7 @@ class FaithfulTrainer:
 
     def train(self, open_streams: OpenStreams) -> None:
         """Train all epochs."""
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         self.step.model.train()
         for epoch in range(self._epochs):
             streams = open_streams(epoch)
@@ -123,7 +123,7 @@ class FaithfulTrainer:
             self._sync(to_device=False)
         self.step.settle()
         self.totals.losses.append((self.step.take_loss_sum() + self._hot_step.take_loss_sum()) / self.totals.steps)
-        self.totals.seconds = time.perf_counter() - started
+        self.totals.seconds, self.totals.cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
 
     def _train_hot(self, samples: Iterator[Samples], num_hot_samples: int, epoch: int) -> None:
         rule = self._rule

@@ -55,6 +55,8 @@ class LoopTotals:
     """Of rounds that have begun."""
     seconds: float = 0.0
     """Wall time of training, loading and scoring included, evaluation left out."""
+    cpu_seconds: float = 0.0
+    """Processor time of the same, of all threads of the process."""
     losses: list[float] = field(default_factory=list)
     """Mean loss of each stretch of `log_every` steps."""
     loss_sum: float = 0.0
@@ -85,6 +87,7 @@ def fit_figures(
         threshold=threshold,
         samples_per_second=totals.samples_seen / totals.seconds,
         train_seconds=totals.seconds,
+        cpu_seconds=totals.cpu_seconds,
         bytes_to_device=lookahead.bytes_to_device,
         bytes_to_host=lookahead.bytes_to_host,
         hit_ratio=1 - lookahead.cold_lookups / max(lookahead.lookups, 1),
@@ -128,7 +131,7 @@ class Trainer:
             step.tracker = make_tracker(skipper.rule.movement, step.rows.buffer[: step.rows.num_hot])
         self._lr_schedule, self._schedule = lr_schedule, schedule
         self._log_every, self._on_report, self._between_chunks = log_every, on_report, between_chunks
-        self._started = time.perf_counter()
+        self._started, self._cpu_started = time.perf_counter(), time.process_time()
 
     def train(self, open_streams: OpenStreams) -> None:
         """Train to the end of the schedule, from `position` on.
@@ -140,7 +143,7 @@ class Trainer:
             TrainingError: The loss became infinite or NaN.
             CapacityError: A batch does not fit the staging area.
         """
-        self._started = time.perf_counter()
+        self._started, self._cpu_started = time.perf_counter(), time.process_time()
         self.step.model.train()
         preparer = RoundPreparer(self._schedule, self.skipper, score=self._score, position=self.position)
         self._preparer = preparer
@@ -151,7 +154,7 @@ class Trainer:
         self._report()
         self.lookahead.flush()
         self.step.settle()
-        self.totals.seconds = self.elapsed()
+        self.totals.seconds, self.totals.cpu_seconds = self.elapsed(), self.elapsed_cpu()
 
     def settle_position(self) -> Position:
         """The position with all that is decided; until the next step nothing else is being decided. While training."""
@@ -189,6 +192,10 @@ class Trainer:
     def elapsed(self) -> float:
         """Wall seconds of training so far, those before an interruption included."""
         return self.totals.seconds + time.perf_counter() - self._started
+
+    def elapsed_cpu(self) -> float:
+        """Processor seconds of training so far, those before an interruption included."""
+        return self.totals.cpu_seconds + time.process_time() - self._cpu_started
 
     def _train_round(self, prepared: PreparedRound) -> None:
         position = self.position

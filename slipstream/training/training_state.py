@@ -33,7 +33,7 @@ def collect_state(trainer: Trainer) -> tuple[dict[str, Any], dict[str, StoredTen
     tracker = trainer.step.tracker
     tracked = {} if tracker is None else tracker.state()
     state = {
-        "totals": asdict(trainer.totals) | {"seconds": trainer.elapsed()},
+        "totals": asdict(trainer.totals) | {"seconds": trainer.elapsed(), "cpu_seconds": trainer.elapsed_cpu()},
         "position": _plain_position(position),
         "skipper": plain,
         "lookahead": trainer.lookahead.counters(),
