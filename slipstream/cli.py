@@ -344,22 +344,33 @@ def samples(
         typer.echo(f"{sum(summary['samples'].values()):,} samples in {len(summary['files'])} files below {out}")
 
 
-@export.command(epilog="Example: slipstream export model runs/tiny/train/0123456789abcdef --quantize int4 --out packed")
+@export.command(
+    epilog="Example: slipstream export model runs/tiny/train/0123456789abcdef --format onnx --out tiny.onnx"
+)
 def model(
-    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder of a train artifact.")],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write to.")],
-    quantize: Annotated[str, typer.Option("--quantize", metavar="NAME", help="int8 or int4.")] = "int4",
+    artifact: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a train artifact or an exported model.")],
+    out: Annotated[Path, typer.Option("--out", metavar="PATH", help="Folder to write to; a file for other formats.")],
+    quantize: Annotated[
+        str, typer.Option("--quantize", metavar="NAME", help="Round fp32 tables: int8 or int4, one scale each.")
+    ] = "",
+    format_name: Annotated[
+        str, typer.Option("--format", metavar="NAME", help="folder; onnx; torch, for torch.export.")
+    ] = "folder",
     as_json: _Json = False,
 ) -> None:
-    """Write a trained model with its fp32 tables rounded to few bits, one scale per table, and packed."""
+    """Write a trained model elsewhere: as it is, rounded and packed, or for programs without slipstream."""
     from slipstream.pipeline import export_model
 
-    summary = export_model(artifact, representation=quantize, out_dir=out)
+    summary = export_model(artifact, out=out, representation=quantize or None, format_name=format_name)
     if as_json:
         typer.echo(json.dumps(summary, indent=1))
-    else:
-        ratio = summary["bytes"] / summary["bytes_before"]
-        typer.echo(f"{summary['bytes']:,} bytes below {out}, {ratio:.3f} of the {summary['bytes_before']:,} before")
+        return
+    ratio = summary["bytes"] / summary["bytes_before"]
+    typer.echo(
+        f"{summary['bytes']:,} bytes at {out}, {ratio:.3f} of the {summary['bytes_before']:,} of the weights before"
+    )
+    if "largest_difference" in summary:
+        typer.echo(f"probabilities differ from the model's own by {summary['largest_difference']:.1e} at most")
 
 
 def main() -> None:

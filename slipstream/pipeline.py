@@ -376,18 +376,20 @@ def export_samples(
     return export.run(processed, export_format=export_format, out_dir=out_dir, progress=progress)
 
 
-def export_model(artifact: Path, *, representation: str, out_dir: Path) -> dict[str, Any]:
-    """Write a trained model with its fp32 tables rounded and packed.
+def export_model(
+    model: Path, *, out: Path, representation: str | None = None, format_name: str = "folder"
+) -> dict[str, Any]:
+    """Write a trained model elsewhere: as it is, rounded and packed, or in the format of another program.
 
     Returns:
-        Bytes of the weights before and after, and how each table is held now.
+        Where it is, its bytes, and those of its weights before.
 
     Raises:
         SlipstreamError: Whatever the export expects to go wrong.
     """
     from slipstream.stages import export_model
 
-    return export_model.run(open_artifact(artifact), representation=representation, out_dir=out_dir)
+    return export_model.run(model, out=out, representation=representation, format_name=format_name)
 
 
 def score_lines(

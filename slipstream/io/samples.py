@@ -159,6 +159,15 @@ def write_parquet(table: pa.Table, path: Path) -> None:
         )
 
 
+def read_encoded(
+    part: Path, *, dense: Sequence[str], tables: Sequence[str], most: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The first samples of a Parquet part: (dense values (n, columns) float32, rows (n, columns) int32)."""
+    table = pq.read_table(part, columns=[*dense, *tables]).slice(0, most)
+    X_int = np.stack([table.column(name).to_numpy() for name in dense], axis=1)
+    return X_int, np.stack([table.column(name).to_numpy() for name in tables], axis=1)
+
+
 def write_shard(path: Path, samples: Samples) -> None:
     """Write an npz shard: `X_int`, `X_cat`, `y`; plain arrays, no pickles."""
     with write_atomically(path) as partial, partial.open("wb") as stream:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from slipstream.serving.encoder import Encoder
-from slipstream.training.model_file import load_model, read_description
+from slipstream.serving.portable import PortableModel
+from slipstream.training.model_file import FILES, load_model, read_description, read_tensors
 from slipstream.training.predict import click_probabilities
 
 _BATCH = 4096
@@ -80,6 +81,17 @@ class ServedModel(nn.Module):
                 given = torch.from_numpy(np.ascontiguousarray(dense[piece]))
                 probabilities[piece] = click_probabilities(self.network, given, looked_up).numpy()
         return probabilities
+
+    def portable(self) -> PortableModel:
+        """The whole model as one module of plain operations, with weights of its own."""
+        tensors, _ = read_tensors(self.folder / FILES[0])
+        network, _ = load_model(self.folder)
+        return PortableModel(
+            network,
+            tensors,
+            representations=self.description["representations"],
+            column_tables=self.description["column_tables"],
+        )
 
     def predict_parsed(self, parsed: pl.DataFrame) -> np.ndarray:
         """Click probabilities of parsed samples: columns `int_*` and `cat_*` as the source gives them. Shape (n,)."""

@@ -1,7 +1,8 @@
-"""Export a model: a trained one with its fp32 tables rounded and packed.
+"""Export a model: as it is, with its fp32 tables rounded and packed, or in the format of another program.
 
-Reads   train/        model.safetensors, model.json
-Writes  a folder      a whole model too: the same two files, fp32 tables as int8 or int4; and vocab/
+Reads   a model's folder    a train artifact, or a model exported before
+Writes  a folder            a whole model too; `int8` or `int4` rounds its fp32 tables
+        or one file         ONNX or torch.export: opened again and compared before it gets its name
 Keeps   dense layers, cores, and tables that were trained on few bits, as they are
 Costs   one pass over the tables; memory for the tables twice
 """
@@ -11,54 +12,85 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from slipstream.errors import ArtifactError, ConfigError
-from slipstream.io.artifacts import Artifact, link_or_copy
+from slipstream.errors import ConfigError
+from slipstream.io.artifacts import MANIFEST, link_or_copy, open_artifact
 from slipstream.models.registry import read_model
+from slipstream.serving.export import FORMATS, write_portable
+from slipstream.serving.model import ServedModel
 from slipstream.training.model_file import FILES, quantize_model, read_description
 from slipstream.training.representations import BITS
 
+_BESIDE = ("vocab/*", "examples.npz")
+"""What a model brings along beside its weights and its description."""
 
-def run(trained: Artifact, *, representation: str, out_dir: Path) -> dict[str, Any]:
-    """Round the fp32 tables of a trained model, one exact scale each, and write the model packed.
+
+def run(source: Path, *, out: Path, representation: str | None = None, format_name: str = "folder") -> dict[str, Any]:
+    """Write a trained model elsewhere.
 
     Args:
-        trained: The train artifact.
-        representation: `int8` or `int4`.
-        out_dir: Folder to write to; must not hold a model yet.
+        source: Folder of the model.
+        out: Folder to write to, or the file for a format other than `folder`; must not be there yet.
+        representation: `int8` or `int4` rounds fp32 tables, one exact scale each; None leaves them.
+        format_name: `folder`, `onnx` or `torch`.
 
     Returns:
-        Bytes of the weights before and after, and how each table is held now.
+        Where it is, its bytes, those of the weights before, and what else is known of it.
 
     Raises:
-        ArtifactError: The artifact is not of stage train, or damaged.
-        ConfigError: The model cannot be rounded so, or there is a model in `out_dir`.
+        ArtifactError: The folder holds no whole model, or was altered.
+        ConfigError: The model cannot be written so, or there is one already.
     """
-    if trained.manifest["stage"] != "train":
-        raise ArtifactError(
-            f"expected a train artifact, found one of stage `{trained.manifest['stage']}` at `{trained.path}`",
-            hint="its folder is <runs>/<name>/train/<fingerprint>",
+    files = _files_of(source)
+    before = (source / FILES[0]).stat().st_size
+    if format_name == "folder":
+        return {"bytes_before": before, **_write_folder(source, files, out, representation)}
+    if representation is not None:
+        raise ConfigError(
+            f"rounding to {representation} and format `{format_name}` are two steps",
+            hint="export the rounded model to a folder first, then that folder to the other format",
         )
+    if format_name not in FORMATS.names():
+        raise ConfigError(f"expected --format folder, {', '.join(FORMATS.names())}; found `{format_name}`")
+    return {"bytes_before": before, **write_portable(ServedModel(source), out, name=format_name)}
+
+
+def _files_of(source: Path) -> list[str]:
+    """Names of a model's files, compared with the manifest where there is one."""
+    read_description(source)
+    names = [path.relative_to(source).as_posix() for pattern in _BESIDE for path in sorted(source.glob(pattern))]
+    if (source / MANIFEST).exists():
+        artifact = open_artifact(source)
+        for name in (*FILES, *names):
+            artifact.check(source / name)
+    return names
+
+
+def _write_folder(source: Path, beside: list[str], out: Path, representation: str | None) -> dict[str, Any]:
+    if any((out / name).exists() for name in FILES):
+        raise ConfigError(f"there is a model in `{out}` already", hint="name another folder, or remove it")
+    # the description comes last: a folder without one is no model
+    weights, description = FILES
+    for name in beside:
+        link_or_copy(source / name, out / name)
+    if representation is None:
+        link_or_copy(source / weights, out / weights)
+        link_or_copy(source / description, out / description)
+    else:
+        _check_representation(source, representation)
+        quantize_model(source, out, representation=representation)
+    return {
+        "output": str(out),
+        "bytes": (out / weights).stat().st_size,
+        "representations": read_description(out)["representations"],
+    }
+
+
+def _check_representation(source: Path, representation: str) -> None:
     known = [name for name, bits in BITS.items() if bits]
     if representation not in known:
         raise ConfigError(f"expected one of {', '.join(known)}, found `{representation}`")
-    for name in FILES:
-        trained.check(trained.path / name)
-        if (out_dir / name).exists():
-            raise ConfigError(f"there is a model in `{out_dir}` already", hint="name another folder, or remove it")
-    width = read_model(read_description(trained.path)).row_width
+    width = read_model(read_description(source)).row_width
     if BITS[representation] == 4 and width % 2:
         raise ConfigError(
             f"int4 puts two values in a byte, and the model's rows have {width}", hint="use --quantize int8"
         )
-    quantize_model(trained.path, out_dir, representation=representation)
-    for name in trained.manifest["outputs"]:
-        if name.startswith("vocab/"):
-            link_or_copy(trained.check(trained.path / name), out_dir / name)
-    weights = FILES[0]
-    before, after = (folder.joinpath(weights).stat().st_size for folder in (trained.path, out_dir))
-    return {
-        "output": str(out_dir),
-        "bytes": after,
-        "bytes_before": before,
-        "representations": read_description(out_dir)["representations"],
-    }

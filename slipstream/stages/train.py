@@ -29,6 +29,7 @@ from slipstream.ops.metrics import Quality, measure_quality
 from slipstream.ops.plausibility import doubt_quality
 from slipstream.options import pick, to_dict
 from slipstream.serving.encoder import describe_encoding, write_vocabularies
+from slipstream.serving.examples import write_examples
 from slipstream.stage import StageJob
 from slipstream.training.assemble import Assembly, Settings, assemble, learning_rate
 from slipstream.training.checkpoint import Checkpointer
@@ -56,6 +57,7 @@ def run_stage(job: StageJob) -> TrainFigures:
     config, scratch = job.config, job.scratch
     processed, segregated = job.inputs["preprocess"], job.inputs["segregate"]
     write_vocabularies(processed, scratch)
+    write_examples(processed, scratch)
     parts = _open(config, segregated, counts=read_counts(job.inputs["profile"]))
     shards = Shards(segregated, parts.layout)
     checkpoints = Checkpointer(

@@ -202,7 +202,7 @@ def test_the_export_leaves_alone_what_is_not_fp32(tiny_runs: Path, tmp_path: Pat
     ("arguments", "message"),
     [
         (["{train}", "--quantize", "int3", "--out", "{out}"], "expected one of int8, int4, found `int3`"),
-        (["{segregate}", "--out", "{out}"], "expected a train artifact"),
+        (["{segregate}", "--out", "{out}"], "expected a trained model"),
         (["{train}", "--out", "{train}"], "there is a model in"),
         (["{out}", "--out", "{out}"], "no readable manifest.json"),
     ],

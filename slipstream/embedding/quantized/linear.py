@@ -208,8 +208,21 @@ class PackedLinear(nn.Module):
         Returns:
             Shape (..., out_features).
         """
+        return F.linear(input, self._weight(), self.bias)
+
+    def to_float(self) -> nn.Linear:
+        """Give the plain layer that computes the same."""
+        bias = self.bias is not None
+        layer = nn.Linear(self.in_features, self.out_features, bias, device=self.packed.device, dtype=self.dtype)
+        with torch.no_grad():
+            layer.weight.copy_(self._weight())
+            if self.bias is not None:
+                layer.bias.copy_(self.bias)
+        return layer.requires_grad_(False)
+
+    def _weight(self) -> Tensor:
         q = unpack(self.packed, self.bits)[:, : self.in_features]
-        return F.linear(input, dequantize(q, self.scale.to(torch.float32), self.dtype), self.bias)
+        return dequantize(q, self.scale.to(torch.float32), self.dtype)
 
     def memory_bytes(self) -> int:
         """Count the bytes of integers, scales and bias.

@@ -1,0 +1,133 @@
+"""A whole model as one module of plain operations, for programs that do not have slipstream.
+
+Tables are read by plain indexing, one gather each: what embedding bags become elsewhere is a loop over bags (in ONNX
+Runtime a hundred times slower). Rows on few bits stay packed and are unpacked after the gather, by integer arithmetic
+that every runtime has; layers on few bits become float32.
+
+Shape suffixes: B batch, F looked-up columns, D width of a row, n looked-up rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from slipstream.embedding.quantized import PackedLinear
+from slipstream.training.representations import BITS
+
+
+class PortableModel(nn.Module):
+    """Click probabilities from dense values and rows.
+
+    Args:
+        network: (dense (B, n), looked-up rows (B, F, D)) -> logits (B,).
+        tensors: Of the tables, by the names of model.safetensors.
+        representations: How each table is held.
+        column_tables: The table each column looks up.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        tensors: Mapping[str, Tensor],
+        *,
+        representations: Mapping[str, str],
+        column_tables: Sequence[str],
+    ) -> None:
+        super().__init__()
+        self.network = with_float_linears(network)
+        self.tables = nn.ModuleDict({name: _make_rows(tensors, name, held) for name, held in representations.items()})
+        self._column_tables = list(column_tables)
+        self.eval()
+
+    def forward(self, dense: Tensor, rows: Tensor) -> Tensor:
+        """Probabilities of a batch.
+
+        Args:
+            dense: Transformed dense values. Shape (B, n), float32.
+            rows: Row of each column in its own table. Shape (B, F), int64.
+
+        Returns:
+            Shape (B,), float32.
+        """
+        looked_up = [self.tables[name](rows[:, at]) for at, name in enumerate(self._column_tables)]
+        return torch.sigmoid(self.network(dense, torch.stack(looked_up, dim=1)))
+
+
+class _DenseRows(nn.Module):
+    """Rows of float32."""
+
+    weight: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.weight[rows]
+
+
+class _PackedRows(nn.Module):
+    """Rows of 8-bit integers, or of pairs of 4-bit ones in a byte, the even column in the low half."""
+
+    packed: Tensor
+    scale: Tensor
+
+    def __init__(self, packed: Tensor, scale: Tensor, bits: int) -> None:
+        super().__init__()
+        self.register_buffer("packed", packed)
+        self.register_buffer("scale", scale)
+        self._bits = bits
+
+    def forward(self, rows: Tensor) -> Tensor:
+        found = self.packed[rows].to(torch.int32)
+        if self._bits == 4:
+            # halves of a byte are two's complement: 0 … 7 stand for themselves, 8 … 15 for -8 … -1
+            halves = torch.stack([found % 16, found // 16], dim=-1).flatten(-2)
+            found = (halves + 8) % 16 - 8
+        return found.to(torch.float32) * self.scale
+
+
+class _CoreRows(nn.Module):
+    """Rows as products of tensor-train cores."""
+
+    def __init__(self, cores: Sequence[Tensor]) -> None:
+        super().__init__()
+        for at, core in enumerate(cores):
+            self.register_buffer(f"core_{at}", core)
+        self._num_cores = len(cores)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        cores = [self.get_buffer(f"core_{at}") for at in range(self._num_cores)]
+        # a row's number is written in digits of the bases p_0, p_1, …, the last one the least significant
+        digits: list[Tensor] = []
+        for core in reversed(cores[1:]):
+            digits.insert(0, rows % core.shape[0])
+            rows = rows // core.shape[0]
+        product = cores[0][rows].squeeze(1)  # (n, q_0, r)
+        for core, digit in zip(cores[1:], digits, strict=True):
+            _, rank, columns, rank_right = core.shape
+            wider = torch.bmm(product, core[digit].reshape(-1, rank, columns * rank_right))
+            product = wider.reshape(len(digit), -1, rank_right)
+        return product.squeeze(2)
+
+
+def with_float_linears(network: nn.Module) -> nn.Module:
+    """The same network with layers on few bits as the float32 layers they compute like."""
+    for name, layer in list(network.named_modules()):
+        if isinstance(layer, PackedLinear):
+            parent, _, attribute = name.rpartition(".")
+            setattr(network.get_submodule(parent), attribute, layer.to_float())
+    return network
+
+
+def _make_rows(tensors: Mapping[str, Tensor], name: str, held: str) -> nn.Module:
+    prefix = f"tables.{name}"
+    if held == "dense":
+        return _DenseRows(tensors[prefix])
+    if held == "tt":
+        numbers = range(sum(key.startswith(f"{prefix}.core_") for key in tensors))
+        return _CoreRows([tensors[f"{prefix}.core_{at}"] for at in numbers])
+    return _PackedRows(tensors[f"{prefix}.packed"], tensors[f"{prefix}.scale"], BITS[held])
