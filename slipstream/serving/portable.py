@@ -40,7 +40,7 @@ class PortableModel(nn.Module):
         self.network = with_float_linears(network)
         self.tables = nn.ModuleDict({name: _make_rows(tensors, name, held) for name, held in representations.items()})
         self._column_tables = list(column_tables)
-        self.eval()
+        self.eval().requires_grad_(False)
 
     def forward(self, dense: Tensor, rows: Tensor) -> Tensor:
         """Probabilities of a batch.
@@ -110,7 +110,7 @@ class _CoreRows(nn.Module):
         for core, digit in zip(cores[1:], digits, strict=True):
             _, rank, columns, rank_right = core.shape
             wider = torch.bmm(product, core[digit].reshape(-1, rank, columns * rank_right))
-            product = wider.reshape(len(digit), -1, rank_right)
+            product = wider.reshape(-1, product.shape[1] * columns, rank_right)
         return product.squeeze(2)
 
 
