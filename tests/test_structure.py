@@ -62,7 +62,7 @@ MAY_IMPORT = {
         )
     },
     "stage": {"config", "options", "io", "ops", "progress"},
-    "serving": {"serving", "training", "datasets", "models", "io", "ops", "errors", "progress", "schema"},
+    "serving": {"registry", "serving", "training", "embedding", "datasets", "models", "io", "ops", "errors", "progress", "schema"},
     "training": {"registry", "training", "embedding", "models", "io", "ops", "errors", "progress", "schema"},
     "embedding": {"registry", "embedding", "ops", "errors", "schema"},
     "models": {"registry", "models", "options", "ops", "errors", "schema"},
