@@ -62,7 +62,10 @@ MAY_IMPORT = {
         )
     },
     "stage": {"config", "options", "io", "ops", "progress"},
-    "serving": {"registry", "serving", "training", "embedding", "datasets", "models", "io", "ops", "errors", "progress", "schema"},
+    "serving": {
+        *("serving", "training", "embedding", "models", "datasets", "io", "ops"),
+        *("registry", "errors", "progress", "schema"),
+    },
     "training": {"registry", "training", "embedding", "models", "io", "ops", "errors", "progress", "schema"},
     "embedding": {"registry", "embedding", "ops", "errors", "schema"},
     "models": {"registry", "models", "options", "ops", "errors", "schema"},
