@@ -83,7 +83,7 @@ def test_an_altered_model_is_neither_evaluated_nor_exported(name: str, runs: Pat
     with pytest.raises(ArtifactError, match=f"{name}` was altered"):
         evaluate.run(trained, segregated=result.stages["segregate"].artifact, split="val")
     with pytest.raises(ArtifactError, match=f"{name}` was altered"):
-        export_model(trained, representation="int8", out_dir=tmp_path / "packed")
+        export_model(trained, representation="int8", out=tmp_path / "packed")
 
 
 def test_altered_samples_are_not_exported(runs: Path, tmp_path: Path):
