@@ -4,10 +4,10 @@
     python benchmarks/bench_train.py --config cached-embedding         # CachedEmbedding's configuration
     python benchmarks/bench_train.py --rows 20000 --steps 4 --batch 64 --rounds 1   # toy size
 
-Each contender has a process of its own, which warms up with one pass over the samples and then waits. Passes are
-timed in turn, so that those of one round stand next to each other in time; shown are medians over the rounds, ratios
-being taken within each round. Samples come through the real input path: shuffled windows, batches, look-ahead; from
-memory, except for `input`, which reads shards from disk and does nothing else, so that it shows what a step can be fed
+Each contender has a process of its own, alone on the machine, so that its tables are gone when the next one begins; it
+warms up with one pass over the samples and times a few more. Rounds repeat that; shown are medians over the rounds,
+ratios being taken within each round. Samples come through the real input path: shuffled windows, batches, look-ahead;
+from memory, except for `input`, which reads shards from disk and does nothing else, so that it shows what a step can be fed
 with. `look-ahead` is what the host does for a GPU at that share of hot rows: batches, cold rows found, gathered and
 written back, and no step; its steps/s are the most that a GPU can be kept busy with. What the figures do not show:
 quality, which exact modes share to the bit (tests) and skipping changes (`slipstream compare`).
@@ -18,9 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,6 +32,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from processes import peak_mb, run_apart
 from torch import nn
 
 from slipstream.embedding.row_cache import RowCache
@@ -219,6 +218,7 @@ def make_step(case: Case, model: torch.nn.Module, rows: TieredRows) -> TrainStep
         "rows": rows,
         "dense_optimizer": DenseOptimizer(model.parameters(), kind=kind, eps=1e-8),
         "representations": Representations.plain(layout, embedding_dim=rows.embedding_dim, device=rows.device),
+        "most_distinct": layout.most_distinct(args.batch),
         "eps": 1e-8,
         "precision": args.precision,
         "kernels": args.kernels,
@@ -370,8 +370,8 @@ def make_fbgemm(sizes: list[int], dim: int, device: torch.device):
     return look_up, []
 
 
-def serve(contender: str, args: argparse.Namespace) -> None:
-    """Warm up, then run a pass and print its figures for every line read."""
+def measure(contender: str, args: argparse.Namespace) -> None:
+    """Warm up with one pass, then print the medians of a few more."""
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
@@ -381,38 +381,27 @@ def serve(contender: str, args: argparse.Namespace) -> None:
     else:
         run_pass = make_engine(case, device)
     run_pass()
-    print("ready", flush=True)
-    for _ in sys.stdin:
-        figures = run_pass()
-        figures["samples_per_second"] = figures["samples"] / figures["seconds"]
-        figures["steps_per_second"] = figures["samples_per_second"] / args.batch
-        figures["peak_host_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        figures["peak_device_bytes"] = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-        print(json.dumps(figures), flush=True)
+    figures = medians([run_pass() for _ in range(args.passes)])
+    figures["samples_per_second"] = figures["samples"] / figures["seconds"]
+    figures["steps_per_second"] = figures["samples_per_second"] / args.batch
+    figures["peak_host_bytes"] = peak_mb() * 2**20
+    figures["peak_device_bytes"] = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    print(json.dumps(figures))
 
 
-def measure_in_turn(contenders: list[str], args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
-    """Time `rounds` passes of every contender, in turn."""
-    servers: dict[str, subprocess.Popen[str]] = {}
-    for contender in contenders:
-        command = [sys.executable, __file__, *sys.argv[1:], "--contender", contender]
-        pipe = subprocess.PIPE
-        server = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
-        assert server.stdout is not None and server.stderr is not None
-        if server.stdout.readline().strip() == "ready":
-            servers[contender] = server
-        else:
-            reason = server.stderr.read().strip().splitlines()[-1:] or ["no output"]
-            print(f"{contender}: not measured: {reason[0]}", file=sys.stderr)
-    figures: dict[str, list[dict[str, float]]] = {contender: [] for contender in servers}
-    for _ in range(args.rounds):
-        for contender, server in servers.items():
-            assert server.stdin is not None and server.stdout is not None
-            server.stdin.write("go\n")
-            server.stdin.flush()
-            figures[contender].append(json.loads(server.stdout.readline()))
-    for server in servers.values():
-        server.communicate()
+def measure_apart(contenders: list[str], args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+    """Every contender alone in a process of its own, one after the other, `rounds` times over."""
+    figures: dict[str, list[dict[str, float]]] = {contender: [] for contender in contenders}
+    for place in range(args.rounds):
+        for contender in list(figures):
+            try:
+                figures[contender].append(run_apart(__file__, contender, sys.argv[1:]))
+            except SystemExit as exc:
+                if place:
+                    raise
+                reason = str(exc).strip().splitlines()[-1]
+                print(f"{contender}: not measured: {reason}", file=sys.stderr)
+                del figures[contender]
     for runs in figures.values():
         for place, run in enumerate(runs):
             for base in ("ceiling", "plain"):
@@ -455,7 +444,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", choices=CONFIGS, default="kaggle")
     parser.add_argument("--contenders", default=",".join(CONTENDERS))
-    parser.add_argument("--contender", help="serve passes of this one")
+    parser.add_argument("--contender", help="measure this one alone, and print a JSON line")
     parser.add_argument("--rows", type=int, default=2_000_000, help="rows of all tables")
     parser.add_argument("--steps", type=int, default=70, help="batches of one pass")
     parser.add_argument("--batch", type=int, default=0, help="0 takes the configuration's")
@@ -466,13 +455,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--kernels", choices=["torch", "triton"], default="torch", help="of our own contenders")
     parser.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="likewise")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=3, help="processes of each contender")
+    parser.add_argument("--passes", type=int, default=3, help="timed passes of a process; their median counts")
     args = parser.parse_args()
     args.batch = args.batch or CONFIGS[args.config]["batch"]
     if args.contender:
-        serve(args.contender, args)
+        measure(args.contender, args)
         return
-    runs = measure_in_turn([name.strip() for name in args.contenders.split(",")], args)
+    runs = measure_apart([name.strip() for name in args.contenders.split(",")], args)
     results = {contender: medians(measured) for contender, measured in runs.items()}
     hardware = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU"
     print(f"{args.config}: {args.rows:,} rows, batch {args.batch}, {args.steps} steps, {args.optimizer}, {hardware}")
