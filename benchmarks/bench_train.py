@@ -7,8 +7,8 @@
 Each contender has a process of its own, alone on the machine, so that its tables are gone when the next one begins; it
 warms up with one pass over the samples and times a few more. Rounds repeat that; shown are medians over the rounds,
 ratios being taken within each round. Samples come through the real input path: shuffled windows, batches, look-ahead;
-from memory, except for `input`, which reads shards from disk and does nothing else, so that it shows what a step can be fed
-with. `look-ahead` is what the host does for a GPU at that share of hot rows: batches, cold rows found, gathered and
+from memory, except for `input`, which reads shards from disk and does nothing else, so that it shows what a step can be
+fed with. `look-ahead` is what the host does for a GPU at that share of hot rows: batches, cold rows found, gathered and
 written back, and no step; its steps/s are the most that a GPU can be kept busy with. What the figures do not show:
 quality, which exact modes share to the bit (tests) and skipping changes (`slipstream compare`).
 """
@@ -218,7 +218,7 @@ def make_step(case: Case, model: torch.nn.Module, rows: TieredRows) -> TrainStep
         "rows": rows,
         "dense_optimizer": DenseOptimizer(model.parameters(), kind=kind, eps=1e-8),
         "representations": Representations.plain(layout, embedding_dim=rows.embedding_dim, device=rows.device),
-        "most_distinct": layout.most_distinct(args.batch),
+        "most_distinct": sum(min(args.batch, part.stop - part.start) for part in case.table_of),
         "eps": 1e-8,
         "precision": args.precision,
         "kernels": args.kernels,
