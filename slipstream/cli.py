@@ -14,7 +14,6 @@ import os
 import signal
 import sys
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -114,21 +113,24 @@ def plan(
     overrides: _Set = _NO_OVERRIDES,
     as_json: _Json = False,
 ) -> None:
-    """Say which stages would run, and why; change nothing."""
+    """Say which stages would run, why, and what they will about take; change nothing."""
     config = _load(pipeline, overrides)
     from rich.console import Console
 
+    from slipstream.forecast import forecast_run
     from slipstream.pipeline import plan_pipeline
     from slipstream.report import RichProgress
 
     plans = plan_pipeline(config, runs, RichProgress(Console(stderr=True)))
+    forecasts = forecast_run(config, plans)
     if as_json:
-        body = [{"stage": p.stage, "run": p.will_run, "reason": p.reason} for p in plans]
+        costs = {one.stage: dataclasses.asdict(one) for one in forecasts}
+        body = [{"stage": p.stage, "run": p.will_run, "reason": p.reason} | costs.get(p.stage, {}) for p in plans]
         typer.echo(json.dumps(body, indent=1))
         return
     from slipstream.report import plan_table
 
-    _answer(plan_table(plans))
+    _answer(plan_table(plans, forecasts))
 
 
 @app.command(epilog="Example: slipstream check avazu")
@@ -375,14 +377,10 @@ def model(
 
 def main() -> None:
     """Entry point of the console script."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("slipstream").setLevel(logging.INFO)
     app()
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def _run(

@@ -25,6 +25,7 @@ from rich.text import Text
 
 from slipstream.compare import ComparedVariant, Spread
 from slipstream.config import PipelineConfig
+from slipstream.io.costs import Forecast
 from slipstream.io.figures import GenerateFigures, PreprocessFigures, SegregateFigures, TrainFigures
 from slipstream.pipeline import RunResult, StagePlan, StageResult
 from slipstream.progress import Pace
@@ -125,12 +126,28 @@ def stage_line(result: StageResult) -> Text:
     )
 
 
-def plan_table(plans: Sequence[StagePlan]) -> Table:
-    """What would run, and why."""
-    table = Table("stage", "would", "because", box=None, pad_edge=False)
+def plan_table(plans: Sequence[StagePlan], forecasts: Sequence[Forecast]) -> Table:
+    """What would run, why, and what it will about take."""
+    table = Table("stage", "would", box=None, pad_edge=False)
+    for name in ("time", "disk", "memory"):
+        table.add_column(name, justify="right")
+    table.add_column("because")
+    by_stage = {forecast.stage: forecast for forecast in forecasts}
     for plan in plans:
-        table.add_row(plan.stage, "[bold]run[/]" if plan.will_run else "[dim]skip[/]", plan.reason)
+        cost = _show_cost([by_stage[plan.stage]]) if plan.stage in by_stage else ("", "", "")
+        table.add_row(plan.stage, "[bold]run[/]" if plan.will_run else "[dim]skip[/]", *cost, plan.reason)
+    if forecasts:
+        table.add_row("all", "", *_show_cost(forecasts), "about, on two processor cores; disk at its fullest")
     return table
+
+
+def _show_cost(forecasts: Sequence[Forecast]) -> tuple[str, str, str]:
+    seconds = sum(forecast.seconds for forecast in forecasts)
+    return (
+        f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:,.0f} min",
+        show_bytes(sum(forecast.disk_bytes for forecast in forecasts)),
+        show_bytes(max(forecast.memory_bytes for forecast in forecasts)),
+    )
 
 
 def run_table(result: RunResult) -> RenderableType:

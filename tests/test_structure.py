@@ -28,9 +28,22 @@ COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 MAY_IMPORT = {
     "__main__": {"cli"},
-    "cli": {"compare", "stage", "report", "pipeline", "config", "options", "errors", "io", "progress", "schema"},
+    "cli": {
+        "forecast",
+        "compare",
+        "stage",
+        "report",
+        "pipeline",
+        "config",
+        "options",
+        "errors",
+        "io",
+        "progress",
+        "schema",
+    },
     "report": {"compare", "stage", "pipeline", "config", "errors", "io", "progress", "schema"},
     "compare": {"pipeline", "training", "config", "errors", "io", "progress", "schema"},
+    "forecast": {"pipeline", "config", "io", "errors"},
     "pipeline": {
         "stage",
         "serving",

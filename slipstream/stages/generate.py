@@ -14,6 +14,8 @@ from pathlib import Path
 from slipstream.config import DatasetConfig
 from slipstream.datasets.synthetic import SyntheticSpec, write_log
 from slipstream.io.artifacts import write_atomically
+from slipstream.io.capacity import require_disk
+from slipstream.io.costs import TEXT_BYTES_PER_SAMPLE
 from slipstream.io.figures import GenerateFigures
 from slipstream.progress import Progress
 from slipstream.stage import StageJob
@@ -25,7 +27,17 @@ def run_stage(job: StageJob) -> GenerateFigures:
 
 
 def run(config: DatasetConfig, *, seed: int, scratch: Path, progress: Progress) -> GenerateFigures:
-    """Write the log; returns its size and how well its teacher predicts its labels."""
+    """Write the log; returns its size and how well its teacher predicts its labels.
+
+    Raises:
+        CapacityError: The disk has no room for it.
+    """
+    require_disk(
+        scratch,
+        config.num_samples * TEXT_BYTES_PER_SAMPLE,
+        purpose="generate",
+        hint="lower `dataset.num_samples`, free some disk, or choose a folder on a larger one with --runs",
+    )
     spec = SyntheticSpec(num_samples=config.num_samples, num_days=config.num_days, seed=seed)
     with (
         progress.task("generate", config.num_samples, "samples") as advance,

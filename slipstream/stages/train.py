@@ -9,7 +9,7 @@ Costs   one pass over the training shards an epoch; device memory for hot rows, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,8 @@ from slipstream.embedding.tiers.lookahead import LookAhead
 from slipstream.embedding.tiers.placement import CachedRows
 from slipstream.errors import ConfigError
 from slipstream.io.artifacts import Artifact, write_atomically, write_json
+from slipstream.io.capacity import require_disk, require_memory
+from slipstream.io.costs import train_disk_bytes, train_memory_bytes
 from slipstream.io.counts import read_counts
 from slipstream.io.figures import SegregateFigures, TrainFigures
 from slipstream.ops.metrics import Quality, measure_quality
@@ -58,7 +60,7 @@ def run_stage(job: StageJob) -> TrainFigures:
     processed, segregated = job.inputs["preprocess"], job.inputs["segregate"]
     write_vocabularies(processed, scratch)
     write_examples(processed, scratch)
-    parts = _open(config, segregated, counts=read_counts(job.inputs["profile"]))
+    parts = _open(config, segregated, counts=read_counts(job.inputs["profile"]), scratch=scratch)
     shards = Shards(segregated, parts.layout)
     checkpoints = Checkpointer(
         scratch / "work",
@@ -88,7 +90,7 @@ def run_stage(job: StageJob) -> TrainFigures:
     return _sum_up(config, parts, trainer, quality)
 
 
-def _open(config: PipelineConfig, segregated: Artifact, *, counts: np.ndarray) -> Assembly:
+def _open(config: PipelineConfig, segregated: Artifact, *, counts: np.ndarray, scratch: Path) -> Assembly:
     """Put together what trains."""
     if config.train.num_threads:
         torch.set_num_threads(config.train.num_threads)
@@ -97,6 +99,7 @@ def _open(config: PipelineConfig, segregated: Artifact, *, counts: np.ndarray) -
     figures = SegregateFigures.of(segregated)
     padding_rows = figures.padding_rows or {}
     specs = choose_tables(config.tables, figures.rows_per_table, padding_rows)
+    _check_capacity(config, figures, specs, scratch, on_host=device.type == "cpu")
     layout = SlotLayout(
         read_slot_maps(segregated),
         num_hot=figures.hot_rows,
@@ -119,6 +122,35 @@ def _open(config: PipelineConfig, segregated: Artifact, *, counts: np.ndarray) -
         num_dense=figures.num_dense,
         seed=config.train_seed,
         device=device,
+    )
+
+
+def _check_capacity(
+    config: PipelineConfig, figures: SegregateFigures, specs: Sequence[TableSpec], scratch: Path, *, on_host: bool
+) -> None:
+    """Refuse what cannot fit, before the first table is made.
+
+    Raises:
+        CapacityError: Memory or disk would not do.
+    """
+    row_bytes = 4 * (config.model.row_width + (config.train.optimizer == "rowwise_adagrad"))
+    num_rows = sum(spec.num_rows for spec in specs if spec.representation != "tt")
+    table_bytes = num_rows * row_bytes
+    on_device = 0 if on_host else min(figures.hot_rows, num_rows) * row_bytes
+    sample_bytes = 4 * (len(figures.column_tables) + figures.num_dense + 1)
+    require_memory(
+        train_memory_bytes(table_bytes - on_device, figures.num_train, sample_bytes=sample_bytes),
+        purpose="train",
+        hint="lower `model.embedding_dim`, or make the vocabulary smaller: raise `preprocess.freq_threshold`",
+    )
+    keeps_checkpoints = bool(config.train.checkpoint_steps or config.train.checkpoint_minutes)
+    written = sum(file.stat().st_size for file in scratch.rglob("*") if file.is_file())
+    require_disk(
+        scratch,
+        train_disk_bytes(table_bytes, keeps_checkpoints=keeps_checkpoints and not config.train.faithful) - written,
+        purpose="train, its model and two checkpoints," if keeps_checkpoints else "train",
+        hint="free some disk, choose a folder on a larger one with --runs, or do without checkpoints: "
+        "`train.checkpoint_minutes = 0`",
     )
 
 

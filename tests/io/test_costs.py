@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from strategies import tiny_config
+
+from slipstream.errors import CapacityError
+from slipstream.forecast import forecast_run
+from slipstream.io import capacity
+from slipstream.io.costs import COSTS, forecast_stage
+from slipstream.pipeline import plan_pipeline, run_pipeline
+
+
+def forecast(stage: str, **changed: int | None):
+    options = {"num_samples": 10_000_000, "row_bytes": 68, "epochs": 1, "num_rows": 1_000_000} | changed
+    return forecast_stage(stage, **options)  # type: ignore[arg-type]
+
+
+def test_time_and_disk_grow_with_samples_and_training_with_epochs():
+    for stage, cost in COSTS.items():
+        assert forecast(stage).seconds == pytest.approx(10 * cost.seconds)
+        if stage != "train":
+            assert forecast(stage).disk_bytes == pytest.approx(10 * cost.disk_bytes)
+    assert forecast("train", epochs=3).seconds == 3 * forecast("train").seconds
+
+
+def test_training_takes_a_model_and_two_checkpoints_of_disk_and_the_tables_in_memory():
+    assert forecast("train").disk_bytes == 3 * 68 * 1_000_000
+    more = forecast("train", num_rows=101_000_000).memory_bytes - forecast("train").memory_bytes
+    assert more == pytest.approx(68 * 100_000_000, rel=0.1)
+    assert forecast("train", num_samples=10**9).memory_bytes == forecast("train", num_samples=10**8).memory_bytes
+
+
+def test_a_plan_sums_up_what_would_run(tmp_path: Path):
+    config = tiny_config()
+    ahead = forecast_run(config, plan_pipeline(config, tmp_path))
+    assert [one.stage for one in ahead] == list(COSTS)
+    run_pipeline(config, tmp_path, stages=["preprocess"])
+    assert [one.stage for one in forecast_run(config, plan_pipeline(config, tmp_path))] == list(COSTS)[2:]
+
+
+@pytest.mark.parametrize(
+    ("stages", "stage", "what"),
+    [
+        (["preprocess"], "generate", "disk"),
+        (None, "train, its model and two checkpoints,", "disk"),
+        (None, "train", "memory"),
+    ],
+)
+def test_a_stage_without_room_is_refused_before_it_begins(
+    stages: list[str] | None, stage: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    if stages is None:
+        run_pipeline(tiny_config(), tmp_path, stages=["preprocess", "segregate"])
+    if what == "disk":
+        monkeypatch.setattr(capacity.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
+    else:
+        monkeypatch.setattr(capacity, "available_memory", lambda: 1000)
+    with pytest.raises(CapacityError, match=f"^{stage} needs about .* of {what}.* 1,?000 bytes are") as caught:
+        run_pipeline(tiny_config(), tmp_path, stages=stages)
+    assert caught.value.hint
+    named = stage.split(",")[0]
+    assert not list((tmp_path / "tiny_test" / named).glob("[0-9a-f]*"))
