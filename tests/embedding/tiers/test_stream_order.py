@@ -160,3 +160,20 @@ def test_without_what_keeps_order_there_is_none(
     monkeypatch.setattr(owner, what_keeps_order, lambda *args: None)
     train("slipstream", chunk_batches=3, sorts_all=True, device=CUDA)
     assert fake_cuda.races or fake_cuda.not_handed_over()
+
+
+def test_the_first_fetch_waits_for_the_buffer_to_be_made(cuda: torch.device):
+    rows = TieredRows(
+        num_rows=NUM_ROWS, num_hot=0, embedding_dim=DIM, num_staged=STAGED, optimizer="rowwise_adagrad", device=cuda
+    )
+    LookAhead(rows, StagingHalves(rows), chunk_batches=1).run(make_batches(2), trainer_of(rows))
+
+
+def test_everything_of_a_batch_is_handed_over():
+    rows, seen = make_rows("slipstream", torch.device("cpu")), []
+    LookAhead(rows, StagingHalves(rows), chunk_batches=1, sorts_all=True).run(make_batches(2), seen.append)
+    for batch in seen:
+        found = batch.distinct
+        parts = [batch.dense, batch.labels, found.rows, found.inverse, found.order, found.starts]
+        parts += [] if batch.weights is None else [batch.weights]
+        assert {id(part) for part in parts} == {id(tensor) for tensor in batch.tensors()}
