@@ -182,7 +182,8 @@ class Checkpointer:
         self, path: Path, body: dict[str, Any], tensors: Mapping[str, StoredTensor], frozen: FrozenTiers
     ) -> None:
         stored = dict(tensors)
-        for tier, rows in (("hot", frozen.hot), ("cold", frozen.cold)):
+        # by their names the rows of the device come first: they change most, and what is read needs not be kept
+        for tier, rows in (("device", frozen.hot), ("host", frozen.cold)):
             stored |= {f"{tier}.{index}": self._store(one) for index, one in enumerate(rows)}
         try:
             self._remove_all_but_one()

@@ -59,11 +59,11 @@ def restore_state(trainer: Trainer, state: Mapping[str, Any], weights: Path) -> 
     tensors: dict[str, Tensor] = {}
     with safe_open(weights, framework="pt") as stream:
         for name in stream.keys():
-            if not name.startswith(("hot.", "cold.")):
+            if not name.startswith(("device.", "host.")):
                 tensors[name] = stream.get_tensor(name)
         rows = trainer.step.rows
         for index, (buffer, host) in enumerate(rows.pairs):
-            for name, target in ((f"hot.{index}", buffer[: rows.num_hot]), (f"cold.{index}", host)):
+            for name, target in ((f"device.{index}", buffer[: rows.num_hot]), (f"host.{index}", host)):
                 stored = stream.get_slice(name)
                 for start in range(0, len(target), _BLOCK_ROWS):
                     target[start : start + _BLOCK_ROWS] = stored[start : start + _BLOCK_ROWS].to(target.device)

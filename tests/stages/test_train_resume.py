@@ -165,6 +165,17 @@ def test_the_checkpoint_before_stays_and_older_ones_go(tmp_path: Path, monkeypat
     assert len(checkpoints_of(tmp_path)) == len(checkpoints_of(tmp_path, ".safetensors")) == 2
 
 
+def test_the_rows_that_change_most_are_written_first(left: Path) -> None:
+    stored = checkpoints_of(left, ".safetensors")[-1].read_bytes()
+    header = json.loads(stored[8 : 8 + int.from_bytes(stored[:8], "little")])
+    device, host = (
+        [entry["data_offsets"][0] for name, entry in header.items() if name.startswith(tier)]
+        for tier in ("device.", "host.")
+    )
+    assert len(device) == len(host) == 2
+    assert max(device) < min(host)
+
+
 @pytest.mark.parametrize("minutes", [0.0, 1e-9, 1e9])
 def test_checkpoints_go_by_the_clock_too(minutes: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupt_at(47, monkeypatch, die)
