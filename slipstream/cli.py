@@ -20,8 +20,9 @@ import typer
 import typer.core
 
 from slipstream import __version__
-from slipstream.errors import ArtifactError, ConfigError, SlipstreamError
+from slipstream.errors import ArtifactError, SlipstreamError
 from slipstream.pipeline import STAGES
+from slipstream.shipped import find_pipeline, shipped_pipelines
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -65,7 +66,7 @@ app = typer.Typer(
 def _complete_pipeline(incomplete: str) -> list[str]:
     """Names of shipped pipelines and files that begin so, for the shell."""
     files = [str(path) for path in Path().glob(f"{incomplete}*.toml")]
-    return sorted([path.stem for path in _shipped() if path.stem.startswith(incomplete)] + files)
+    return sorted([path.stem for path in shipped_pipelines() if path.stem.startswith(incomplete)] + files)
 
 
 _Pipeline = Annotated[
@@ -229,7 +230,7 @@ def compare(
 
     console = Console(stderr=True)
     compared = run_comparison(
-        _find_pipeline(pipeline),
+        find_pipeline(pipeline),
         runs,
         grid=make_grid(_split(modes), _split(criteria), vary),
         overrides=overrides,
@@ -457,26 +458,7 @@ def _without_nan(value: Any) -> Any:
 def _load(pipeline: str, overrides: list[str]) -> PipelineConfig:
     from slipstream.config import load_pipeline
 
-    return load_pipeline(_find_pipeline(pipeline), overrides)
-
-
-def _find_pipeline(name: str) -> Path:
-    """A shipped pipeline by its name, whatever is called like it in the working folder, or a file."""
-    for shipped in _shipped():
-        if shipped.stem == name:
-            return shipped
-    path = Path(name)
-    if path.exists() or path.suffix == ".toml":
-        return path
-    raise ConfigError(
-        f"expected a pipeline file or the name of a shipped pipeline, found `{name}`",
-        hint="shipped pipelines: " + ", ".join(sorted(path.stem for path in _shipped())),
-    )
-
-
-def _shipped() -> list[Path]:
-    package = Path(__file__).parent
-    return [*(package / "pipelines").glob("*.toml"), *(package.parent / "pipelines").glob("*.toml")]
+    return load_pipeline(find_pipeline(pipeline), overrides)
 
 
 def _answer(renderable: RenderableType) -> None:

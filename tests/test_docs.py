@@ -111,12 +111,14 @@ def test_every_toml_block_shown_is_valid(page: str, text: str) -> None:
     build_pipeline({"name": "shown", "dataset": dataset, **tree})
 
 
-@pytest.mark.parametrize(
-    "text",
-    [pytest.param(text, id=page) for page in PAGES for text in code_blocks(page, "python")],
-)
-def test_every_python_example_shown_runs(text: str) -> None:
-    exec(compile(text, "<example>", "exec"), {})
+@pytest.mark.parametrize("page", [page for page in PAGES if code_blocks(page, "python")])
+def test_the_python_examples_of_a_page_run_one_after_another(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for text in code_blocks(page, "python"):
+        exec(compile(text, page, "exec"), names)
 
 
 @pytest.mark.parametrize("page", PAGES)

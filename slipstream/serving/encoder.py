@@ -5,7 +5,7 @@ Shape suffixes: n samples, F looked-up columns.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from slipstream.io.figures import PreprocessFigures
 from slipstream.io.lookups import lookup_path, open_lookup
 from slipstream.ops.dense import transform_dense
 from slipstream.ops.vocabulary import RowLookup, hash_to_buckets
-from slipstream.schema import MISSING_ID, dense_name, table_name
+from slipstream.schema import MISSING_ID, OOV_ROW, dense_name, table_name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,6 +103,7 @@ class Encoder:
                 f"the model in `{folder}` does not say how raw lines are encoded: it lacks `encoding` and `vocab/`",
                 hint="it was made by an older slipstream; train it again, or predict from encoded rows",
             )
+        self._folder = folder
         self.encoding = Encoding(**description["encoding"])
         self.source = _build_source(self.encoding)
         self._tables: list[str] = description["column_tables"]
@@ -153,6 +154,20 @@ class Encoder:
         rows: np.ndarray = self._lookups[table](hash_to_buckets(distinct, buckets) if buckets else distinct)
         places: np.ndarray = encoded.indices.to_numpy()
         return np.take(rows, places)
+
+    def find_rows(self, table: str, raw_ids: Sequence[str]) -> np.ndarray:
+        """Rows of raw ids as the source writes them; unknown ones get row 0. Shape (n,), int32.
+
+        Raises:
+            ValueError: There is no such table, or it hashes raw ids, so that their written form is not kept.
+        """
+        if table not in self._lookups or table in self.encoding.num_buckets:
+            known = [name for name in self._lookups if name not in self.encoding.num_buckets]
+            raise ValueError(f"expected a table with a vocabulary: {', '.join(known) or 'none'}; found `{table}`")
+        vocabulary = pl.read_parquet(self._folder / "vocab" / f"{table}.parquet", columns=["raw_id", "row"])
+        asked = pl.DataFrame({"raw_id": list(raw_ids)}, schema={"raw_id": pl.String})
+        found = asked.join(vocabulary.drop_nulls(), on="raw_id", how="left", maintain_order="left")
+        return found.get_column("row").fill_null(OOV_ROW).to_numpy(writable=True)
 
 
 def _build_source(encoding: Encoding) -> Source:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
 
-from slipstream.datasets.source import ColumnarSource, Source
+from slipstream.datasets.source import Source
 from slipstream.errors import ConfigError, DataError
-from slipstream.io.raw import RawBlock
+from slipstream.io.raw import RawBlock, find_raw_files, read_blocks
 from slipstream.ops.delimited import read_fields
 from slipstream.schema import LABEL
-from slipstream.serving.model import ServedModel
+from slipstream.serving.lines import has_labels, labelled_text
+
+if TYPE_CHECKING:
+    from slipstream.serving.model import ServedModel
+
+_BLOCK_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,9 +55,7 @@ class LineScorer:
 
     def is_labelled(self, block: RawBlock) -> bool:
         """Whether the lines of a file have labels, judged by its first block."""
-        if isinstance(block.data, pl.DataFrame):
-            return LABEL in block.data.columns
-        return not self._source.lacks_label(block.data.partition(b"\n")[0].removesuffix(b"\r"))
+        return has_labels(self._source, block.data)
 
     def score(self, block: RawBlock, *, is_labelled: bool) -> ScoredLines:
         """Score the lines of a block.
@@ -59,8 +63,7 @@ class LineScorer:
         Raises:
             DataError: A Parquet file lacks columns, or the source reads text only.
         """
-        text = self._as_text(block.data, is_labelled)
-        labelled = text if is_labelled else self._source.add_label(text)
+        labelled = labelled_text(self._source, block.data, is_labelled=is_labelled)
         parsed = self._source.parse(labelled)
         probabilities = self._model.predict_parsed(parsed.samples)
         is_sample = np.ones(parsed.num_lines, bool)
@@ -80,24 +83,43 @@ class LineScorer:
                 "_label": labels.gather(places) if is_labelled and len(labels) else _nulls(places, pl.UInt8),
             }
         )
-        kept = self._kept_columns(text, is_labelled)
+        kept = self._kept_columns(labelled, is_labelled)
         return ScoredLines(lines=lines.hstack(kept), num_samples=len(probabilities))
-
-    def _as_text(self, data: bytes | pl.DataFrame, is_labelled: bool) -> bytes:
-        if isinstance(data, bytes):
-            return data if data.endswith(b"\n") else data + b"\n"
-        if not isinstance(self._source, ColumnarSource):
-            raise DataError("this model's source reads text only, found Parquet", hint="give the text files")
-        # with a label put in, rows of a Parquet file are lines like any others; it is not looked at again
-        text = self._source.to_lines(data if is_labelled else data.with_columns(pl.lit(0).alias(LABEL)))
-        return text
 
     def _kept_columns(self, text: bytes, is_labelled: bool) -> list[pl.Series]:
         if not self._keep:
             return []
-        names = [name for name in self._source.fields if is_labelled or name != self._source.label_field]
-        fields, _ = read_fields(text, separator=self._source.separator, names=names)
+        fields, _ = read_fields(text, separator=self._source.separator, names=list(self._source.fields))
+        if not is_labelled:  # the labels there were put in to be able to parse
+            fields = fields.with_columns(pl.lit(None, pl.String).alias(self._source.label_field))
         return [fields.get_column(field).alias(name) for name, field in self._keep.items()]
+
+
+def score_lines(model: ServedModel, raw: str | pl.DataFrame, *, keep: Sequence[str] = ()) -> pl.DataFrame:
+    """Score files, or a frame, in memory.
+
+    Args:
+        model: The model.
+        raw: A path, glob or address; or a frame with the columns that Parquet files of the source may have.
+        keep: Columns to pass on.
+
+    Returns:
+        `file` and `line` where files were read, `probability`, `reason`, and the columns kept.
+    """
+    scorer = LineScorer(model, keep=keep)
+    if isinstance(raw, pl.DataFrame):
+        block = RawBlock(file_index=0, block_index=0, data=raw, end=raw.height, stored=0)
+        return scorer.score(block, is_labelled=scorer.is_labelled(block)).lines.drop("_label")
+    pieces = []
+    for index, file in enumerate(find_raw_files([raw], named_by="score")):
+        line, is_labelled = 1, True
+        for block in read_blocks(file, file_index=index, block_bytes=_BLOCK_BYTES):
+            is_labelled = scorer.is_labelled(block) if line == 1 else is_labelled
+            lines = scorer.score(block, is_labelled=is_labelled).lines.drop("_label")
+            numbers = pl.int_range(line, line + lines.height, dtype=pl.Int64, eager=True)
+            pieces.append(lines.select(pl.lit(file).alias("file"), numbers.alias("line"), pl.all()))
+            line += lines.height
+    return pl.concat(pieces)
 
 
 def _nulls(like: pl.Series, dtype: type[pl.DataType] = pl.Float32) -> pl.Series:

@@ -5,6 +5,7 @@ Shape suffixes: n samples, F looked-up columns, D width of a row.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ import polars as pl
 import torch
 from torch import Tensor, nn
 
+from slipstream.errors import DataError
 from slipstream.serving.encoder import Encoder
+from slipstream.serving.lines import has_labels, labelled_text
 from slipstream.serving.portable import PortableModel
 from slipstream.training.model_file import FILES, load_model, read_description, read_tensors
 from slipstream.training.predict import click_probabilities
@@ -39,7 +42,7 @@ class ServedModel(nn.Module):
         self.description: dict[str, Any] = read_description(folder)
         """What model.json says."""
         self.network, self._tables = load_model(folder)
-        self.eval()
+        self.eval().requires_grad_(False)
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -81,6 +84,65 @@ class ServedModel(nn.Module):
                 given = torch.from_numpy(np.ascontiguousarray(dense[piece]))
                 probabilities[piece] = click_probabilities(self.network, given, looked_up).numpy()
         return probabilities
+
+    def encode(self, raw: pl.DataFrame | bytes | Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Encode raw samples as `forward` and `predict` take them.
+
+        Args:
+            raw: Lines as the raw log has them, with or without labels; or a frame with the columns that its Parquet
+                files may have.
+
+        Returns:
+            (dense values (n, dense columns) float32, rows (n, F) int64).
+
+        Raises:
+            DataError: A line is no sample.
+        """
+        source = self.encoder.source
+        if not isinstance(raw, bytes | pl.DataFrame):
+            raw = "\n".join(raw).encode()
+        labelled = labelled_text(source, raw, is_labelled=has_labels(source, raw))
+        parsed = source.parse(labelled)
+        if parsed.rejected_lines.size:
+            at = int(parsed.rejected_lines[0])
+            reason = source.explain(labelled.split(b"\n")[at].removesuffix(b"\r"))
+            raise DataError(f"line {at + 1} is no sample: {reason}", hint="`score` gives such lines a null and goes on")
+        return self.encoder.encode(parsed.samples)
+
+    def score(self, raw: str | Path | pl.DataFrame, *, keep: Sequence[str] = ()) -> pl.DataFrame:
+        """Give every raw line its click probability, in order; for files larger than memory use `slipstream score`.
+
+        Args:
+            raw: A path, glob or address, or a frame with the columns that Parquet files may have.
+            keep: Columns of a line to pass on.
+
+        Returns:
+            Of files `file`, `line`, `probability`, `reason` and the columns kept; of a frame the same without the
+            first two.
+
+        Raises:
+            DataError: A file cannot be read.
+        """
+        from slipstream.serving.line_scorer import score_lines
+
+        return score_lines(self, raw if isinstance(raw, pl.DataFrame) else str(raw), keep=keep)
+
+    def embedding(self, table: str, raw_ids: Sequence[str]) -> Tensor:
+        """Look up rows by raw id.
+
+        Args:
+            table: Such as `cat_0`.
+            raw_ids: Values as the source writes them; the empty string is a missing value.
+
+        Returns:
+            The row of each, that of unknown values for those the training split did not have. Shape (n, D), float32.
+
+        Raises:
+            ValueError: There is no such table.
+        """
+        rows = torch.from_numpy(self.encoder.find_rows(table, raw_ids)).long()
+        with torch.inference_mode():
+            return self._tables.look_up_column(self.description["column_tables"].index(table), rows)
 
     def portable(self) -> PortableModel:
         """The whole model as one module of plain operations, with weights of its own."""

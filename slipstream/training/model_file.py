@@ -119,6 +119,10 @@ class StoredTables:
         columns = zip(self._columns, rows_BF.unbind(1), strict=True)
         return torch.stack([table(rows) for table, rows in columns], dim=1)
 
+    def look_up_column(self, column: int, rows: Tensor) -> Tensor:
+        """Rows of one column's table. Shape (n,), int64 -> (n, D)."""
+        return self._columns[column](rows)
+
 
 def load_model(folder: Path) -> tuple[nn.Module, StoredTables]:
     """Read a model to predict with: `model(dense, tables.look_up(rows))` gives logits.

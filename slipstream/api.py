@@ -1,0 +1,146 @@
+"""What `from slipstream import run, load` gives: the command line's main job, and its result, from Python."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slipstream.config import load_pipeline
+from slipstream.errors import ArtifactError
+from slipstream.pipeline import RunResult, run_pipeline
+from slipstream.shipped import find_pipeline
+
+if TYPE_CHECKING:
+    import numpy as np
+    import polars as pl
+
+    from slipstream.serving.model import ServedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What became of a run."""
+
+    run: RunResult
+    """Stage by stage, with the config."""
+
+    @property
+    def figures(self) -> dict[str, dict[str, Any]]:
+        """The figures of every stage, as `--json` prints them, by stage."""
+        return {name: stage.artifact.counts for name, stage in self.run.stages.items()}
+
+    @property
+    def paths(self) -> dict[str, Path]:
+        """The folder of every stage's artifact, by stage."""
+        return {name: stage.artifact.path for name, stage in self.run.stages.items()}
+
+    @property
+    def warnings(self) -> list[str]:
+        """What looks wrong though nothing failed, each with its stage."""
+        return self.run.warnings
+
+    @property
+    def model(self) -> Path:
+        """The folder of the trained model, for `slipstream.load`.
+
+        Raises:
+            ArtifactError: Training was not asked for.
+        """
+        return self._path("train")
+
+    def curve(self) -> pl.DataFrame:
+        """What budgets buy: one row for each budget, policy and split, as profile wrote them."""
+        import polars as pl
+
+        return pl.read_parquet(self._path("profile") / "curve.parquet")
+
+    def losses(self) -> pl.DataFrame:
+        """Training loss: `step`, the last of each stretch of `train.log_every` steps, and `loss`, the mean over it."""
+        import polars as pl
+
+        losses: list[float] = json.loads((self.model / "losses.json").read_text(encoding="utf-8"))
+        every, last = self.run.config.train.log_every, self.figures["train"]["steps"]
+        steps = [min(every * number, last) for number in range(1, len(losses) + 1)]
+        return pl.DataFrame({"step": steps, "loss": losses}, schema={"step": pl.Int64, "loss": pl.Float64})
+
+    def predictions(self, split: str = "test") -> pl.DataFrame:
+        """Predict nothing anew: `probability` and `label` of every sample of a split, as training left them.
+
+        Args:
+            split: `test` or `val`.
+
+        Raises:
+            ValueError: There is no such split.
+        """
+        import numpy as np
+        import polars as pl
+
+        if split not in ("test", "val"):
+            raise ValueError(f"expected split test or val, found {split!r}")
+        probabilities: np.ndarray = np.load(self.model / f"predictions_{split}.npy", allow_pickle=False)
+        labels = pl.read_parquet(self._path("preprocess") / split / "*.parquet", columns=["label"])
+        return pl.DataFrame({"probability": probabilities, "label": labels.get_column("label")})
+
+    def _path(self, stage: str) -> Path:
+        if stage not in self.run.stages:
+            raise ArtifactError(f"stage `{stage}` was not part of this run", hint="leave `stages` out to run them all")
+        return self.run.stages[stage].artifact.path
+
+
+def run(
+    pipeline: str | Path = "tiny",
+    overrides: Mapping[str, Any] | Sequence[str] = (),
+    *,
+    runs: str | Path = "runs",
+    stages: Sequence[str] | None = None,
+    force: bool = False,
+) -> Result:
+    """Run every stage that needs it, from raw log to trained model: what `slipstream run` does, without its output.
+
+    Args:
+        pipeline: Pipeline file, or the name of a shipped one.
+        overrides: `{"train.mode": "resident"}`, or `["train.mode=resident"]` as for `--set`.
+        runs: Folder that holds run folders.
+        stages: Only these, whose inputs must be there; None for all.
+        force: Run even what is up to date.
+
+    Returns:
+        Figures, frames and folders.
+
+    Raises:
+        SlipstreamError: Whatever the command line reports with exit code 1 or 2.
+    """
+    if isinstance(overrides, Mapping):
+        overrides = [f"{key}={_as_toml(value)}" for key, value in overrides.items()]
+    config = load_pipeline(find_pipeline(str(pipeline)), overrides)
+    return Result(run_pipeline(config, Path(runs), stages=stages, force=force))
+
+
+def load(folder: str | Path) -> ServedModel:
+    """Load a trained model to predict with.
+
+    Args:
+        folder: Folder of a train artifact, or of an exported model.
+
+    Returns:
+        An `nn.Module` on the CPU, in evaluation mode: `model(dense, rows)` gives logits, `model.predict(dense, rows)`
+        probabilities of encoded samples, `model.score(path or frame)` those of raw lines.
+
+    Raises:
+        ArtifactError: The folder holds no whole model.
+    """
+    from slipstream.serving.model import ServedModel
+
+    return ServedModel(Path(folder))
+
+
+def _as_toml(value: Any) -> str:
+    """A value as it would stand in a pipeline file."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_as_toml, value)) + "]"
+    return json.dumps(str(value)) if isinstance(value, str | Path) else str(value)
