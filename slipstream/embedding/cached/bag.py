@@ -27,13 +27,11 @@ from torch.nn import functional
 from slipstream.embedding.cached.host_tables import HostTables, Tables, index_on
 from slipstream.embedding.duplicates import sum_duplicates
 from slipstream.embedding.row_cache import CachePlan, RowCache, most_frequent_rows
+from slipstream.embedding.rules import OPTIMIZERS
 from slipstream.errors import CapacityError
 
 Mode = Literal["sum", "mean", "max"]
 EvictStrategy = Literal["lfu", "dataset"]
-RowOptimizer = Literal["sgd", "rowwise_adagrad", "adam"]
-
-_DEFAULT_EPS = {"sgd": 0.0, "rowwise_adagrad": 1e-10, "adam": 1e-8}
 
 
 class CachedEmbeddingBag(nn.Module):
@@ -69,9 +67,10 @@ class CachedEmbeddingBag(nn.Module):
         padding_idx: Row number whose lookups count for nothing and which is never updated.
         include_last_offset: As in `nn.EmbeddingBag`.
         sparse: Gradients of `parameters()` are sparse; with `optimizer=None` only.
-        optimizer: Row optimizer applied by `step()`; None: leave updates to `torch.optim.SGD`.
+        optimizer: Row optimizer applied by `step()`, by its name in `slipstream.embedding.rules.OPTIMIZERS`; None:
+            leave updates to `torch.optim.SGD`.
         lr: Learning rate of `step()`; also an attribute, for schedules.
-        eps: Added to the denominator; None: 1e-10 for row-wise Adagrad, 1e-8 for Adam.
+        eps: Added to the denominator; None: the optimizer's own, 1e-10 for Adagrad, 1e-8 for Adam.
         betas: Decay of Adam's moments.
         dtype: Floating dtype of the table.
         device: Where the cache lives; `.to()` moves it later. The table itself stays in host memory.
@@ -110,7 +109,7 @@ class CachedEmbeddingBag(nn.Module):
         padding_idx: int | None = None,
         include_last_offset: bool = False,
         sparse: bool = False,
-        optimizer: RowOptimizer | None = None,
+        optimizer: str | None = None,
         lr: float = 0.01,
         eps: float | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -121,7 +120,7 @@ class CachedEmbeddingBag(nn.Module):
         super().__init__()
         _check_choice("mode", mode, ("sum", "mean", "max"))
         _check_choice("evict_strategy", evict_strategy, ("lfu", "dataset"))
-        _check_choice("optimizer", optimizer, (None, *_DEFAULT_EPS))
+        _check_choice("optimizer", optimizer, (None, *OPTIMIZERS.names()))
         if num_embeddings < 1 or embedding_dim < 1:
             raise ValueError(f"expected a table of at least 1 x 1, found {num_embeddings} x {embedding_dim}")
         if not 0.0 < cache_ratio <= 1.0 or not 0.0 <= warmup_ratio <= 1.0:
@@ -142,11 +141,10 @@ class CachedEmbeddingBag(nn.Module):
         self.padding_idx = None if padding_idx is None else padding_idx % num_embeddings
         self.include_last_offset = include_last_offset
         self.sparse = sparse
-        self.optimizer: RowOptimizer | None = optimizer
+        self.optimizer = optimizer
         self.lr = lr
-        self.eps = _DEFAULT_EPS[optimizer or "sgd"] if eps is None else eps
-        self.betas = betas
-        self.num_steps = 0
+        self.rule = None if optimizer is None else OPTIMIZERS.get(optimizer)(eps=eps, betas=betas)
+        self._num_steps = torch.zeros((), dtype=torch.float64)
         counts = _as_counts(ids_freq_mapping, num_embeddings)
         capacity = max(1, int(num_embeddings * cache_ratio))
         ranking = counts if evict_strategy == "dataset" else None
@@ -179,7 +177,7 @@ class CachedEmbeddingBag(nn.Module):
         if not weight.is_floating_point():
             raise ValueError(f"expected a floating dtype, found {weight.dtype}")
         tables = {"weight": weight}
-        for name, state_shape in _state_shapes(self.optimizer, shape).items():
+        for name, state_shape in ({} if self.rule is None else self.rule.state_shapes(shape)).items():
             tables[name] = torch.zeros(state_shape, dtype=_update_dtype(weight.dtype))
         if pin_weight and torch.cuda.is_available():
             tables = {name: table.pin_memory() for name, table in tables.items()}
@@ -277,14 +275,11 @@ class CachedEmbeddingBag(nn.Module):
     def step(self) -> None:
         """Update every row looked up since the last step with the gradients that arrived, duplicates summed.
 
-        Lookups whose backward has not run count for nothing. `"sgd"`: w -= lr * g. `"rowwise_adagrad"`: one
-        accumulator per row, a += mean(g^2), w -= lr * g / (sqrt(a) + eps). `"adam"`: moments of a row move
-        only when it is looked up, bias correction by the number of steps.
+        Lookups whose backward has not run count for nothing. What the optimizers do, and where they are from, stands
+        in `slipstream.embedding.rules`.
 
         Raises:
             ValueError: The module was made with `optimizer=None`.
-
-        Source: exact row-wise Adagrad of FBGEMM; `torch.optim.SparseAdam`.
         """
         if self.optimizer is None:
             raise ValueError("expected a row optimizer; with optimizer=None step a torch.optim.SGD instead")
@@ -294,7 +289,7 @@ class CachedEmbeddingBag(nn.Module):
             return
         with torch.no_grad():
             positions, gradient = self._sum_duplicates(pending)
-            self.num_steps += 1
+            self._num_steps += 1
             self._update(self._near(), index_on(gradient.device, positions), gradient)
         self.row_cache.mark_dirty(positions)
 
@@ -323,6 +318,11 @@ class CachedEmbeddingBag(nn.Module):
         """The whole table, shape (N, D), in host memory, after a `flush`. Read it; writes may not be seen."""
         self.flush()
         return self._host.tables["weight"]
+
+    @property
+    def num_steps(self) -> int:
+        """Calls of `step` that updated something."""
+        return int(self._num_steps)
 
     @property
     def hits(self) -> int:
@@ -470,21 +470,11 @@ class CachedEmbeddingBag(nn.Module):
         return positions, total
 
     def _update(self, near: Tables, index: Tensor, gradient: Tensor) -> None:
+        assert self.rule is not None
+        state = [near[name] for name in self.rule.state]
         rows = near["weight"].index_select(0, index).to(gradient.dtype)
-        if self.optimizer == "sgd":
-            rows.add_(gradient, alpha=-self.lr)
-        elif self.optimizer == "rowwise_adagrad":
-            sums = near["sum_of_squares"].index_select(0, index).add_(gradient.square().mean(1))
-            near["sum_of_squares"].index_copy_(0, index, sums)
-            rows.addcdiv_(gradient, sums.sqrt_().add_(self.eps).unsqueeze_(1), value=-self.lr)
-        else:
-            first = near["exp_avg"].index_select(0, index).lerp_(gradient, 1 - self.betas[0])
-            second = near["exp_avg_sq"].index_select(0, index).lerp_(gradient.square(), 1 - self.betas[1])
-            near["exp_avg"].index_copy_(0, index, first)
-            near["exp_avg_sq"].index_copy_(0, index, second)
-            correction = [1 - beta**self.num_steps for beta in self.betas]
-            rate = self.lr * math.sqrt(correction[1]) / correction[0]
-            rows.addcdiv_(first, second.sqrt_().add_(self.eps), value=-rate)
+        directions = self.rule.row_directions(state, index, gradient, num_steps=self._num_steps)
+        rows.add_(directions, alpha=-self.lr)
         near["weight"].index_copy_(0, index, rows.to(near["weight"].dtype))
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "CachedEmbeddingBag":
@@ -526,7 +516,7 @@ class CachedEmbeddingBag(nn.Module):
             else:
                 table.copy_(state_dict[key].detach())
         if self.optimizer is not None and steps_key in state_dict:
-            self.num_steps = int(state_dict[steps_key])
+            self._num_steps.fill_(int(state_dict[steps_key]))
         elif self.optimizer is not None:
             missing_keys.append(steps_key)
         if strict:
@@ -554,14 +544,6 @@ def _round_up(ratio: float) -> float:
 
 def _update_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _state_shapes(optimizer: RowOptimizer | None, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
-    if optimizer == "rowwise_adagrad":
-        return {"sum_of_squares": shape[:1]}
-    if optimizer == "adam":
-        return {"exp_avg": shape, "exp_avg_sq": shape}
-    return {}
 
 
 def _state_key(name: str) -> str:
