@@ -7,6 +7,8 @@ Bags to use on their own, with the call of `nn.EmbeddingBag`; each is loaded whe
     BatchedTTEmbeddingBags   several of those as one, computed together
     QuantizedEmbeddingBag    a table that learns on the few bits it will be served with
     PackedEmbeddingBag       the same for inference, stored on those bits
+
+For code that calls FBTT-Embedding or ColossalAI's CachedEmbedding: `tt.fbtt` and `cached.colossal`.
 """
 
 from importlib import import_module

@@ -1,0 +1,155 @@
+"""A cached bag under the names and calls of ColossalAI's CachedEmbedding, so that only an import line has to change.
+
+    from slipstream.embedding.cached.colossal import CachedEmbeddingBag, EvictionStrategy
+
+Source: hpcaitech/ColossalAI, legacy cache_embedding: the signatures, and hit and miss counts after each batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slipstream.embedding.cached import bag
+from slipstream.embedding.cached.bag import EvictStrategy, Mode
+
+__all__ = ["CachedEmbeddingBag", "EvictionStrategy"]
+
+
+class EvictionStrategy(Enum):
+    """Who leaves the cache first."""
+
+    LFU = 1
+    """The row least looked up since it came."""
+    DATASET = 2
+    """The row least used in the training data."""
+
+
+_STRATEGIES: dict[EvictionStrategy, EvictStrategy] = {
+    EvictionStrategy.LFU: "lfu",
+    EvictionStrategy.DATASET: "dataset",
+}
+
+
+class CachedEmbeddingBag(bag.CachedEmbeddingBag):
+    """`slipstream.embedding.CachedEmbeddingBag` with ColossalAI's calls.
+
+    Args:
+        num_embeddings: Rows of the table.
+        embedding_dim: Width of a row.
+        padding_idx: Row whose lookups count for nothing.
+        max_norm: Must be None: rows are never scaled down.
+        norm_type: Of no effect without max_norm.
+        scale_grad_by_freq: Must be False.
+        sparse: Whether gradients of the cache are sparse.
+        _weight: Starting table; None draws it from uniform(-1/N, 1/N), as there.
+        mode: How a bag becomes one vector.
+        include_last_offset: As in `nn.EmbeddingBag`.
+        dtype: Of the table.
+        device: Where the cache lives.
+        cache_ratio: Share of the rows the cache holds.
+        ids_freq_mapping: Accesses of every row.
+        warmup_ratio: Share of the cache filled before training.
+        buffer_size: Rows per staged copy; 0 is one copy of all.
+        pin_weight: Whether the host table is page-locked.
+        evict_strategy: Who leaves first.
+
+    Raises:
+        ValueError: An option that cannot be honoured is set, or one is out of range.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        _weight: Tensor | None = None,
+        mode: Mode = "mean",
+        include_last_offset: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        cache_ratio: float = 0.01,
+        ids_freq_mapping: Any = None,
+        warmup_ratio: float = 0.7,
+        buffer_size: int = 0,
+        pin_weight: bool = False,
+        evict_strategy: EvictionStrategy = EvictionStrategy.LFU,
+    ) -> None:
+        if max_norm is not None or scale_grad_by_freq:
+            raise ValueError(
+                f"expected max_norm=None and scale_grad_by_freq=False, found {max_norm} and {scale_grad_by_freq}: "
+                "neither is known here"
+            )
+        if _weight is None:
+            bound = 1 / num_embeddings
+            _weight = torch.empty(num_embeddings, embedding_dim, dtype=dtype).uniform_(-bound, bound)
+            if padding_idx is not None:
+                _weight[padding_idx] = 0.0
+        super().__init__(
+            num_embeddings,
+            embedding_dim,
+            padding_idx=padding_idx,
+            sparse=sparse,
+            mode=mode,
+            include_last_offset=include_last_offset,
+            dtype=dtype,
+            device=device,
+            cache_ratio=cache_ratio,
+            ids_freq_mapping=ids_freq_mapping,
+            warmup_ratio=warmup_ratio,
+            buffer_size=buffer_size,
+            pin_weight=pin_weight,
+            evict_strategy=_STRATEGIES[evict_strategy],
+            ageing_lookups=0.0,
+            _weight=_weight,
+        )
+        self.norm_type = norm_type
+        self.num_hits_history: list[int] = []
+        """Lookups that found their row in the cache, of each training batch."""
+        self.num_miss_history: list[int] = []
+        """Lookups whose row had to be fetched, of each training batch."""
+
+    @classmethod
+    def from_pretrained(
+        cls, embedding: Tensor, freeze: bool = True, padding_idx: int | None = None, **options: Any
+    ) -> CachedEmbeddingBag:
+        """Make a bag over a trained table.
+
+        Args:
+            embedding: The table, shape (N, D).
+            freeze: Whether it stays as it is: the bag is in evaluation mode then, where nothing moves or learns.
+            padding_idx: Row whose lookups count for nothing.
+            **options: As for the constructor.
+
+        Raises:
+            ValueError: The table is not a matrix, or an option is out of range.
+        """
+        if embedding.dim() != 2:
+            raise ValueError(f"expected a table of shape (N, D), found {tuple(embedding.shape)}")
+        num_embeddings, embedding_dim = embedding.shape
+        weight = embedding.detach().clone()
+        made = cls(num_embeddings, embedding_dim, padding_idx=padding_idx, _weight=weight, **options)
+        return made.train(not freeze).requires_grad_(not freeze)
+
+    def forward(
+        self,
+        input: Tensor,  # noqa: A002 - the name nn.EmbeddingBag gives it
+        offsets: Tensor | None = None,
+        per_sample_weights: Tensor | None = None,
+        shape_hook: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """Pool the rows of every bag, then let `shape_hook` change the result."""
+        hits, misses = self.hits, self.misses
+        pooled = super().forward(input, offsets, per_sample_weights)
+        if self.training:
+            self.num_hits_history.append(self.hits - hits)
+            self.num_miss_history.append(self.misses - misses)
+        return pooled if shape_hook is None else shape_hook(pooled)

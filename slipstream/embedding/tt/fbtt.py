@@ -1,0 +1,201 @@
+"""Tensor-train bags under the names and calls of FBTT-Embedding, so that only an import line has to change.
+
+    from slipstream.embedding.tt.fbtt import OptimType, TTEmbeddingBag, TableBatchedTTEmbeddingBag
+
+What differs where the original would go wrong or cannot: it runs on a CPU, for any embedding_dim; optimizers that the
+original takes for Adagrad without a word are refused; and offsets are those of `nn.EmbeddingBag`, as the original's own
+documentation shows them. Its code wants the end of the last bag too: say `include_last_offset=True` for that.
+
+Source: facebookresearch/FBTT-Embedding, README.md and the signatures of tt_embeddings_ops.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum, unique
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slipstream.embedding.tt import bag
+from slipstream.embedding.tt.shapes import suggested_tt_shapes, tt_to_dense
+from slipstream.embedding.tt.tables import Optimizer
+
+__all__ = ["OptimType", "TTEmbeddingBag", "TableBatchedTTEmbeddingBag", "suggested_tt_shapes", "tt_matrix_to_full"]
+
+
+@unique
+class OptimType(Enum):
+    """Optimizers of the fused update."""
+
+    SGD = "sgd"
+    EXACT_SGD = "exact_sgd"
+    LAMB = "lamb"
+    ADAM = "adam"
+    EXACT_ADAGRAD = "exact_adagrad"
+    EXACT_ROWWISE_ADAGRAD = "exact_row_wise_adagrad"
+    LARS_SGD = "lars_sgd"
+    PARTIAL_ROWWISE_ADAM = "partial_row_wise_adam"
+    PARTIAL_ROWWISE_LAMB = "partial_row_wise_lamb"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+_RULES: dict[OptimType, Optimizer] = {
+    OptimType.SGD: "sgd",
+    OptimType.EXACT_SGD: "sgd",
+    OptimType.EXACT_ADAGRAD: "adagrad",
+    OptimType.EXACT_ROWWISE_ADAGRAD: "rowwise_adagrad",
+}
+
+
+class TTEmbeddingBag(bag.TTEmbeddingBag):
+    """`slipstream.embedding.TTEmbeddingBag` with FBTT's calls.
+
+    Args:
+        num_embeddings: Rows of the table.
+        embedding_dim: Columns of the table.
+        *shapes: By position, tt_ranks, tt_p_shapes and tt_q_shapes, as in FBTT's code; or, where tt_ranks is given by
+            name, tt_p_shapes and tt_q_shapes, as in its documentation.
+        tt_ranks: Inner ranks.
+        tt_p_shapes: Row factors.
+        tt_q_shapes: Column factors.
+        optimizer: Of the fused update, an `OptimType`.
+        **options: As for `slipstream.embedding.TTEmbeddingBag`. `weight_dist="naive-uniform"` and
+            `enforce_embedding_dim` are not known.
+
+    Raises:
+        ValueError: The optimizer is one that FBTT names and does not have, or a shape does not fit.
+        TypeError: More shapes than there are.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *shapes: Sequence[int] | None,
+        tt_ranks: Sequence[int] | None = None,
+        tt_p_shapes: Sequence[int] | None = None,
+        tt_q_shapes: Sequence[int] | None = None,
+        optimizer: OptimType = OptimType.SGD,
+        **options: Any,
+    ) -> None:
+        ranks, row_shapes, column_shapes = _sort_shapes(shapes, tt_ranks, tt_p_shapes, tt_q_shapes)
+        super().__init__(
+            num_embeddings, embedding_dim, ranks, row_shapes, column_shapes, optimizer=_rule_of(optimizer), **options
+        )
+
+    def forward(
+        self,
+        input: Tensor,  # noqa: A002 (its name in nn.EmbeddingBag)
+        offsets: Tensor | None = None,
+        warmup: bool | Tensor | None = None,
+    ) -> Tensor:
+        """Look up and pool; the third argument has no effect, as in FBTT, unless it is per_sample_weights.
+
+        Raises:
+            ValueError: The offsets end with the number of lookups, and nothing says that they are meant to.
+        """
+        is_open = not self.include_last_offset and offsets is not None and offsets.numel() > 1
+        if is_open and offsets is not None and int(offsets[-1]) == input.numel():
+            raise ValueError(
+                f"expected one offset a bag, found {offsets.numel()} of which the last is {input.numel()}, the number "
+                "of lookups: FBTT's code passes B + 1 offsets; construct the bag with include_last_offset=True for that"
+            )
+        return super().forward(input, offsets, warmup if isinstance(warmup, Tensor) else None)
+
+    def get_params(self) -> list[Tensor]:
+        """Give the cores."""
+        return list(self.tt_cores)
+
+
+class TableBatchedTTEmbeddingBag(bag.BatchedTTEmbeddingBags):
+    """`slipstream.embedding.BatchedTTEmbeddingBags` with FBTT's calls; offsets end with the number of lookups.
+
+    Args:
+        num_tables: How many tables.
+        num_embeddings: Rows of each.
+        embedding_dim: Columns of each.
+        *shapes: As for `TTEmbeddingBag`.
+        tt_ranks: Inner ranks.
+        tt_p_shapes: Row factors.
+        tt_q_shapes: Column factors.
+        optimizer: Of the fused update.
+        **options: As for `slipstream.embedding.BatchedTTEmbeddingBags`.
+    """
+
+    def __init__(
+        self,
+        num_tables: int,
+        num_embeddings: int,
+        embedding_dim: int,
+        *shapes: Sequence[int] | None,
+        tt_ranks: Sequence[int] | None = None,
+        tt_p_shapes: Sequence[int] | None = None,
+        tt_q_shapes: Sequence[int] | None = None,
+        optimizer: OptimType = OptimType.SGD,
+        **options: Any,
+    ) -> None:
+        ranks, row_shapes, column_shapes = _sort_shapes(shapes, tt_ranks, tt_p_shapes, tt_q_shapes)
+        sizes = (num_tables, num_embeddings, embedding_dim, ranks, row_shapes, column_shapes)
+        super().__init__(*sizes, optimizer=_rule_of(optimizer), **options)
+
+
+def tt_matrix_to_full(
+    tt_p_shapes: Sequence[int],
+    tt_q_shapes: Sequence[int],
+    tt_ranks: Sequence[int],
+    tt_cores: Sequence[Tensor],
+    permute: Sequence[int] | None = None,
+) -> Tensor:
+    """Multiply cores out into the whole table, shape (prod(p), prod(q)).
+
+    Args:
+        tt_p_shapes: Row factors.
+        tt_q_shapes: Column factors.
+        tt_ranks: Ranks with the outer ones, d + 1 integers.
+        tt_cores: Core k with its four axes in the order that `permute` undoes; or as FBTT stores it, shape
+            (1, p_k, r_k · q_k · r_{k+1}).
+        permute: Order that brings the axes of a core to (r_k, p_k, q_k, r_{k+1}); None for cores as they are stored.
+
+    Raises:
+        ValueError: A core has another number of entries.
+    """
+    cores = []
+    for at, core in enumerate(tt_cores):
+        shape = (tt_p_shapes[at], tt_ranks[at], tt_q_shapes[at], tt_ranks[at + 1])
+        if core.numel() != torch.Size(shape).numel():
+            raise ValueError(f"expected core {at} of {shape} entries, found shape {tuple(core.shape)}")
+        if permute is not None:
+            core = core.permute(*permute).movedim(1, 0)
+        cores.append(core.reshape(shape))
+    return tt_to_dense(cores)
+
+
+def _sort_shapes(
+    shapes: Sequence[Sequence[int] | None],
+    ranks: Sequence[int] | None,
+    row_shapes: Sequence[int] | None,
+    column_shapes: Sequence[int] | None,
+) -> tuple[Sequence[int], Sequence[int] | None, Sequence[int] | None]:
+    """Tell ranks, row factors and column factors apart, given by position or by name."""
+    given = list(shapes)
+    if ranks is None:
+        ranks = given.pop(0) if given else None
+    if ranks is None:
+        raise TypeError("expected tt_ranks, found none: pass the inner ranks, one fewer than cores")
+    if len(given) > 2:
+        raise TypeError(f"expected tt_p_shapes and tt_q_shapes after tt_ranks, found {len(given)} more arguments")
+    given += [None] * (2 - len(given))
+    return ranks, given[0] if row_shapes is None else row_shapes, given[1] if column_shapes is None else column_shapes
+
+
+def _rule_of(optimizer: OptimType) -> Optimizer:
+    if optimizer not in _RULES:
+        known = ", ".join(f"OptimType.{known.name}" for known in _RULES)
+        raise ValueError(
+            f"expected one of {known}, found {optimizer!r}: FBTT names it too, and computes Adagrad instead"
+        )
+    return _RULES[optimizer]

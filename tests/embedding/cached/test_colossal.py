@@ -1,0 +1,59 @@
+"""Calls as ColossalAI's CachedEmbedding takes them."""
+
+import pytest
+import torch
+from torch import nn
+
+from slipstream.embedding.cached.colossal import CachedEmbeddingBag, EvictionStrategy
+
+
+def test_arguments_stand_where_they_stood():
+    weight = torch.randn(10, 8)
+    bag = CachedEmbeddingBag(10, 8, None, None, 2.0, False, True, weight.clone(), "mean", True, cache_ratio=1.0)
+    plain = nn.EmbeddingBag(10, 8, mode="mean", include_last_offset=True, sparse=True, _weight=weight.clone())
+    optimizers = [torch.optim.SGD(module.parameters(), lr=1e-3) for module in (bag, plain)]
+    for _ in range(5):
+        indices = torch.randint(0, 10, (8,))
+        outputs = [module(indices, torch.tensor([0, 4, 8])) for module in (bag, plain)]
+        assert torch.equal(*outputs)
+        for output, optimizer in zip(outputs, optimizers, strict=True):
+            optimizer.zero_grad()
+            output.sum().backward()
+            optimizer.step()
+    assert torch.equal(bag.weight, plain.weight)
+
+
+def test_the_history_says_what_each_batch_hit():
+    bag = CachedEmbeddingBag(
+        5, 5, cache_ratio=3 / 5, warmup_ratio=1.0, evict_strategy=EvictionStrategy.LFU, pin_weight=False
+    )
+    learning = [[2], [1, 2], [0, 2], *[[0, 1, 2]] * 4, *[[0, 2]] * 4, *[[0]] * 4, [0, 1, 2]]
+    with torch.no_grad():
+        for rows in [*learning, [0, 1, 2], [3], [2], [4], [2], [0]]:
+            bag(torch.tensor(rows), torch.tensor([0]))
+    assert bag.num_hits_history[-6:] == [3, 0, 1, 0, 1, 1]
+    assert bag.num_miss_history[-6:] == [0, 1, 0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_a_trained_table_is_taken_over(freeze: bool):
+    weight = torch.randn(20, 4)
+    bag = CachedEmbeddingBag.from_pretrained(weight, freeze=freeze, cache_ratio=0.5, mode="sum")
+    looked_up = bag(torch.tensor([[3, 3], [1, 19]]), shape_hook=lambda pooled: pooled.view(2, 2, 2))
+    expected = torch.stack([weight[3] * 2, weight[1] + weight[19]])
+    torch.testing.assert_close(looked_up.flatten(1).detach(), expected)
+    assert looked_up.requires_grad is not freeze
+    with pytest.raises(ValueError, match="expected a table of shape"):
+        CachedEmbeddingBag.from_pretrained(weight[0])
+
+
+def test_a_fresh_table_is_drawn_as_there_with_a_padding_row_of_zeros():
+    bag = CachedEmbeddingBag(50, 4, 7)
+    assert bag.weight.abs().max() <= 1 / 50 and bag.weight.std() > 0.005
+    assert not bag.weight[7].any()
+
+
+@pytest.mark.parametrize("options", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}])
+def test_what_cannot_be_honoured_is_refused(options: dict[str, object]):
+    with pytest.raises(ValueError, match="expected max_norm=None"):
+        CachedEmbeddingBag(5, 5, **options)  # type: ignore[arg-type]

@@ -1,0 +1,122 @@
+"""Calls as FBTT-Embedding's documentation and code make them."""
+
+import re
+
+import pytest
+import torch
+
+from slipstream.embedding.tt.bag import TTEmbeddingBag as OwnBag
+from slipstream.embedding.tt.fbtt import (
+    OptimType,
+    TableBatchedTTEmbeddingBag,
+    TTEmbeddingBag,
+    suggested_tt_shapes,
+    tt_matrix_to_full,
+)
+
+
+def test_the_documented_constructions_work():
+    tt_emb = TTEmbeddingBag(
+        num_embeddings=1000000,
+        embedding_dim=64,
+        tt_p_shapes=[120, 90, 110],
+        tt_q_shapes=[4, 4, 4],
+        tt_ranks=[12, 14],
+        sparse=False,
+        use_cache=False,
+        weight_dist="uniform",
+    )
+    assert [tuple(core.shape[1:]) for core in tt_emb.get_params()] == [
+        (120, 1, 4, 12),
+        (90, 12, 4, 14),
+        (110, 14, 4, 1),
+    ]
+    tt_emb = TTEmbeddingBag(
+        num_embeddings=1000000,
+        embedding_dim=64,
+        tt_p_shapes=[120, 90, 110],
+        tt_q_shapes=[4, 4, 4],
+        tt_ranks=[12, 14],
+        sparse=True,
+        optimizer=OptimType.SGD,
+        learning_rate=0.05,
+        eps=1.0e-10,
+        use_cache=True,
+        cache_size=1000,
+        hashtbl_size=1000,
+    )
+    tt_emb(torch.tensor([3, 3, 999_999]), torch.tensor([0, 1])).sum().backward()
+    assert tt_emb.cache_populate() == 2
+    tt_emb = TableBatchedTTEmbeddingBag(
+        num_tables=100,
+        num_embeddings=1000000,
+        embedding_dim=64,
+        tt_p_shapes=[120, 90, 110],
+        tt_q_shapes=[4, 4, 4],
+        tt_ranks=[12, 14],
+        sparse=False,
+        use_cache=False,
+        weight_dist="uniform",
+    )
+    assert tt_emb(torch.arange(200), torch.arange(0, 201, 2)).shape == (100, 1, 64)
+
+
+def test_the_documented_lookup_works():
+    embedding_sum = TTEmbeddingBag(10, 3, None, None, tt_ranks=[2, 2], sparse=False, use_cache=False)
+    input = torch.LongTensor([1, 2, 4, 5, 4, 3, 2, 9])  # noqa: A001 (as documented)
+    offsets = torch.LongTensor([0, 4])
+    expected = torch.stack([embedding_sum.full_weight()[part].sum(0) for part in input.split(4)])
+    torch.testing.assert_close(embedding_sum(input, offsets), expected)
+
+
+def test_shapes_may_come_by_position_as_in_the_code():
+    by_position = TTEmbeddingBag(100, 8, [3, 3], [4, 5, 5], [2, 2, 2])
+    assert (by_position.tt_p_shapes, by_position.tt_q_shapes) == ([4, 5, 5], [2, 2, 2])
+    with pytest.raises(TypeError, match="expected tt_ranks"):
+        TTEmbeddingBag(100, 8)
+    with pytest.raises(TypeError, match="found 3 more arguments"):
+        TTEmbeddingBag(100, 8, [3, 3], [4, 5, 5], [2, 2, 2], [1])
+
+
+def test_offsets_with_the_last_end_are_an_error_that_says_so():
+    bag = TTEmbeddingBag(100, 8, [3, 3])
+    with pytest.raises(ValueError, match=re.escape("FBTT's code passes B + 1 offsets")):
+        bag(torch.tensor([1, 2, 3]), torch.tensor([0, 2, 3]))
+    bag = TTEmbeddingBag(100, 8, [3, 3], include_last_offset=True)
+    assert bag(torch.tensor([1, 2, 3]), torch.tensor([0, 2, 3]), True).shape == (2, 8)
+
+
+def test_steps_are_those_of_the_bag_it_stands_for():
+    made = [
+        TTEmbeddingBag(50, 6, [2, 2], optimizer=OptimType.EXACT_ADAGRAD, generator=torch.Generator().manual_seed(1)),
+        OwnBag(50, 6, [2, 2], optimizer="adagrad", generator=torch.Generator().manual_seed(1)),
+    ]
+    for bag in made:
+        bag(torch.tensor([1, 7, 7]), torch.tensor([0, 2])).square().sum().backward()
+    for one, other in zip(made[0].tt_cores, made[1].tt_cores, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("optimizer", [OptimType.ADAM, OptimType.LAMB, OptimType.PARTIAL_ROWWISE_ADAM])
+def test_optimizers_that_the_original_takes_for_adagrad_are_refused(optimizer: OptimType):
+    with pytest.raises(ValueError, match="computes Adagrad instead"):
+        TTEmbeddingBag(50, 6, [2, 2], optimizer=optimizer)
+
+
+@pytest.mark.parametrize("permuted", [False, True])
+def test_cores_are_multiplied_out_from_either_order_of_their_axes(permuted: bool):
+    bag = TTEmbeddingBag(27, 8, [2, 3], [3, 3, 3], [2, 2, 2])
+    cores = [core.detach()[0] for core in bag.tt_cores]
+    ranks = [1, 2, 3, 1]
+    if permuted:
+        cores = [core.permute(3, 0, 2, 1) for core in cores]  # (r', p, q, r); (r, p, q, r') again by (3, 1, 2, 0)
+        full = tt_matrix_to_full([3, 3, 3], [2, 2, 2], ranks, cores, [3, 1, 2, 0])
+    else:
+        full = tt_matrix_to_full([3, 3, 3], [2, 2, 2], ranks, [core.reshape(1, 3, -1) for core in cores])
+    torch.testing.assert_close(full, bag.full_weight().detach())
+    with pytest.raises(ValueError, match="expected core 0"):
+        tt_matrix_to_full([9, 3, 3], [2, 2, 2], ranks, cores)
+
+
+def test_shapes_are_suggested():
+    assert sorted(suggested_tt_shapes(11_000_000, 3)) == sorted([200, 220, 250])
