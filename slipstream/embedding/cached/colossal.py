@@ -113,13 +113,19 @@ class CachedEmbeddingBag(bag.CachedEmbeddingBag):
         )
         self.norm_type = norm_type
         self.num_hits_history: list[int] = []
-        """Lookups that found their row in the cache, of each training batch."""
+        """Distinct rows that were in the cache already, of each training batch."""
         self.num_miss_history: list[int] = []
-        """Lookups whose row had to be fetched, of each training batch."""
+        """Distinct rows that had to be fetched, of each training batch."""
 
     @classmethod
     def from_pretrained(
-        cls, embedding: Tensor, freeze: bool = True, padding_idx: int | None = None, **options: Any
+        cls,
+        embedding: Tensor,
+        freeze: bool = True,
+        padding_idx: int | None = None,
+        *,
+        cuda_row_num: int | None = None,
+        **options: Any,
     ) -> CachedEmbeddingBag:
         """Make a bag over a trained table.
 
@@ -127,6 +133,7 @@ class CachedEmbeddingBag(bag.CachedEmbeddingBag):
             embedding: The table, shape (N, D).
             freeze: Whether it stays as it is: the bag is in evaluation mode then, where nothing moves or learns.
             padding_idx: Row whose lookups count for nothing.
+            cuda_row_num: Rows that the cache holds, at most all; in place of cache_ratio.
             **options: As for the constructor.
 
         Raises:
@@ -135,6 +142,9 @@ class CachedEmbeddingBag(bag.CachedEmbeddingBag):
         if embedding.dim() != 2:
             raise ValueError(f"expected a table of shape (N, D), found {tuple(embedding.shape)}")
         num_embeddings, embedding_dim = embedding.shape
+        if cuda_row_num is not None:
+            # half a row more, so that the way back from the share to rows cannot round one off
+            options["cache_ratio"] = min(1.0, (cuda_row_num + 0.5) / num_embeddings)
         weight = embedding.detach().clone()
         made = cls(num_embeddings, embedding_dim, padding_idx=padding_idx, _weight=weight, **options)
         return made.train(not freeze).requires_grad_(not freeze)
@@ -147,9 +157,10 @@ class CachedEmbeddingBag(bag.CachedEmbeddingBag):
         shape_hook: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Pool the rows of every bag, then let `shape_hook` change the result."""
-        hits, misses = self.hits, self.misses
+        stats = self.row_cache.stats
+        hits, misses = stats.hits, stats.misses
         pooled = super().forward(input, offsets, per_sample_weights)
         if self.training:
-            self.num_hits_history.append(self.hits - hits)
-            self.num_miss_history.append(self.misses - misses)
+            self.num_hits_history.append(stats.hits - hits)
+            self.num_miss_history.append(stats.misses - misses)
         return pooled if shape_hook is None else shape_hook(pooled)

@@ -512,19 +512,6 @@ def test_half_precision_rows_are_updated_in_single_precision() -> None:
 # Policy, counters and errors
 
 
-@pytest.mark.parametrize("counts", [None, [4, 2, 1, 3, 1]])
-def test_the_published_lfu_script_gives_its_hit_counts(counts: list[int] | None) -> None:
-    bag = CachedEmbeddingBag(5, 5, cache_ratio=3 / 5, ids_freq_mapping=counts, warmup_ratio=1.0, ageing_lookups=0)
-    learning = [[2], [1, 2], [0, 2], *[[0, 1, 2]] * 4, *[[0, 2]] * 4, *[[0]] * 4, [0, 1, 2]]
-    history = []
-    with torch.no_grad():
-        for rows in [*learning, [0, 1, 2], [3], [2], [4], [2], [0]]:
-            before = bag.row_cache.stats.hits
-            bag(torch.tensor(rows), torch.tensor([0]))
-            history.append(bag.row_cache.stats.hits - before)
-    assert history[-6:] == [3, 0, 1, 0, 1, 1]
-
-
 @pytest.mark.parametrize("evict_strategy", ["lfu", "dataset"])
 def test_counts_decide_what_the_cache_starts_with(evict_strategy: Any) -> None:
     counts = torch.randperm(N)

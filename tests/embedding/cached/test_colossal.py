@@ -23,9 +23,16 @@ def test_arguments_stand_where_they_stood():
     assert torch.equal(bag.weight, plain.weight)
 
 
-def test_the_history_says_what_each_batch_hit():
+@pytest.mark.parametrize("counts", [None, torch.tensor([4, 2, 1, 3, 1])])
+def test_the_published_lfu_script_gives_its_hit_counts(counts: torch.Tensor | None):
     bag = CachedEmbeddingBag(
-        5, 5, cache_ratio=3 / 5, warmup_ratio=1.0, evict_strategy=EvictionStrategy.LFU, pin_weight=False
+        5,
+        5,
+        cache_ratio=3 / 5,
+        pin_weight=True,
+        ids_freq_mapping=counts,
+        warmup_ratio=1.0,
+        evict_strategy=EvictionStrategy.LFU,
     )
     learning = [[2], [1, 2], [0, 2], *[[0, 1, 2]] * 4, *[[0, 2]] * 4, *[[0]] * 4, [0, 1, 2]]
     with torch.no_grad():
@@ -33,6 +40,21 @@ def test_the_history_says_what_each_batch_hit():
             bag(torch.tensor(rows), torch.tensor([0]))
     assert bag.num_hits_history[-6:] == [3, 0, 1, 0, 1, 1]
     assert bag.num_miss_history[-6:] == [0, 1, 0, 1, 0, 0]
+
+
+def test_histories_count_distinct_rows_and_evaluation_leaves_none():
+    bag = CachedEmbeddingBag(9, 2, cache_ratio=0.5, warmup_ratio=0.0)
+    with torch.no_grad():
+        for rows in ([4, 4, 7], [4, 4, 4, 8]):
+            bag(torch.tensor(rows), torch.tensor([0]))
+        bag.eval()(torch.tensor([1]), torch.tensor([0]))
+    assert (bag.num_hits_history, bag.num_miss_history) == ([0, 1], [2, 1])
+
+
+@pytest.mark.parametrize("num_rows", [1, 7, 99, 1000])
+def test_a_cache_may_be_given_in_rows(num_rows: int):
+    bag = CachedEmbeddingBag.from_pretrained(torch.rand(99, 2), cuda_row_num=num_rows)
+    assert bag.row_cache.capacity == min(num_rows, 99)
 
 
 @pytest.mark.parametrize("freeze", [True, False])
