@@ -49,7 +49,8 @@ from slipstream.training.order.rounds import Position
 from slipstream.training.order.schedule import Schedule
 from slipstream.training.order.stream import SampleStream
 from slipstream.training.representations import Representations
-from slipstream.training.skipping.skipper import Skipper, SkipRule
+from slipstream.training.skipping.criterion import SkipRule
+from slipstream.training.skipping.skipper import Skipper
 from slipstream.training.slot_layout import SlotLayout
 from slipstream.training.step import FixedShapeStep, TrainStep
 

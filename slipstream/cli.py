@@ -212,7 +212,7 @@ def compare(
     runs: _Runs = _RUNS,
     overrides: _Set = _NO_OVERRIDES,
     modes: Annotated[str, typer.Option(help="Modes to run without skipping.")] = "resident",
-    criteria: Annotated[str, typer.Option(help="Skip criteria to run.")] = "random,stale,importance,negative",
+    criteria: Annotated[str, typer.Option(help="Skip criteria to run; `all` that drop anything.")] = "all",
     vary: Annotated[list[str], typer.Option(metavar="KEY=V,V", help="One more axis; repeatable.")] = _NO_OVERRIDES,
     seeds: Annotated[int, typer.Option(min=1, help="Training seeds.")] = 3,
     skip_share: Annotated[

@@ -18,8 +18,7 @@ from slipstream.errors import ConfigError
 from slipstream.io.figures import FiguresT, SegregateFigures, TrainFigures
 from slipstream.pipeline import RunResult, run_pipeline
 from slipstream.progress import Progress
-
-_SCOPES = {"stale": "hot", "random": "all", "negative": "all", "importance": "all"}
+from slipstream.training.skipping.registry import CRITERIA
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,20 +55,21 @@ def make_grid(modes: Sequence[str], criteria: Sequence[str], vary: Sequence[str]
 
     Args:
         modes: Values of train.mode, without skipping.
-        criteria: Values of skip.criterion, each with mode `slipstream`.
+        criteria: Values of skip.criterion, each with mode `slipstream` and the widest scope that it has; `all` stands
+            for every one that drops anything.
         vary: `key=value,value,…`; every combination of them with every mode and criterion.
 
     Raises:
         ConfigError: A `vary` is not of that form, or the grid is empty.
     """
     bases: list[tuple[str, tuple[str, ...]]] = [(mode, (f"train.mode={mode}",)) for mode in modes]
-    bases += [
-        (
-            criterion,
-            ("train.mode=slipstream", f"skip.criterion={criterion}", f"skip.scope={_SCOPES.get(criterion, 'hot')}"),
-        )
-        for criterion in criteria
-    ]
+    for name in _every_criterion() if list(criteria) == ["all"] else criteria:
+        if name not in CRITERIA.names():
+            raise ConfigError(
+                f"expected criteria among {', '.join(CRITERIA.names())}, found `{name}`", hint="look at --criteria"
+            )
+        scope = CRITERIA.get(name).scopes[-1]
+        bases.append((name, ("train.mode=slipstream", f"skip.criterion={name}", f"skip.scope={scope}")))
     axes = []
     for axis in vary:
         key, equals, values = axis.partition("=")
@@ -85,6 +85,10 @@ def make_grid(modes: Sequence[str], criteria: Sequence[str], vary: Sequence[str]
     if not grid:
         raise ConfigError("nothing to compare", hint="name at least one of --modes and --criteria")
     return grid
+
+
+def _every_criterion() -> list[str]:
+    return [name for name in CRITERIA.names() if CRITERIA.get(name).drops]
 
 
 def run_comparison(
@@ -119,7 +123,7 @@ def run_comparison(
             # what the user sets comes last, so that --set skip.scope=hot holds for every criterion
             chosen = [*variant.overrides, *overrides, f"train.seed={seed}"]
             config = load_pipeline(path, chosen)
-            if skip_share is not None and config.criterion != "none":
+            if skip_share is not None and CRITERIA.get(config.criterion).drops:
                 target = _target_drop(config, runs_dir, skip_share, progress)
                 config = load_pipeline(path, [*chosen, f"skip.target_drop={target:.4f}"])
             result = run_pipeline(config, runs_dir, progress=progress)
@@ -143,7 +147,7 @@ def _target_drop(config: PipelineConfig, runs_dir: Path, share: float, progress:
     total = segregated.num_train
     steps = config.skip.refresh_steps or default_segment_steps(total, config.train.batch_size)
     first = min(1.0, steps * config.train.batch_size / (total * config.train.epochs))
-    classified = (1 - first) * (1.0 if config.scope == "all" else segregated.samples["hot"] / total)
+    classified = (1 - first) * (1.0 if config.skip_rule.scope == "all" else segregated.samples["hot"] / total)
     if share >= classified:
         raise ConfigError(
             f"expected a share of samples to skip below {classified:.3f}, which `{config.criterion}` classifies; "

@@ -19,6 +19,8 @@ from slipstream.models.dlrm import DLRM
 from slipstream.models.model import Model
 from slipstream.options import build, check_size, parse_budget, read_tree, require, speed_only
 from slipstream.registry import ChoiceOf
+from slipstream.training.skipping.criterion import Movement, Scope, SkipRule
+from slipstream.training.skipping.registry import CRITERIA
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -348,14 +350,13 @@ class TrainConfig:
 class SkipConfig:
     """Which samples are left out, and by what rule."""
 
-    criterion: Literal["none", "stale", "random", "negative", "importance"] = "stale"
-    """`stale` drops hot samples whose rows have come to rest; `random` the same share blindly: its control; `negative`
-    blindly among negatives; `importance` where the error is least."""
+    criterion: Annotated[str, ChoiceOf("slipstream.training.skipping.registry:CRITERIA")] = "stale"
+    """What decides which samples are dropped."""
     target_drop: float = 0.3
     """D: share of the classified samples to drop."""
-    scope: Literal["hot", "all"] = "hot"
+    scope: Scope = "hot"
     """Samples that are classified; `stale` always means hot ones, whatever stands here."""
-    movement: Literal["per-label", "net"] = "per-label"
+    movement: Movement = "per-label"
     """What `stale` measures: `per-label` how hard a lookup pulls at its row, by clicked samples and by the others, so
     that both cannot cancel; `net` how far the row came between two snapshots, as published. `train.faithful` always
     means `net`."""
@@ -441,19 +442,26 @@ class PipelineConfig:
         return self.seed if self.train.seed is None else self.train.seed
 
     @property
-    def movement(self) -> Literal["per-label", "net"]:
-        """The measure of staleness in force: the published order has one only."""
-        return "net" if self.train.faithful else self.skip.movement
-
-    @property
-    def criterion(self) -> Literal["none", "stale", "random", "negative", "importance"]:
+    def criterion(self) -> str:
         """The skip criterion in force: only mode `slipstream` skips."""
         return self.skip.criterion if self.train.mode == "slipstream" else "none"
 
     @property
-    def scope(self) -> Literal["hot", "all"]:
-        """Which samples are classified: `stale` knows hot ones only."""
-        return "hot" if self.criterion == "stale" else self.skip.scope
+    def skip_rule(self) -> SkipRule:
+        """The criterion in force with its settings; the published order has one measure of movement only."""
+        skip = self.skip
+        scopes = CRITERIA.get(self.criterion).scopes
+        return SkipRule(
+            criterion=self.criterion,
+            target_drop=skip.target_drop,
+            scope=skip.scope if skip.scope in scopes else scopes[0],
+            movement="net" if self.train.faithful else skip.movement,
+            alpha=skip.alpha,
+            threshold=skip.threshold,
+            sample_size=skip.sample_size,
+            floor=skip.floor,
+            reweight=skip.reweight,
+        )
 
 
 def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> PipelineConfig:

@@ -39,6 +39,7 @@ from slipstream.io.locks import InUseError, hold_artifact
 from slipstream.options import to_dict
 from slipstream.progress import Progress, Silent
 from slipstream.stage import Stage, StageJob, row_bytes_of
+from slipstream.training.skipping.registry import CRITERIA
 
 if TYPE_CHECKING:
     from slipstream.io.figures import FiguresT
@@ -105,10 +106,10 @@ def _segregate_settings(config: PipelineConfig) -> dict[str, Any]:
 
 def _train_settings(config: PipelineConfig) -> dict[str, Any]:
     skip = to_dict(config.skip, execution=False)
-    if config.criterion == "none":
+    if CRITERIA.get(config.criterion).drops:
+        skip["movement"] = config.skip_rule.movement
+    else:
         skip = {"refresh_steps": config.skip.refresh_steps}
-    elif config.criterion == "stale":
-        skip["movement"] = config.movement
     train = to_dict(config.train, execution=False) | {"seed": config.train_seed}
     if config.train.mode != "cached":
         train = {name: value for name, value in train.items() if not name.startswith("cache_")}

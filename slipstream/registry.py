@@ -2,6 +2,8 @@
 
     dataset.source    slipstream.datasets.registry:SOURCES    every module of slipstream/datasets with a `build`
     model.name        slipstream.models.registry:MODELS       every module of slipstream/models with a `Model` subclass
+    skip.criterion    slipstream.training.skipping.registry:CRITERIA
+                      every module of slipstream/training/skipping/criteria with a `Criterion` subclass
 
 To add a thing is to write it down where its registry looks; the choices of the pipeline file, the command line and the
 reference follow. Looking at names loads nothing heavy: a module found in a folder is imported when somebody asks for

@@ -200,7 +200,7 @@ def _drop_speed(trained: TrainFigures) -> str:
 
 
 def _describe_drop(trained: TrainFigures, config: PipelineConfig) -> str:
-    classified = "samples" if config.scope == "all" else "hot samples"
+    classified = "samples" if config.skip_rule.scope == "all" else "hot samples"
     at = f" at T = {trained.threshold:.3g}" if trained.threshold is not None else ""
     return (
         f"{trained.samples_dropped:,} samples; asked {trained.drop_asked:.1%} of "

@@ -17,6 +17,7 @@ from slipstream.config import PipelineConfig
 from slipstream.io.artifacts import Artifact, StageKey
 from slipstream.options import to_dict
 from slipstream.progress import Progress
+from slipstream.training.skipping.registry import make_criterion
 
 if TYPE_CHECKING:
     from slipstream.io.figures import Figures
@@ -87,8 +88,9 @@ def row_bytes_of(config: PipelineConfig) -> int:
     """Count the accelerator bytes of one hot row under a pipeline's optimizer and skip criterion."""
     from slipstream.ops.hot_set import hot_row_bytes
 
+    row_width = config.model.row_width
     return hot_row_bytes(
-        embedding_dim=config.model.row_width,
+        embedding_dim=row_width,
         optimizer=config.train.optimizer,
-        movement=config.movement if config.criterion == "stale" else None,
+        tracker_bytes=make_criterion(config.skip_rule).tracker_bytes(embedding_dim=row_width),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from hypothesis import strategies as st
@@ -11,6 +11,13 @@ from hypothesis import strategies as st
 from slipstream.config import PipelineConfig, build_pipeline
 from slipstream.io.samples import Samples
 from slipstream.ops.hot_set import table_offsets
+from slipstream.training.skipping.criterion import Movement, SkipRule
+from slipstream.training.skipping.registry import make_criterion
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from slipstream.training.skipping.trackers import RowTracker
 
 TINY: dict[str, Any] = {
     "name": "tiny_test",
@@ -104,3 +111,8 @@ def slot_batches(draw: st.DrawFn):
         flat = draw(st.lists(st.integers(0, num_rows - 1), min_size=size * num_tables, max_size=size * num_tables))
         batches.append(np.array(flat, np.int32).reshape(size, num_tables))
     return num_rows, batches
+
+
+def make_tracker(movement: Movement, hot_rows: Tensor) -> RowTracker:
+    """What criterion `stale` watches the hot tier with, a view of shape (H, D)."""
+    return make_criterion(SkipRule(criterion="stale", target_drop=0.3, movement=movement)).make_tracker(hot_rows)

@@ -343,6 +343,7 @@ OTHER_VALUES: dict[str, dict[str, Any]] = {
     "tables.rules": {"tables__rules": [{"min_rows": 100, "representation": "int8"}]},
     "tables.overrides": {"tables__overrides": {"cat_1": {"representation": "int4"}}},
     "train.seed": {"train__seed": 5},
+    "skip.criterion": {"skip__criterion": "random"},
     "skip.threshold": {"skip__threshold": 0.01},
 }
 """Values for keys whose other values cannot be guessed from their type."""

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
-Movement = Literal["net", "per-label"]
-"""How staleness measures that a row moves, see `slipstream.training.skipping.staleness`."""
 _SCORED_AT_ONCE = 16_384
 """Samples whose weights are in memory together."""
 
@@ -48,19 +45,10 @@ class CurvePoint:
     """Samples whose every lookup finds a hot row."""
 
 
-def hot_row_bytes(*, embedding_dim: int, optimizer: str, movement: Movement | None) -> int:
-    """Accelerator bytes of one hot row: fp32 weights, optimizer state and, for staleness, what watches it move."""
+def hot_row_bytes(*, embedding_dim: int, optimizer: str, tracker_bytes: int = 0) -> int:
+    """Accelerator bytes of one hot row: fp32 weights, optimizer state, and `tracker_bytes` for what watches it move."""
     state = {"sgd": 0, "rowwise_adagrad": 4}[optimizer]
-    return embedding_dim * 4 + state + (tracker_bytes(movement, embedding_dim=embedding_dim) if movement else 0)
-
-
-def tracker_bytes(movement: Movement, *, embedding_dim: int) -> int:
-    """Accelerator bytes that measuring movement takes per hot row.
-
-    Net movement needs a snapshot of the row and one byte that says whether it was looked up; movement per label two
-    sums and two counts.
-    """
-    return embedding_dim * 4 + 1 if movement == "net" else 16
+    return embedding_dim * 4 + state + tracker_bytes
 
 
 def table_offsets(rows_per_table: Sequence[int]) -> np.ndarray:

@@ -43,7 +43,9 @@ from slipstream.training.order.schedule import Schedule, default_segment_steps
 from slipstream.training.order.shards import Shards, read_slot_maps
 from slipstream.training.predict import predict
 from slipstream.training.representations import TableSpec
-from slipstream.training.skipping.skipper import Skipper, SkipRule
+from slipstream.training.skipping.criterion import SkipRule
+from slipstream.training.skipping.registry import CRITERIA
+from slipstream.training.skipping.skipper import Skipper
 from slipstream.training.slot_layout import SlotLayout
 
 _ROUND_SAMPLES = 1_000_000
@@ -106,9 +108,9 @@ def _open(config: PipelineConfig, segregated: Artifact, *, counts: np.ndarray, s
         table_of_column=figures.column_tables,
         outside={spec.name for spec in specs if spec.representation == "tt"},
     )
-    if config.criterion == "stale" and not layout.inside:
+    if CRITERIA.get(config.criterion).watches_rows and not layout.inside:
         raise ConfigError(
-            "criterion `stale` watches rows move, and no table has rows: all are held as tensor-train cores",
+            f"criterion `{config.criterion}` watches rows move, and no table has rows: all are tensor-train cores",
             hint="choose another skip.criterion, or let small tables be dense",
         )
     return assemble(
@@ -228,20 +230,9 @@ def _make_trainer(
 
 
 def _skip_rule(config: PipelineConfig, parts: Assembly) -> SkipRule:
-    skip = config.skip
-    return SkipRule(
-        criterion=config.criterion,
-        target_drop=skip.target_drop,
-        scope=skip.scope,
-        movement=skip.movement,
-        alpha=skip.alpha,
-        threshold=skip.threshold,
-        sample_size=skip.sample_size,
-        num_rows=parts.layout.num_slots if skip.scorer == "linear" else 0,
-        num_dense=parts.num_dense,
-        floor=skip.floor,
-        reweight=skip.reweight,
-    )
+    if config.skip.scorer == "model":
+        return config.skip_rule
+    return replace(config.skip_rule, num_rows=parts.layout.num_slots, num_dense=parts.num_dense)
 
 
 def _make_faithful(config: PipelineConfig, parts: Assembly, *, num_hot: int) -> FaithfulTrainer:

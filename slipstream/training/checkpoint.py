@@ -34,7 +34,7 @@ from slipstream.training.order.rounds import OpenStreams
 from slipstream.training.stopping import StopSignals
 from slipstream.training.training_state import collect_state, restore_state
 
-_FORMAT = 2
+_FORMAT = 3
 _log = logging.getLogger(__name__)
 
 

@@ -18,12 +18,10 @@ from slipstream.embedding.tiers.placement import StagingOverflowError
 from slipstream.errors import CapacityError, TrainingError
 from slipstream.io.figures import FitFigures
 from slipstream.io.samples import Samples
-from slipstream.ops.hot_set import tracker_bytes
 from slipstream.training.order.rounds import OpenStreams, Position, PreparedRound, RoundPreparer
 from slipstream.training.order.schedule import Schedule
 from slipstream.training.predict import predict
 from slipstream.training.skipping.skipper import Skipper
-from slipstream.training.skipping.staleness import make_tracker
 from slipstream.training.step import TrainStep
 
 _SCORE_BATCH = 16_384
@@ -127,8 +125,8 @@ class Trainer:
         self.position = Position()
         self._preparer: RoundPreparer | None = None
         self.step, self.lookahead, self.skipper = step, lookahead, skipper
-        if skipper.needs_windows:
-            step.tracker = make_tracker(skipper.rule.movement, step.rows.buffer[: step.rows.num_hot])
+        if skipper.criterion.watches_rows:
+            step.tracker = skipper.criterion.make_tracker(step.rows.buffer[: step.rows.num_hot])
         self._lr_schedule, self._schedule = lr_schedule, schedule
         self._log_every, self._on_report, self._between_chunks = log_every, on_report, between_chunks
         self._started, self._cpu_started = time.perf_counter(), time.process_time()
@@ -168,13 +166,12 @@ class Trainer:
 
     def figures(self) -> FitFigures:
         """Sum up what training amounted to."""
-        rule = self.skipper.rule
         return fit_figures(
             self.totals,
             self.lookahead,
             classified=self.skipper.classified,
             dropped=self.skipper.dropped,
-            asked=rule.target_drop if rule.criterion != "none" else 0.0,
+            asked=self.skipper.rule.target_drop if self.skipper.criterion.drops else 0.0,
             threshold=self.skipper.threshold,
             bytes_per_tier=self._bytes_per_tier(),
         )
@@ -182,8 +179,7 @@ class Trainer:
     def _bytes_per_tier(self) -> dict[str, int]:
         rows, representations = self.step.rows, self.step.representations
         tiers = rows.bytes_per_tier()
-        if self.skipper.needs_windows:
-            per_row = tracker_bytes(self.skipper.rule.movement, embedding_dim=rows.embedding_dim)
+        if per_row := self.skipper.criterion.tracker_bytes(embedding_dim=rows.embedding_dim):
             tiers["staleness"] = rows.num_hot * per_row
         if representations.has_cores:
             tiers["tt"] = representations.core_bytes()

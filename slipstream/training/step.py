@@ -22,7 +22,7 @@ from slipstream.embedding.tiers.lookahead import StagedBatch
 from slipstream.embedding.tiers.rows import TieredRows, update_rows
 from slipstream.training.dense_optimizer import DenseOptimizer
 from slipstream.training.representations import Representations
-from slipstream.training.skipping.staleness import RowTracker, pulls_of_lookups
+from slipstream.training.skipping.trackers import RowTracker, pulls_of_lookups
 
 Precision = Literal["fp32", "tf32", "bf16"]
 Kernels = Literal["torch", "triton"]

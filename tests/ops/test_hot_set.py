@@ -10,7 +10,6 @@ from strategies import count_tables, lookups
 
 from slipstream.ops.counting import count_accesses
 from slipstream.ops.hot_set import (
-    Movement,
     assign_slots,
     choose_hot_rows,
     hot_row_bytes,
@@ -59,18 +58,11 @@ def plain_sample_aware(rows: np.ndarray, counts: np.ndarray, oov_rows: np.ndarra
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "movement", "expected"),
-    [
-        ("sgd", None, 64),
-        ("rowwise_adagrad", None, 64 + 4),
-        ("sgd", "net", 64 + 64 + 1),
-        ("rowwise_adagrad", "net", 64 + 4 + 64 + 1),
-        ("sgd", "per-label", 64 + 16),
-        ("rowwise_adagrad", "per-label", 64 + 4 + 16),
-    ],
+    ("optimizer", "tracker_bytes", "expected"),
+    [("sgd", 0, 64), ("rowwise_adagrad", 0, 64 + 4), ("sgd", 16, 64 + 16), ("rowwise_adagrad", 16, 64 + 4 + 16)],
 )
-def test_a_hot_row_costs_weights_state_and_what_watches_it(optimizer: str, movement: Movement | None, expected: int):
-    assert hot_row_bytes(embedding_dim=16, optimizer=optimizer, movement=movement) == expected
+def test_a_hot_row_costs_weights_state_and_what_watches_it(optimizer: str, tracker_bytes: int, expected: int):
+    assert hot_row_bytes(embedding_dim=16, optimizer=optimizer, tracker_bytes=tracker_bytes) == expected
 
 
 @given(count_tables())

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from fake_cuda import CUDA, FakeCuda
+from strategies import make_tracker
 from torch import Tensor
 
 from slipstream.embedding.quantized import quantize_linears
@@ -20,11 +21,10 @@ from slipstream.embedding.tiers.pinned import NUM_SLABS, SLAB_BYTES
 from slipstream.embedding.tiers.placement import StagingHalves
 from slipstream.embedding.tiers.rows import TieredRows
 from slipstream.models.dlrm import DLRM
-from slipstream.ops.hot_set import Movement
 from slipstream.training import step as step_module
 from slipstream.training.dense_optimizer import DenseOptimizer
 from slipstream.training.representations import Representations
-from slipstream.training.skipping.staleness import make_tracker
+from slipstream.training.skipping.criterion import Movement
 from slipstream.training.slot_layout import SlotLayout
 from slipstream.training.step import FixedShapeStep, TrainStep
 

@@ -55,7 +55,7 @@ def test_the_published_order_goes_by_net_movement_whatever_the_file_says(tmp_pat
     train = TREE["train"] | {"mode": "slipstream"}
     configs = [build_pipeline(TREE | {"train": train, "skip": {"movement": kind}}) for kind in ("net", "per-label")]
 
-    assert [config.movement for config in configs] == ["net", "net"]
+    assert [config.skip_rule.movement for config in configs] == ["net", "net"]
     assert [row_bytes_of(config) for config in configs] == [16 + 4 + 16 + 1] * 2
     (net, per_label) = (plan_pipeline(config, tmp_path)[-1].key.fingerprint for config in configs)
     assert net == per_label

@@ -5,16 +5,16 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+from strategies import make_tracker
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from slipstream.embedding.duplicates import Distinct, sort_lookups
 from slipstream.embedding.tiers.lookahead import StagedBatch
 from slipstream.embedding.tiers.rows import TieredRows
 from slipstream.models.dlrm import DLRM
-from slipstream.ops.hot_set import Movement
 from slipstream.training.dense_optimizer import DenseOptimizer
 from slipstream.training.representations import Representations
-from slipstream.training.skipping.staleness import make_tracker
+from slipstream.training.skipping.criterion import Movement
 from slipstream.training.slot_layout import SlotLayout
 from slipstream.training.step import FixedShapeStep, TrainStep
 

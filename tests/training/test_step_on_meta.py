@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from fake_cuda import SYNCHRONISING
+from strategies import make_tracker
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -17,10 +18,9 @@ from slipstream.embedding.quantized import quantize_linears
 from slipstream.embedding.tiers.lookahead import StagedBatch
 from slipstream.embedding.tiers.rows import TieredRows
 from slipstream.models.dlrm import DLRM
-from slipstream.ops.hot_set import Movement
 from slipstream.training.dense_optimizer import DenseOptimizer
 from slipstream.training.representations import Representations, TableSpec
-from slipstream.training.skipping.staleness import make_tracker
+from slipstream.training.skipping.criterion import Movement
 from slipstream.training.slot_layout import SlotLayout
 from slipstream.training.step import FixedShapeStep
 

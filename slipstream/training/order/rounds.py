@@ -21,7 +21,8 @@ from slipstream.io.samples import Samples
 from slipstream.training.order.batches import BatchMaker
 from slipstream.training.order.schedule import Schedule
 from slipstream.training.order.stream import SampleStream
-from slipstream.training.skipping.skipper import Scorer, Selection, Skipper
+from slipstream.training.skipping.criterion import Scorer
+from slipstream.training.skipping.skipper import Selection, Skipper
 
 Picked = tuple[Selection, Selection]
 """What is kept of the hot and of the cold samples of a round."""
@@ -217,7 +218,7 @@ class RoundPreparer:
 
     def _pick(self, task: _Task, hot: Samples | None, cold: Samples | None, rng: np.random.Generator) -> Picked:
         is_first = (task.epoch, task.index) == (0, 0)
-        if task.begins_segment and not is_first and not self._skipper.needs_windows:
+        if task.begins_segment and not is_first and not self._skipper.criterion.watches_rows:
             self._skipper.start()
         return self._skipper.select(hot, cold, rng=rng, score=self._score)
 

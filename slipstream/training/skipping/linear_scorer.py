@@ -9,9 +9,12 @@ Shape suffixes: n samples, T lookups each, L = n T.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from slipstream.io.samples import Samples
+if TYPE_CHECKING:
+    from slipstream.io.samples import Samples
 
 _CHUNK = 256
 """Samples a step."""

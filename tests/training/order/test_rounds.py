@@ -17,7 +17,8 @@ from slipstream.training.order import rounds as rounds_module
 from slipstream.training.order.rounds import OpenStreams, Position, PreparedRound, RoundPreparer
 from slipstream.training.order.schedule import Schedule
 from slipstream.training.order.stream import SampleStream
-from slipstream.training.skipping.skipper import Skipper, SkipRule
+from slipstream.training.skipping.criterion import SkipRule
+from slipstream.training.skipping.skipper import Skipper
 
 NUM_ROWS, NUM_DENSE = 60, 3
 SCHEDULE = Schedule(epochs=2, batch_size=16, order="interleaved", segment_steps=12, round_samples=100, seed=3)
@@ -52,7 +53,7 @@ def score(samples: Samples) -> np.ndarray:
 
 
 def check_where_a_segment_ends(skipper: Skipper, prepared: PreparedRound, *, step: int) -> None:
-    if prepared.ends_segment and skipper.needs_windows:
+    if prepared.ends_segment and skipper.criterion.watches_rows:
         shape = NUM_ROWS if skipper.rule.movement == "net" else (2, NUM_ROWS)
         skipper.check(step=step, movement=np.random.default_rng(step).random(shape).astype(np.float32))
 

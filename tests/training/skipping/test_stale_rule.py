@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from slipstream.io.samples import Samples
-from slipstream.training.skipping.skipper import Skipper, SkipRule
+from slipstream.training.skipping.criterion import SkipRule
+from slipstream.training.skipping.skipper import Skipper
 
 TABLES = 3
 
