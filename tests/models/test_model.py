@@ -200,10 +200,10 @@ def test_an_export_to_int4_asks_for_rows_of_even_width(tiny_runs: Path, tmp_path
         run_pipeline(tiny_config(model={"name": "wide", "embedding_dim": 3, "padding": padding}), tiny_runs)
         for padding in (1, 2)
     )
-    export_model.run(even.stages["train"].artifact, representation="int4", out_dir=tmp_path / "even")
+    export_model.run(even.stages["train"].artifact.path, representation="int4", out=tmp_path / "even")
     assert load_model(tmp_path / "even")[1].look_up(torch.zeros(1, 26, dtype=torch.int64)).shape == (1, 26, 4)
     with pytest.raises(ConfigError, match="the model's rows have 5"):
-        export_model.run(odd.stages["train"].artifact, representation="int4", out_dir=tmp_path / "odd")
+        export_model.run(odd.stages["train"].artifact.path, representation="int4", out=tmp_path / "odd")
 
 
 @pytest.mark.parametrize("name", ["deepfm", "dcnv2"])
