@@ -315,44 +315,14 @@ def unpack_int4(packed: Tensor) -> Tensor:
     return _unpack(packed, 4)
 
 
-def pack_int2(q: Tensor) -> Tensor:
-    """Put four 2-bit integers in a byte; the first column takes the lowest bits.
-
-    Args:
-        q: Integers in [-2, 1]. Shape (..., D), int8, D a multiple of 4.
-
-    Returns:
-        Shape (..., D / 4), uint8.
-
-    Raises:
-        ValueError: D is no multiple of 4, the dtype is not int8, or a value is outside [-2, 1].
-    """
-    return _pack(q, 2)
-
-
-def unpack_int2(packed: Tensor) -> Tensor:
-    """Undo `pack_int2`.
-
-    Args:
-        packed: Shape (..., D / 4), uint8.
-
-    Returns:
-        Integers in [-2, 1]. Shape (..., D), int8.
-
-    Raises:
-        ValueError: The dtype is not uint8.
-    """
-    return _unpack(packed, 2)
-
-
 def _pack(q: Tensor, bits: int) -> Tensor:
     if q.dtype != torch.int8:
-        raise ValueError(f"pack_int{bits}: expected int8, found {q.dtype}; call quantize first")
+        raise ValueError(f"expected int8 to pack {bits} bits, found {q.dtype}; call quantize first")
     check_divides(q.shape[-1], bits)
     n = max_level(bits)
     if q.numel() and (int(q.min()) < -n - 1 or int(q.max()) > n):
         raise ValueError(
-            f"pack_int{bits}: expected values in [{-n - 1}, {n}], found {int(q.min())} to {int(q.max())}; "
+            f"expected values in [{-n - 1}, {n}] to pack {bits} bits, found {int(q.min())} to {int(q.max())}; "
             f"quantize with bits={bits}"
         )
     per_byte = values_per_byte(bits)
@@ -365,7 +335,7 @@ def _pack(q: Tensor, bits: int) -> Tensor:
 
 def _unpack(packed: Tensor, bits: int) -> Tensor:
     if packed.dtype != torch.uint8:
-        raise ValueError(f"unpack_int{bits}: expected uint8, found {packed.dtype}; pass what pack_int{bits} gave")
+        raise ValueError(f"expected uint8 that holds {bits} bits a value, found {packed.dtype}; pass what pack gave")
     signed = packed.view(torch.int8)
     # shifted up, the sign bit of the part is the sign bit of the byte; the shift down then extends it
     parts = [(signed << (8 - bits * (k + 1))) >> (8 - bits) for k in range(values_per_byte(bits))]
