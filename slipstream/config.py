@@ -18,6 +18,7 @@ from slipstream.errors import ConfigError
 from slipstream.models.dlrm import DLRM
 from slipstream.models.model import Model
 from slipstream.options import build, check_size, parse_budget, read_tree, require, speed_only
+from slipstream.published import check_published_order
 from slipstream.registry import ChoiceOf
 from slipstream.training.skipping.criterion import Movement, Scope, SkipRule
 from slipstream.training.skipping.registry import CRITERIA
@@ -279,7 +280,8 @@ class TrainConfig:
     `slipstream` like fae and samples skipped, `cached` in a software cache that needs no hot set."""
     faithful: bool = False
     """Reproduce the published order of `fae` and `slipstream`: all cold batches, then all hot ones, whole-table
-    copies between them, T by bisection, one classification an epoch. No checkpoints, constant learning rate."""
+    copies between them, T by bisection, one classification an epoch. No checkpoints, constant learning rate;
+    keys it would ignore are refused."""
     seed: int | None = None
     """Seed of training alone; left out, the seed of the pipeline."""
     cache_ratio: float = 0.01
@@ -380,6 +382,12 @@ class SkipConfig:
     """Steps before a check that rows are watched for; 0 uses the whole time since the last check."""
     sample_size: int = 65_536
     """Hot samples the threshold is taken from, by `net` movement; per label it is taken from all of a round."""
+    sample_ratio: float = 0.0
+    """The same as a share of all hot samples, with `train.faithful`; 0 takes `skip.sample_size`."""
+    probe_share: float = 0.015
+    """p: share of hot batches between the two snapshots of `train.faithful`."""
+    tolerance: float = 0.08
+    """How far from D the bisection of `train.faithful` may stop; where it finds nothing as near, none is dropped."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -390,6 +398,8 @@ class SkipConfig:
         for name in ("warmup_steps", "refresh_steps", "window_steps"):
             require(getattr(self, name) >= 0, f"skip.{name}", "at least 0", getattr(self, name))
         require(self.sample_size >= 1, "skip.sample_size", "at least 1", self.sample_size)
+        for name in ("sample_ratio", "probe_share", "tolerance"):
+            require(0 <= getattr(self, name) < 1, f"skip.{name}", "in [0, 1)", getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -429,6 +439,8 @@ class PipelineConfig:
                 "`train.faithful` does not go with tt tables: the published order copies whole tables of rows",
                 hint="leave train.faithful out, or use another representation",
             )
+        if self.train.faithful:
+            check_published_order(self.train, self.skip, criterion=self.criterion)
         if self.model.sources and self.dataset.source not in self.model.sources:
             raise ConfigError(
                 f"`model.name` = '{self.model.name}' is for source {', '.join(self.model.sources)}, "

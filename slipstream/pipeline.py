@@ -38,6 +38,7 @@ from slipstream.io.artifacts import (
 from slipstream.io.locks import InUseError, hold_artifact
 from slipstream.options import to_dict
 from slipstream.progress import Progress, Silent
+from slipstream.published import SKIP_KEYS as PUBLISHED_KEYS
 from slipstream.stage import Stage, StageJob, row_bytes_of
 from slipstream.training.skipping.registry import CRITERIA
 
@@ -106,6 +107,8 @@ def _segregate_settings(config: PipelineConfig) -> dict[str, Any]:
 
 def _train_settings(config: PipelineConfig) -> dict[str, Any]:
     skip = to_dict(config.skip, execution=False)
+    if not config.train.faithful:
+        skip = {name: value for name, value in skip.items() if name not in PUBLISHED_KEYS}
     if CRITERIA.get(config.criterion).drops:
         skip["movement"] = config.skip_rule.movement
     else:

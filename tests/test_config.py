@@ -343,6 +343,7 @@ OTHER_VALUES: dict[str, dict[str, Any]] = {
     "tables.rules": {"tables__rules": [{"min_rows": 100, "representation": "int8"}]},
     "tables.overrides": {"tables__overrides": {"cat_1": {"representation": "int4"}}},
     "train.seed": {"train__seed": 5},
+    "train.faithful": {"train__faithful": True, "train__chunk_batches": 16},
     "skip.criterion": {"skip__criterion": "random"},
     "skip.threshold": {"skip__threshold": 0.01},
 }
@@ -352,6 +353,9 @@ CONDITIONS: dict[str, dict[str, Any]] = {
     "train.cache_policy": {"train__mode": "cached"},
     "tables.period": {"tables__representation": "int8"},
     "tables.tt_ranks": {"tables__representation": "tt"},
+    "skip.sample_ratio": {"train__faithful": True, "train__chunk_batches": 16},
+    "skip.probe_share": {"train__faithful": True, "train__chunk_batches": 16},
+    "skip.tolerance": {"train__faithful": True, "train__chunk_batches": 16},
 }
 """What must hold for keys that mean nothing otherwise."""
 NEEDS: dict[str, dict[str, Any]] = {
@@ -424,7 +428,7 @@ def test_a_key_changes_its_own_stage_and_none_before_it(
 @pytest.mark.parametrize("key", CONDITIONS)
 def test_a_key_that_means_nothing_makes_nothing_run_again(tmp_path: Path, key: str):
     changed = OTHER_VALUES.get(key) or {
-        key.replace(".", "__"): {"cache_ratio": 0.5, "cache_policy": "lfu", "period": 7}[key.split(".")[1]]
+        key.replace(".", "__"): {"cache_ratio": 0.5, "cache_policy": "lfu", "period": 7}.get(key.split(".")[1], 0.25)
     }
     assert fingerprints(tiny_config(), tmp_path) == fingerprints(tiny_config(**changed), tmp_path)
 

@@ -48,6 +48,7 @@ MAY_IMPORT = {
     "forecast": {"pipeline", "config", "io", "errors"},
     "pipeline": {
         "stage",
+        "published",
         "training.skipping",
         "serving",
         "stages",
@@ -88,7 +89,8 @@ MAY_IMPORT = {
     "datasets": {"registry", "datasets", "io", "ops", "errors", "progress", "schema"},
     "io": {"io", "ops", "errors", "schema"},
     "ops": {"ops", "schema"},
-    "config": {"training.skipping", "models", "options", "registry", "errors", "schema"},
+    "published": {"training.skipping", "errors"},
+    "config": {"published", "training.skipping", "models", "options", "registry", "errors", "schema"},
     "options": {"registry", "errors"},
     "registry": set(),
     "shipped": {"errors"},

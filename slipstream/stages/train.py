@@ -237,10 +237,13 @@ def _skip_rule(config: PipelineConfig, parts: Assembly) -> SkipRule:
 
 def _make_faithful(config: PipelineConfig, parts: Assembly, *, num_hot: int) -> FaithfulTrainer:
     rule = FaithfulRule(
-        target_drop=config.skip.target_drop if config.criterion == "stale" else 0.0,
+        target_drop=config.skip.target_drop if CRITERIA.get(config.criterion).drops else 0.0,
         alpha=config.skip.alpha,
         first_snapshot=config.skip.warmup_steps,
         sample_size=config.skip.sample_size,
+        sample_ratio=config.skip.sample_ratio,
+        probe_share=config.skip.probe_share,
+        tolerance=config.skip.tolerance,
     )
     with fitting_the_device("the second copy of the hot rows"):
         return FaithfulTrainer(

@@ -44,12 +44,14 @@ class FaithfulRule:
     """Share of lookups that must be stale; 1 is the published count of all 26."""
     first_snapshot: int
     """S: hot batch before which the first snapshot is taken."""
-    window_ratio: float = 0.015
+    probe_share: float = 0.015
     """p: the second snapshot follows batch E = round(p * hot batches) + S."""
     tolerance: float = 0.08
     """How far from D the bisection may stop."""
     sample_size: int = 65_536
     """Remaining hot samples that T is searched on, drawn with replacement."""
+    sample_ratio: float = 0.0
+    """The same as a share of all hot samples of the epoch; 0 takes `sample_size`."""
 
 
 class FaithfulTrainer:
@@ -128,7 +130,7 @@ class FaithfulTrainer:
     def _train_hot(self, samples: Iterator[Samples], num_hot_samples: int, epoch: int) -> None:
         rule = self._rule
         batches = list(self._batches(samples, is_hot=True))
-        end = round(rule.window_ratio * len(batches)) + rule.first_snapshot
+        end = round(rule.probe_share * len(batches)) + rule.first_snapshot
         if not rule.target_drop or end >= len(batches):
             self._run_hot(batches)
             return
@@ -139,13 +141,14 @@ class FaithfulTrainer:
         moved = (hot_rows - before).abs_().amax(dim=1).cpu().numpy()
         rest = batches[end + 1 :]
         if rest:
-            self._run_hot(self._drop(rest, moved, epoch))
+            self._run_hot(self._drop(rest, moved, epoch, num_hot_samples))
 
-    def _drop(self, batches: Sequence[Batch], moved: np.ndarray, epoch: int) -> list[Batch]:
+    def _drop(self, batches: Sequence[Batch], moved: np.ndarray, epoch: int, num_hot_samples: int) -> list[Batch]:
         rule = self._rule
         slots = np.concatenate([batch.slots for batch in batches])
         statistic = sample_movement(moved, slots, alpha=rule.alpha)
-        drawn = np.random.default_rng([self._seed, epoch]).choice(statistic, min(rule.sample_size, len(statistic)))
+        size = max(int(rule.sample_ratio * num_hot_samples), 1) if rule.sample_ratio else rule.sample_size
+        drawn = np.random.default_rng([self._seed, epoch]).choice(statistic, min(size, len(statistic)))
         self.threshold = bisect_threshold(drawn, target_drop=rule.target_drop, tolerance=rule.tolerance)
         keep = statistic >= self.threshold
         self.classified += len(keep)

@@ -9,6 +9,7 @@ from slipstream.config import build_pipeline
 from slipstream.errors import ConfigError
 from slipstream.pipeline import RunResult, plan_pipeline, run_pipeline
 from slipstream.stage import row_bytes_of
+from slipstream.training import faithful
 from slipstream.training.skipping.staleness import bisect_threshold, find_threshold
 
 TREE: dict[str, Any] = {
@@ -94,3 +95,58 @@ def test_bisection_that_misses_the_band_drops_nothing() -> None:
     ties = np.full(100, 0.05, np.float32)
 
     assert bisect_threshold(ties, target_drop=0.5, tolerance=0.08) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        *(("train", *pair) for pair in [("lr_warmup", 0.1), ("lr_decay", "linear"), ("order", "mixed")]),
+        *(("train", *pair) for pair in [("chunk_batches", 4), ("staging_rows", 99), ("log_every", 7)]),
+        *(("train", *pair) for pair in [("checkpoint_steps", 5), ("checkpoint_minutes", 1.0)]),
+        *(("skip", *pair) for pair in [("threshold", 0.01), ("threshold", 0.0), ("window_steps", 9)]),
+        *(("skip", *pair) for pair in [("refresh_steps", 9), ("scope", "all"), ("scorer", "model")]),
+        *(("skip", *pair) for pair in [("floor", 0.2), ("reweight", False)]),
+    ],
+)
+def test_what_the_published_order_would_ignore_is_refused_by_name(section: str, key: str, value: object) -> None:
+    tree = TREE | {"skip": {}}
+    tree[section] = tree[section] | {key: value}
+    with pytest.raises(ConfigError, match=rf"`train\.faithful` would ignore `{section}\.{key}` = {value!r}: "):
+        build_pipeline(tree)
+    assert build_pipeline(tree | {"train": tree["train"] | {"faithful": False}})
+
+
+def test_all_that_would_be_ignored_is_named_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"`train.lr_decay` = 'linear', `skip.window_steps` = 3"):
+        build_pipeline(TREE | {"train": TREE["train"] | {"lr_decay": "linear"}, "skip": {"window_steps": 3}})
+
+
+def test_without_dropping_and_without_checkpoints_nothing_is_ignored() -> None:
+    train = TREE["train"] | {"mode": "fae", "checkpoint_minutes": 0.0}
+    assert build_pipeline(TREE | {"train": train, "skip": {"criterion": "random", "window_steps": 3}})
+
+
+@pytest.mark.parametrize("criterion", ["random", "negative", "importance"])
+def test_a_criterion_that_the_published_order_does_not_know_is_refused(criterion: str) -> None:
+    with pytest.raises(ConfigError, match=f"goes with criterion none or stale, found `skip.criterion` = '{criterion}'"):
+        build_pipeline(TREE | {"skip": {"criterion": criterion}})
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_the_published_numbers_are_keys(tmp_path: Path, p: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With p the window has round(p * hot batches) + 1 steps; what follows is classified, by what is drawn."""
+    drawn: list[int] = []
+
+    def search(statistic: np.ndarray, *, target_drop: float, tolerance: float) -> float:
+        drawn.append(len(statistic))
+        assert (target_drop, tolerance) == (0.3, 0.02)
+        return 0.0
+
+    monkeypatch.setattr(faithful, "bisect_threshold", search)
+    skip = {"probe_share": p, "tolerance": 0.02, "sample_ratio": 0.1, "warmup_steps": 3}
+    result = run(tmp_path, train={"mode": "slipstream"}, skip=skip)
+    num_hot = result.counts("segregate")["samples"]["hot"]
+    num_batches = -(-num_hot // 64)
+    window = round(p * num_batches) + 1
+    assert drawn == [int(0.1 * num_hot)]
+    assert result.counts("train")["samples_classified"] == num_hot - 64 * (3 + window)

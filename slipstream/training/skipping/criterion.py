@@ -138,6 +138,8 @@ class Criterion(ABC):
     """What it can classify; `skip.scope` chooses, and a comparison takes the last."""
     drops: ClassVar[bool] = True
     """Whether it ever drops anything."""
+    is_published: ClassVar[bool] = False
+    """Whether the published order has it, so that `train.faithful` can honour it."""
     watches_rows: ClassVar[bool] = False
     """Whether it goes by how rows move: it then has a tracker, and begins with the first window that closes."""
     decides_alone: bool = True

@@ -12,6 +12,7 @@ class Nothing(Criterion):
 
     scopes = ("hot",)
     drops = False
+    is_published = True
 
     def choose(self, candidates: Candidates, *, rng: np.random.Generator) -> Choice:
         """Keep all."""

@@ -30,6 +30,7 @@ class Stale(Criterion):
     """What both ways to see rows move have in common: windows, and a threshold for each."""
 
     scopes = ("hot",)
+    is_published = True
     watches_rows = True
 
     def __init__(self, rule: SkipRule) -> None:
