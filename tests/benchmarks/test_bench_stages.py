@@ -14,13 +14,18 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 @pytest.mark.parametrize(
     ("name", "options", "contenders"),
     [
-        ("preprocess", ["--rows", "3000"], {"slipstream", "torchrec", "plain loop", "bare read"}),
-        ("preprocess", ["--rows", "3000", "--memory", "--max-table-rows", "50"], {"3000", "15000"}),
-        ("segregate", ["--rows", "5000"], {"slipstream", "FAE loop", "copy"}),
+        ("preprocess", ["--rows", "3000", "--slow-rows", "500"], {"slipstream", "torchrec", "plain loop", "bare read"}),
+        (
+            "preprocess",
+            ["--rows", "3000", "--slow-rows", "500", "--memory", "--max-table-rows", "50"],
+            {"3000", "15000"},
+        ),
+        ("segregate", ["--rows", "5000", "--slow-rows", "500"], {"slipstream", "FAE loop", "copy"}),
+        ("score", ["--rows", "5000"], {"preprocess", "score", "torch", "onnx"}),
     ],
 )
 def test_benchmarks_run_at_toy_size(tmp_path: Path, name: str, options: list[str], contenders: set[str]):
-    command = [sys.executable, str(BENCHMARKS / f"bench_{name}.py"), *options, "--slow-rows", "500"]
+    command = [sys.executable, str(BENCHMARKS / f"bench_{name}.py"), *options]
     answer = subprocess.run(
         [*command, "--work", str(tmp_path)], capture_output=True, text=True, env=subprocess_environment()
     )
