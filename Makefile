@@ -30,8 +30,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 setup: $(STAMP) ## make .venv and install slipstream into it; does nothing when nothing changed
 
-all: setup ## set up, then run the shipped pipeline `tiny` from raw text to trained model
+all: setup ## set up, run the shipped pipeline `tiny` from raw text to trained model, write its report
 	$(BIN)/slipstream run --runs $(RUNS)
+	$(BIN)/slipstream report --runs $(RUNS) --out $(RUNS)/tiny/report.html
 
 test: setup ## run the tests that take seconds each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto

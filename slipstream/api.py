@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from slipstream.config import load_pipeline
 from slipstream.errors import ArtifactError
 from slipstream.pipeline import RunResult, run_pipeline
+from slipstream.progress import Silent
 from slipstream.shipped import find_pipeline
 
 if TYPE_CHECKING:
@@ -26,6 +27,10 @@ class Result:
 
     run: RunResult
     """Stage by stage, with the config."""
+    pipeline: str = ""
+    """Pipeline file or name, as it was given."""
+    overrides: tuple[str, ...] = ()
+    """As `--set` takes them."""
 
     @property
     def figures(self) -> dict[str, dict[str, Any]]:
@@ -84,6 +89,26 @@ class Result:
         labels = pl.read_parquet(self._path("preprocess") / split / "*.parquet", columns=["label"])
         return pl.DataFrame({"probability": probabilities, "label": labels.get_column("label")})
 
+    def report(self, path: str | Path) -> int:
+        """Write what the run left behind as one HTML page with charts; needs the extra `report`.
+
+        Args:
+            path: File to write.
+
+        Returns:
+            Bytes of the file.
+
+        Raises:
+            ConfigError: The extra is not installed.
+            ArtifactError: An artifact was altered or removed since.
+        """
+        from slipstream.report.run_page import write_run_page
+
+        runs_dir = self.run.run_dir.parent
+        command = ["slipstream", "run", self.pipeline or self.run.config.name, "--runs", str(runs_dir)]
+        command += [part for override in self.overrides for part in ("--set", override)]
+        return write_run_page(self.run.config, runs_dir, Path(path), command=command, progress=Silent())
+
     def _path(self, stage: str) -> Path:
         if stage not in self.run.stages:
             raise ArtifactError(f"stage `{stage}` was not part of this run", hint="leave `stages` out to run them all")
@@ -116,7 +141,8 @@ def run(
     if isinstance(overrides, Mapping):
         overrides = [f"{key}={_as_toml(value)}" for key, value in overrides.items()]
     config = load_pipeline(find_pipeline(str(pipeline)), overrides)
-    return Result(run_pipeline(config, Path(runs), stages=stages, force=force))
+    result = run_pipeline(config, Path(runs), stages=stages, force=force)
+    return Result(result, pipeline=str(pipeline), overrides=tuple(overrides))
 
 
 def load(folder: str | Path) -> ServedModel:

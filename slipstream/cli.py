@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from slipstream.config import PipelineConfig
-    from slipstream.pipeline import RunResult
 
 _DEFAULT_PIPELINE = "tiny"
 _PIPED_COLUMNS = 200
@@ -218,10 +217,15 @@ def compare(
     skip_share: Annotated[
         float | None, typer.Option(help="Share of all samples every criterion skips; sets its D.")
     ] = None,
+    report_file: Annotated[
+        Path | None, typer.Option("--report", metavar="FILE", help="Show it as an HTML page with charts too.")
+    ] = None,
     as_json: _Json = False,
     quiet: _Quiet = False,
 ) -> None:
     """Run a grid of modes and skip criteria over several seeds and show paired differences."""
+    if report_file is not None:
+        _require_charts()
     from rich.console import Console
 
     from slipstream.compare import make_grid, run_comparison
@@ -243,6 +247,44 @@ def compare(
         typer.echo(json.dumps([dataclasses.asdict(variant) for variant in compared], indent=1))
     elif not quiet:
         _answer(comparison_table(compared))
+    if report_file is not None:
+        from slipstream.report.compare_page import write_comparison_page
+
+        command = ["slipstream", *sys.argv[1:]]
+        size = write_comparison_page(compared, report_file, name=find_pipeline(pipeline).stem, command=command)
+        _say(f"report written to {report_file}, {size / 1e6:.1f} MB; open it in a browser")
+
+
+def _require_charts() -> None:
+    """Say before hours of work that its report could not be written."""
+    from slipstream.report.page import require_charts
+
+    require_charts()
+
+
+@app.command(epilog="Example: slipstream report tiny --out report.html")
+def report(
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="HTML file to write.")],
+    pipeline: _Pipeline = _DEFAULT_PIPELINE,
+    runs: _Runs = _RUNS,
+    overrides: _Set = _NO_OVERRIDES,
+    quiet: _Quiet = False,
+) -> None:
+    """Write what a run left behind as one HTML page: data, hot set, training, quality, cost. Needs extra `report`."""
+    config = _load(pipeline, overrides)
+    _require_charts()
+    from rich.console import Console
+
+    from slipstream.progress import Silent
+    from slipstream.report import RichProgress
+    from slipstream.report.run_page import write_run_page
+
+    command = ["slipstream", "run", pipeline, "--runs", str(runs)]
+    command += [part for override in overrides for part in ("--set", override)]
+    progress = Silent() if quiet else RichProgress(Console(stderr=True))
+    size = write_run_page(config, runs, out, command=command, progress=progress)
+    if not quiet:
+        typer.echo(f"report written to {out}, {size / 1e6:.1f} MB; open it in a browser")
 
 
 def _split(names: str) -> list[str]:
@@ -290,6 +332,7 @@ def score(
     from slipstream.pipeline import score_lines
     from slipstream.progress import Silent
     from slipstream.report import RichProgress, score_table
+    from slipstream.report.document import without_nan
 
     summary = score_lines(
         model,
@@ -299,7 +342,7 @@ def score(
         progress=Silent() if quiet else RichProgress(Console(stderr=True)),
     )
     if as_json:
-        typer.echo(json.dumps(_without_nan(summary), indent=1))
+        typer.echo(json.dumps(without_nan(summary), indent=1))
     elif not quiet:
         _answer(score_table(summary))
 
@@ -400,6 +443,7 @@ def _run(
     from slipstream.pipeline import run_pipeline
     from slipstream.progress import Silent
     from slipstream.report import RichProgress, curve_table, run_table, stage_line
+    from slipstream.report.document import run_document
 
     console = Console(stderr=True)
     result = run_pipeline(
@@ -411,7 +455,7 @@ def _run(
         on_stage=lambda stage: None if quiet else console.print(stage_line(stage)),
     )
     if as_json:
-        typer.echo(json.dumps(_to_json(result), indent=1, allow_nan=False))
+        typer.echo(json.dumps(run_document(result), indent=1, allow_nan=False))
     elif not quiet:
         if stages == ["profile"]:
             _answer(curve_table(result.counts("profile")["curve"]))
@@ -419,40 +463,6 @@ def _run(
     if as_json or quiet:
         for text in result.warnings:
             _say(f"warning: {text}")
-
-
-def _to_json(result: RunResult) -> dict[str, Any]:
-    from slipstream.stage import row_bytes_of
-
-    stages: dict[str, Any] = {}
-    for name, stage in result.stages.items():
-        counts = dict(stage.artifact.counts)
-        if name == "segregate":
-            samples = counts.pop("samples")
-            counts |= {"hot_samples": samples["hot"], "cold_samples": samples["cold"]}
-            counts |= {"val_samples": samples["val"], "test_samples": samples["test"]}
-            counts["bytes"] = counts["hot_rows"] * row_bytes_of(result.config)
-        stages[name] = {
-            "status": stage.status,
-            "reason": stage.reason,
-            "seconds": round(stage.seconds, 3),
-            "output": str(stage.artifact.path),
-            **_without_nan(counts),
-        }
-    return {
-        "name": result.config.name,
-        "run_dir": str(result.run_dir),
-        "warnings": result.warnings,
-        "stages": stages,
-    }
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and value != value else value
 
 
 def _load(pipeline: str, overrides: list[str]) -> PipelineConfig:

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from raw_logs import as_frame, make_lines, write_pipeline, write_raw
 from rich.console import Console
 
-from slipstream import report
 from slipstream.config import load_pipeline
 from slipstream.datasets.criteo import CriteoSource
 from slipstream.datasets.parsing import parse_files
 from slipstream.io import raw as raw_files
 from slipstream.pipeline import plan_pipeline
 from slipstream.progress import Pace
+from slipstream.report import terminal
 
 
 class Recorder:
@@ -83,9 +83,9 @@ def test_a_task_without_end_tells_no_time():
 
 
 def test_without_a_terminal_a_plain_line_comes_now_and_then(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(report, "_PLAIN_SECONDS", 0.01)
+    monkeypatch.setattr(terminal, "_PLAIN_SECONDS", 0.01)
     said = io.StringIO()
-    with report.RichProgress(Console(file=said)).task("parse", 200, "B", done=20) as advance:
+    with terminal.RichProgress(Console(file=said)).task("parse", 200, "B", done=20) as advance:
         advance(30, "1,000 [lines]")
         while said.getvalue().count("\n") < 2:
             time.sleep(0.005)
@@ -95,7 +95,7 @@ def test_without_a_terminal_a_plain_line_comes_now_and_then(monkeypatch: pytest.
 
 def test_a_short_task_says_nothing_without_a_terminal():
     said = io.StringIO()
-    with report.RichProgress(Console(file=said)).task("parse", 200, "B") as advance:
+    with terminal.RichProgress(Console(file=said)).task("parse", 200, "B") as advance:
         advance(200, "all")
     assert said.getvalue() == ""
 

@@ -28,7 +28,7 @@ COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 MAY_IMPORT = {
     "__main__": {"cli"},
-    "api": {"pipeline", "serving", "config", "shipped", "errors"},
+    "api": {"pipeline", "report", "serving", "config", "shipped", "errors", "progress"},
     "cli": {
         "shipped",
         "forecast",
@@ -43,7 +43,10 @@ MAY_IMPORT = {
         "progress",
         "schema",
     },
-    "report": {"compare", "stage", "pipeline", "config", "errors", "io", "progress", "schema"},
+    "report": {
+        *("report", "compare", "stage", "pipeline", "config", "options"),
+        *("io", "ops", "errors", "progress", "schema"),
+    },
     "compare": {"pipeline", "training", "config", "errors", "io", "progress", "schema"},
     "forecast": {"pipeline", "config", "io", "errors"},
     "pipeline": {

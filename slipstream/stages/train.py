@@ -27,13 +27,14 @@ from slipstream.io.capacity import require_disk, require_memory
 from slipstream.io.costs import train_disk_bytes, train_memory_bytes
 from slipstream.io.counts import read_counts
 from slipstream.io.figures import SegregateFigures, TrainFigures
+from slipstream.ops.learning_rate import learning_rate
 from slipstream.ops.metrics import Quality, measure_quality
 from slipstream.ops.plausibility import doubt_quality
 from slipstream.options import pick, to_dict
 from slipstream.serving.encoder import describe_encoding, write_vocabularies
 from slipstream.serving.examples import write_examples
 from slipstream.stage import StageJob
-from slipstream.training.assemble import Assembly, Settings, assemble, learning_rate
+from slipstream.training.assemble import Assembly, Settings, assemble
 from slipstream.training.checkpoint import Checkpointer
 from slipstream.training.device import check_kernels, fitting_the_device, resolve_device
 from slipstream.training.faithful import FaithfulRule, FaithfulTrainer

@@ -8,7 +8,7 @@ import torch
 from strategies import tiny_config
 
 from slipstream.options import pick
-from slipstream.training.assemble import Assembly, Settings, assemble, learning_rate
+from slipstream.training.assemble import Assembly, Settings, assemble
 from slipstream.training.representations import TableSpec
 from slipstream.training.slot_layout import SlotLayout
 
@@ -74,13 +74,3 @@ def test_a_padding_row_starts_at_zero_and_no_other_does():
 def test_each_mode_has_rows_where_it_wants_them(train: dict[str, Any], num_hot: int, num_staged: int):
     rows = put_together(num_hot=7, **train).rows
     assert (rows.num_hot, rows.num_staged) == (num_hot, num_staged)
-
-
-def test_the_learning_rate_rises_from_zero_and_falls_to_zero_where_asked():
-    def rates(warmup: float, decay: str) -> list[float]:
-        return [learning_rate(share, lr=0.5, warmup=warmup, decay=decay) for share in (0.0, 0.125, 0.25, 0.5, 1.0)]
-
-    assert rates(0.0, "none") == [0.5] * 5
-    assert rates(0.25, "none") == [0.0, 0.25, 0.5, 0.5, 0.5]
-    assert rates(0.0, "linear") == [0.5, 0.4375, 0.375, 0.25, 0.0]
-    assert rates(0.25, "linear") == [0.0, 0.21875, 0.375, 0.25, 0.0]

@@ -1,4 +1,4 @@
-"""Rich tables and progress: results in, renderables out."""
+"""Rich tables and progress for the terminal: results in, renderables out."""
 
 from __future__ import annotations
 

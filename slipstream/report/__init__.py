@@ -1,0 +1,33 @@
+"""How results are shown: tables and progress on the terminal, JSON, and an HTML page with charts.
+
+terminal.py   Rich renderables
+document.py   the JSON document of a run
+facts.py      what a run left behind, read from its artifacts and condensed
+charts.py     frames to Altair charts
+page.py       sections, tables and charts to one HTML file
+run_page.py, compare_page.py   what stands on the page of a run, and of a comparison
+"""
+
+from slipstream.report.terminal import (
+    RichProgress,
+    comparison_table,
+    curve_table,
+    manifest_table,
+    plan_table,
+    run_table,
+    score_table,
+    show_bytes,
+    stage_line,
+)
+
+__all__ = [
+    "RichProgress",
+    "comparison_table",
+    "curve_table",
+    "manifest_table",
+    "plan_table",
+    "run_table",
+    "score_table",
+    "show_bytes",
+    "stage_line",
+]
