@@ -210,14 +210,13 @@ class FixedShapeCeilingStep(WithoutEmbeddings, FixedShapeStep):
 def make_step(case: Case, model: torch.nn.Module, rows: TieredRows) -> TrainStep:
     """The step that training takes on this device, or what stands for it."""
     args = case.args
-    kind = "sgd" if args.optimizer == "sgd" else "adagrad"
     # of plain rows, a step asks no more than how many there are
     slots = np.broadcast_to(np.int32(0), case.num_rows)
     layout = SlotLayout({"all": slots}, num_hot=case.num_hot, table_of_column=[0] * len(case.table_of))
     options: dict[str, Any] = {
         "model": model,
         "rows": rows,
-        "dense_optimizer": DenseOptimizer(model.parameters(), kind=kind, eps=1e-8),
+        "dense_optimizer": DenseOptimizer(model.parameters(), optimizer=args.optimizer, eps=1e-8),
         "representations": Representations.plain(layout, embedding_dim=rows.embedding_dim, device=rows.device),
         "most_distinct": sum(min(args.batch, part.stop - part.start) for part in case.table_of),
         "eps": 1e-8,

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from slipstream.embedding.rules import check_kernels
 from slipstream.errors import ConfigError
 from slipstream.models.dlrm import DLRM
 from slipstream.models.model import Model
@@ -299,8 +300,8 @@ class TrainConfig:
     """Passes over the training samples."""
     batch_size: int = 2048
     """Samples per step."""
-    optimizer: Literal["sgd", "rowwise_adagrad"] = "rowwise_adagrad"
-    """Of the rows; the dense layers use SGD or element-wise Adagrad to match."""
+    optimizer: Annotated[str, ChoiceOf("slipstream.embedding.rules:OPTIMIZERS")] = "rowwise_adagrad"
+    """What updates the rows, each when it is looked up; the dense layers follow, element-wise."""
     lr: float = 0.02
     """Learning rate of rows and dense layers."""
     lr_warmup: float = 0.0
@@ -308,7 +309,7 @@ class TrainConfig:
     lr_decay: Literal["none", "linear"] = "none"
     """`linear` lowers the learning rate to zero at the end of training."""
     eps: float = 1e-8
-    """Added to the root of the Adagrad accumulator."""
+    """Added to the root of Adagrad's accumulator and of Adam's second moment."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     """Of matrix products: `tf32` on CUDA only, `bf16` by autocast; weights and updates stay fp32."""
     deterministic: bool = False
@@ -346,6 +347,7 @@ class TrainConfig:
         require(self.lr > 0, "train.lr", "above 0", self.lr)
         require(0 <= self.lr_warmup < 1, "train.lr_warmup", "in [0, 1)", self.lr_warmup)
         require(self.eps > 0, "train.eps", "above 0", self.eps)
+        check_kernels(self.optimizer, self.kernels)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,6 +8,7 @@ from slipstream.config import PipelineConfig
 from slipstream.io.costs import TEXT_BYTES_PER_SAMPLE, Forecast, forecast_stage
 from slipstream.io.figures import PreprocessFigures
 from slipstream.pipeline import StagePlan
+from slipstream.stage import trained_row_bytes
 
 
 def forecast_run(config: PipelineConfig, plans: Sequence[StagePlan]) -> list[Forecast]:
@@ -32,7 +33,7 @@ def forecast_run(config: PipelineConfig, plans: Sequence[StagePlan]) -> list[For
 
         text_bytes = sum(estimate_text_bytes(path) for path in find_raw_files(config.dataset.raw))
         num_samples = text_bytes // TEXT_BYTES_PER_SAMPLE
-    row_bytes = 4 * (config.model.row_width + (config.train.optimizer == "rowwise_adagrad"))
+    row_bytes = trained_row_bytes(config)
     return [
         forecast_stage(
             plan.stage, num_samples=num_samples, row_bytes=row_bytes, epochs=config.train.epochs, num_rows=num_rows

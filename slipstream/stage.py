@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slipstream.config import PipelineConfig
+from slipstream.embedding.rules import OPTIMIZERS
 from slipstream.io.artifacts import Artifact, StageKey
 from slipstream.options import to_dict
 from slipstream.progress import Progress
@@ -85,12 +86,12 @@ class Stage:
 
 
 def row_bytes_of(config: PipelineConfig) -> int:
-    """Count the accelerator bytes of one hot row under a pipeline's optimizer and skip criterion."""
-    from slipstream.ops.hot_set import hot_row_bytes
+    """Count the accelerator bytes of one hot row: as in training, and what the skip criterion keeps of it."""
+    watched = make_criterion(config.skip_rule).tracker_bytes(embedding_dim=config.model.row_width)
+    return trained_row_bytes(config) + watched
 
-    row_width = config.model.row_width
-    return hot_row_bytes(
-        embedding_dim=row_width,
-        optimizer=config.train.optimizer,
-        tracker_bytes=make_criterion(config.skip_rule).tracker_bytes(embedding_dim=row_width),
-    )
+
+def trained_row_bytes(config: PipelineConfig) -> int:
+    """Count the bytes of one row in training: fp32 weights, and what the optimizer keeps of it."""
+    width = config.model.row_width
+    return 4 * width + OPTIMIZERS.get(config.train.optimizer).state_bytes(width)

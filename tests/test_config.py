@@ -344,6 +344,7 @@ OTHER_VALUES: dict[str, dict[str, Any]] = {
     "tables.overrides": {"tables__overrides": {"cat_1": {"representation": "int4"}}},
     "train.seed": {"train__seed": 5},
     "train.faithful": {"train__faithful": True, "train__chunk_batches": 16},
+    "train.optimizer": {"train__optimizer": "adam"},
     "skip.criterion": {"skip__criterion": "random"},
     "skip.threshold": {"skip__threshold": 0.01},
 }
@@ -464,3 +465,8 @@ def test_a_budget_in_bytes_depends_on_what_a_row_weighs_and_a_share_does_not(tmp
             for optimizer in ("rowwise_adagrad", "sgd")
         )
         assert (adagrad["segregate"] != sgd["segregate"]) is changes
+
+
+def test_triton_is_refused_for_an_optimizer_without_a_kernel():
+    with pytest.raises(ConfigError, match=r"`train\.optimizer` = 'adam' has no Triton kernel; sgd and rowwise_adagrad"):
+        tiny_config(train__optimizer="adam", train__kernels="triton")

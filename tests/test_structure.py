@@ -48,7 +48,7 @@ MAY_IMPORT = {
         *("io", "ops", "errors", "progress", "schema"),
     },
     "compare": {"pipeline", "training", "config", "errors", "io", "progress", "schema"},
-    "forecast": {"pipeline", "config", "io", "errors"},
+    "forecast": {"pipeline", "stage", "config", "io", "errors"},
     "pipeline": {
         "stage",
         "published",
@@ -81,7 +81,7 @@ MAY_IMPORT = {
             "schema",
         )
     },
-    "stage": {"training.skipping", "config", "options", "io", "ops", "progress"},
+    "stage": {"training.skipping", "embedding.rules", "config", "options", "io", "ops", "progress"},
     "serving": {
         *("serving", "training", "embedding", "models", "datasets", "io", "ops"),
         *("registry", "errors", "progress", "schema"),
@@ -93,7 +93,16 @@ MAY_IMPORT = {
     "io": {"io", "ops", "errors", "schema"},
     "ops": {"ops", "schema"},
     "published": {"training.skipping", "errors"},
-    "config": {"published", "training.skipping", "models", "options", "registry", "errors", "schema"},
+    "config": {
+        "published",
+        "training.skipping",
+        "embedding.rules",
+        "models",
+        "options",
+        "registry",
+        "errors",
+        "schema",
+    },
     "options": {"registry", "errors"},
     "registry": set(),
     "shipped": {"errors"},

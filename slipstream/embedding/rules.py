@@ -17,6 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Final, Literal
 
+from slipstream.errors import ConfigError
 from slipstream.registry import Registry
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class RowOptimizer(ABC):
                 so that a captured graph counts on. Needed by rules that `counts_steps`.
             sample_weights: m, the weight of the samples behind each gradient; None is 1. A sample of weight m stands
                 for m samples: their gradients are in g already, and their squares are to count as m squares, not as
-                one of m times the size, so rules that keep squares take g² / m. Shape that broadcasts over (U,).
+                one of m times the size, so rules that keep squares take g² / m. Shape (U,), or () for all.
 
         Returns:
             What to take `lr` times from the weights; may be `gradients` itself. Shape (U, …).
@@ -157,7 +158,8 @@ class Adagrad(RowOptimizer):
     ) -> Tensor:
         """Divide by the root of all squares so far."""
         (sums,) = state
-        sums.add_(_weigh(gradients.square(), sample_weights))
+        counted = gradients if sample_weights is None else gradients / _like(gradients, sample_weights).sqrt()
+        sums.addcmul_(counted, counted)
         return gradients.div_(sums.sqrt().add_(self.eps))
 
 
@@ -186,7 +188,8 @@ class RowwiseAdagrad(RowOptimizer):
     ) -> Tensor:
         """Divide by the root of all mean squares so far."""
         (sums,) = state
-        sums.add_(_weigh(gradients.square().mean(dim=1), sample_weights))
+        squares = gradients.square().mean(dim=1)
+        sums.add_(squares if sample_weights is None else squares.div_(sample_weights))
         return gradients.div_(sums.sqrt().add_(self.eps).unsqueeze(1))
 
 
@@ -217,18 +220,18 @@ class Adam(RowOptimizer):
         assert num_steps is not None
         first, second = state
         first.lerp_(gradients, 1 - self.betas[0])
-        second.lerp_(_weigh(gradients.square(), sample_weights), 1 - self.betas[1])
+        squares = gradients.square()
+        if sample_weights is not None:
+            squares.div_(_like(squares, sample_weights))
+        second.lerp_(squares, 1 - self.betas[1])
         # float64: 1 - β₂ᵗ in float32 has four good digits at the first step
         correction = (1 - self.betas[1] ** num_steps).sqrt_() / (1 - self.betas[0] ** num_steps)
         return (first * correction).div_(second.sqrt().add_(self.eps))
 
 
-def _weigh(squares: Tensor, sample_weights: Tensor | None) -> Tensor:
-    """Divide by m, one for all or one per row."""
-    if sample_weights is None:
-        return squares
-    missing = max(0, squares.dim() - sample_weights.dim()) if sample_weights.dim() else 0
-    return squares.div_(sample_weights.reshape(*sample_weights.shape, *[1] * missing))
+def _like(gradients: Tensor, sample_weights: Tensor) -> Tensor:
+    """Give m, one for all or one per row, as many dimensions as gradients have."""
+    return sample_weights.reshape(-1, *[1] * (gradients.dim() - 1)) if sample_weights.dim() else sample_weights
 
 
 OPTIMIZERS: Final[Registry[type[RowOptimizer]]] = Registry("optimizer")
@@ -237,3 +240,21 @@ OPTIMIZERS.register("sgd", SGD, summary="no state")
 OPTIMIZERS.register("adagrad", Adagrad, summary="one sum of squares per element")
 OPTIMIZERS.register("rowwise_adagrad", RowwiseAdagrad, summary="one sum of squares per row")
 OPTIMIZERS.register("adam", Adam, summary="two moments per element, which move when their row is looked up")
+
+
+def check_kernels(optimizer: str, kernels: str) -> None:
+    """Refuse Triton kernels for a rule that has none.
+
+    Args:
+        optimizer: `train.optimizer`.
+        kernels: `train.kernels`.
+
+    Raises:
+        ConfigError: They do not go together.
+    """
+    if kernels == "triton" and not OPTIMIZERS.get(optimizer).has_kernel:
+        known = [name for name in OPTIMIZERS.names() if OPTIMIZERS.get(name).has_kernel]
+        raise ConfigError(
+            f"`train.optimizer` = '{optimizer}' has no Triton kernel; {' and '.join(known)} have one",
+            hint="set train.kernels to 'torch', or choose another train.optimizer",
+        )

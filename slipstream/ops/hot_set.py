@@ -45,12 +45,6 @@ class CurvePoint:
     """Samples whose every lookup finds a hot row."""
 
 
-def hot_row_bytes(*, embedding_dim: int, optimizer: str, tracker_bytes: int = 0) -> int:
-    """Accelerator bytes of one hot row: fp32 weights, optimizer state, and `tracker_bytes` for what watches it move."""
-    state = {"sgd": 0, "rowwise_adagrad": 4}[optimizer]
-    return embedding_dim * 4 + state + tracker_bytes
-
-
 def table_offsets(rows_per_table: Sequence[int]) -> np.ndarray:
     """Global row of each table's row 0, and V at the end. Shape (T + 1,), int64."""
     return np.concatenate([[0], np.cumsum(rows_per_table)]).astype(np.int64)

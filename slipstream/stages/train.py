@@ -33,7 +33,7 @@ from slipstream.ops.plausibility import doubt_quality
 from slipstream.options import pick, to_dict
 from slipstream.serving.encoder import describe_encoding, write_vocabularies
 from slipstream.serving.examples import write_examples
-from slipstream.stage import StageJob
+from slipstream.stage import StageJob, trained_row_bytes
 from slipstream.training.assemble import Assembly, Settings, assemble
 from slipstream.training.checkpoint import Checkpointer
 from slipstream.training.device import check_kernels, fitting_the_device, resolve_device
@@ -136,7 +136,7 @@ def _check_capacity(
     Raises:
         CapacityError: Memory or disk would not do.
     """
-    row_bytes = 4 * (config.model.row_width + (config.train.optimizer == "rowwise_adagrad"))
+    row_bytes = trained_row_bytes(config)
     num_rows = sum(spec.num_rows for spec in specs if spec.representation != "tt")
     table_bytes = num_rows * row_bytes
     on_device = 0 if on_host else min(figures.hot_rows, num_rows) * row_bytes

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import nn
 from slipstream.embedding.quantized import quantize_linears
 from slipstream.embedding.row_cache import Policy, RowCache
 from slipstream.embedding.tiers.placement import CachedRows, Placement, StagingHalves
-from slipstream.embedding.tiers.rows import RowOptimizer, TieredRows
+from slipstream.embedding.tiers.rows import TieredRows
 from slipstream.models.model import Model
 from slipstream.training.dense_optimizer import DenseOptimizer
 from slipstream.training.device import fitting_the_device
@@ -43,7 +43,7 @@ class Settings:
     staging_rows: int
     cache_ratio: float
     cache_policy: Policy
-    optimizer: RowOptimizer
+    optimizer: str
     eps: float
     weight_decay: float
     precision: Precision
@@ -207,8 +207,9 @@ def make_step(
 ) -> TrainStep:
     """Make the step: of fixed shape where a CUDA graph can hold it."""
     layout = representations.layout
-    kind: Literal["sgd", "adagrad"] = "sgd" if settings.optimizer == "sgd" else "adagrad"
-    optimizer = DenseOptimizer(model.parameters(), kind=kind, eps=settings.eps, weight_decay=settings.weight_decay)
+    optimizer = DenseOptimizer(
+        model.parameters(), optimizer=settings.optimizer, eps=settings.eps, weight_decay=settings.weight_decay
+    )
     options: dict[str, Any] = {
         "model": model,
         "rows": rows,

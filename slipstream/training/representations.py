@@ -19,7 +19,7 @@ from torch import Tensor
 
 from slipstream.embedding.quantized.abs_max import CHUNK_ROWS
 from slipstream.embedding.quantized.grids import RowGrids
-from slipstream.embedding.tiers.rows import RowOptimizer, TieredRows
+from slipstream.embedding.tiers.rows import TieredRows
 from slipstream.embedding.tt.bag import TTEmbeddingBag
 from slipstream.training.slot_layout import SlotLayout
 
@@ -48,7 +48,7 @@ class Representations:
         layout: Slots of the tables in tiers.
         embedding_dim: D.
         optimizer: Of rows, and of cores.
-        eps: Of row-wise Adagrad.
+        eps: Of its rule.
         seed: Of the cores' initial values.
         device: Where the model is.
     """
@@ -59,7 +59,7 @@ class Representations:
         *,
         layout: SlotLayout,
         embedding_dim: int,
-        optimizer: RowOptimizer,
+        optimizer: str,
         eps: float,
         seed: int,
         device: torch.device,

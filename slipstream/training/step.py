@@ -33,14 +33,14 @@ _EAGER_STEPS = 3
 class TrainStep:
     """Trains a model and the rows its batches look up.
 
-    A sample of weight w counts as w samples, in the gradients and in the accumulators of Adagrad alike.
+    A sample of weight w counts as w samples, in the gradients and in what rules keep of their squares alike.
 
     Args:
         model: (dense (B, n), looked-up rows (B, T, D)) -> logits (B,).
         rows: The tiers.
         dense_optimizer: Updates the model's parameters.
         representations: What the model sees of rows.
-        eps: Of row-wise Adagrad.
+        eps: Of the rule that updates rows.
         precision: Of the matrix products: `tf32` on CUDA only, `bf16` by autocast; weights and updates stay fp32.
         deterministic: Whether results on CUDA must repeat to the bit.
         kernels: What looks rows up and updates them: plain `torch`, or one `triton` kernel each.
@@ -70,7 +70,10 @@ class TrainStep:
         self._row_kernels = import_module("slipstream.embedding.tiers.kernels") if kernels == "triton" else None
         self.model, self.rows, self.dense_optimizer = model, rows, dense_optimizer
         self._eps, self._precision, self._deterministic = eps, precision, deterministic
+        self._rule = rows.rule(eps=eps)
         self._lr = torch.zeros((), device=rows.device)
+        # a tensor, so that a captured step counts on; float64 counts 2⁵³ steps
+        self._num_steps = torch.zeros((), dtype=torch.float64, device=rows.device)
         self._loss_sum = torch.zeros((), device=rows.device)
         if rows.device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
@@ -81,8 +84,8 @@ class TrainStep:
         self._compute(batch)
 
     def over(self, rows: TieredRows) -> TrainStep:
-        """The same model and dense optimizer over other rows."""
-        return TrainStep(
+        """The same model, dense optimizer and count of steps over other rows."""
+        other = TrainStep(
             model=self.model,
             rows=rows,
             dense_optimizer=self.dense_optimizer,
@@ -93,6 +96,12 @@ class TrainStep:
             representations=self.representations,
             most_distinct=self._most_distinct,
         )
+        other._num_steps = self._num_steps
+        return other
+
+    def count_from(self, num_steps: int) -> None:
+        """Go on after so many steps, as an uninterrupted training would."""
+        self._num_steps.fill_(num_steps)
 
     def look_up(self, slots_BF: np.ndarray) -> Tensor:
         """Look up what the model predicts from, once no row is staged. Shape (B, F, D)."""
@@ -113,6 +122,7 @@ class TrainStep:
         self.representations.begin_step(lr)
 
     def _compute(self, batch: StagedBatch) -> None:
+        self._num_steps.add_(1)
         distinct = batch.find_distinct(padding=self._pad(batch.num_lookups()))
         values, looked_up = self._look_up(distinct)
         looked_up.requires_grad_()
@@ -124,7 +134,8 @@ class TrainStep:
         weights = batch.weights
         self.dense_optimizer.zero_grad()
         loss.backward()
-        self.dense_optimizer.step(self._lr, sample_weight=None if weights is None else _mean_by_weight(weights))
+        counted = None if weights is None else _mean_by_weight(weights)
+        self.dense_optimizer.step(self._lr, num_steps=self._num_steps, sample_weight=counted)
         gradients = looked_up.grad
         assert gradients is not None
         if self.tracker is not None and self.tracker.is_open:
@@ -162,8 +173,8 @@ class TrainStep:
         )
 
     def _weigh_rows(self, weights: Tensor, distinct: Distinct) -> Tensor | None:
-        """The weight of the samples that look up each distinct row, for an optimizer with state. Shape (U,)."""
-        if self.rows.buffer_state is None:
+        """The weight of the samples that look up each distinct row, for a rule with state. Shape (U,)."""
+        if not self.rows.buffer_state:
             return None
         per_lookup = weights.new_empty(len(weights), len(distinct.inverse) // len(weights), 2)
         per_lookup[..., 0] = weights.unsqueeze(1)
@@ -173,13 +184,13 @@ class TrainStep:
 
     def _update(self, values: Tensor | None, summed: Tensor, distinct: Distinct, weights: Tensor | None) -> None:
         rows = self.rows
-        place = (rows.optimizer, rows.buffer, rows.buffer_state, distinct.rows)
+        place = (self._rule, rows.buffer, rows.buffer_state, distinct.rows)
         if self._row_kernels is not None:
-            options = {"lr": self._lr, "eps": self._eps, "sample_weights": weights}
-            self._row_kernels.update_rows(*place, summed, first_spare=rows.first_spare, **options)
+            options = {"lr": self._lr, "sample_weights": weights, "first_spare": rows.first_spare}
+            self._row_kernels.update_rows(*place, summed, **options)
         else:
             assert values is not None
-            update_rows(*place, values, summed, lr=self._lr, eps=self._eps, sample_weights=weights)
+            update_rows(*place, values, summed, lr=self._lr, num_steps=self._num_steps, sample_weights=weights)
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self._precision != "bf16":

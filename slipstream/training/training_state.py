@@ -71,6 +71,7 @@ def restore_state(trainer: Trainer, state: Mapping[str, Any], weights: Path) -> 
     for index, value in enumerate(trainer.step.dense_optimizer.state):
         value.copy_(tensors[f"dense_state.{index}"])
     trainer.totals = LoopTotals(**state["totals"])
+    trainer.step.count_from(trainer.totals.steps)
     arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
     trainer.position = _read_position(state["position"], arrays)
     trainer.skipper.restore(state["skipper"], _below(arrays, "skipper."))

@@ -12,7 +12,6 @@ from slipstream.ops.counting import count_accesses
 from slipstream.ops.hot_set import (
     assign_slots,
     choose_hot_rows,
-    hot_row_bytes,
     measure_hot_set,
     rank_rows,
     select_sample_aware,
@@ -55,14 +54,6 @@ def plain_sample_aware(rows: np.ndarray, counts: np.ndarray, oov_rows: np.ndarra
             best, most = is_hot, num_hot_samples
         scores = plain_scores(rows, is_hot, 2.0)
     return best, most
-
-
-@pytest.mark.parametrize(
-    ("optimizer", "tracker_bytes", "expected"),
-    [("sgd", 0, 64), ("rowwise_adagrad", 0, 64 + 4), ("sgd", 16, 64 + 16), ("rowwise_adagrad", 16, 64 + 4 + 16)],
-)
-def test_a_hot_row_costs_weights_state_and_what_watches_it(optimizer: str, tracker_bytes: int, expected: int):
-    assert hot_row_bytes(embedding_dim=16, optimizer=optimizer, tracker_bytes=tracker_bytes) == expected
 
 
 @given(count_tables())

@@ -106,6 +106,17 @@ def test_a_cache_gives_the_same_model_to_the_bit(tiny_runs: Path, fae: RunResult
     assert 0 < cached.counts("train")["hit_ratio"] < 1
 
 
+@pytest.mark.parametrize("held", ["dense", "int8", "int4", pytest.param("tt", marks=pytest.mark.slow)])
+def test_adam_gives_the_same_model_wherever_rows_live(tiny_runs: Path, held: str):
+    options: dict[str, Any] = {"train__optimizer": "adam", "train__lr": 0.003, "train__log_every": 10}
+    if held != "dense":
+        options["tables__rules"] = [{"min_rows": 60, "representation": held}]
+    first = train(tiny_runs, train__mode="fae", **options)
+    for mode in ({"train__mode": "resident"}, {"train__mode": "baseline"}, {"train__mode": "cached"}):
+        assert_same_model(first, train(tiny_runs, **options, **mode))
+    assert_same_model(first, train(tiny_runs, train__mode="slipstream", skip__threshold=0.0, **options))
+
+
 def test_a_cache_too_small_for_a_batch_is_made_larger_and_says_so(tiny_runs: Path, fae: RunResult):
     cached = train(tiny_runs, train__mode="cached", train__cache_ratio=0.001, train__log_every=10)
     assert_same_model(fae, cached)
@@ -172,14 +183,15 @@ def mean_weights(weights: Tensor | None, row_of_sample: Tensor, num_rows: int) -
 
 
 def plain_training(result: RunResult, batches: list[Batch]) -> dict[str, Tensor]:
-    """One nn.Embedding per table with dense gradients, and the two update rules written out."""
+    """One nn.Embedding per table with dense gradients, and the update rules written out."""
     config = result.config.train
     tensors = {name: value.clone().requires_grad_() for name, value in initial_tensors(result).items()}
     rows_of_slot = torch.empty(sum(map(len, slot_maps_of(result))), dtype=torch.int64)
     for slots in slot_maps_of(result):
         rows_of_slot[torch.from_numpy(slots).long()] = torch.arange(len(slots))
     state = {name: torch.zeros(len(t)) if name[0] == "t" else torch.zeros_like(t) for name, t in tensors.items()}
-    for batch in batches:
+    moments = {name: (torch.zeros_like(t), torch.zeros_like(t)) for name, t in tensors.items()}
+    for step, batch in enumerate(batches, start=1):
         rows = rows_of_slot[torch.from_numpy(batch.slots).long()]
         looked_up = torch.stack([tensors[f"tables.{name}"][rows[:, at]] for at, name in enumerate(TABLES)], dim=1)
         logits = plain_forward(tensors, torch.from_numpy(batch.dense), looked_up)
@@ -190,6 +202,8 @@ def plain_training(result: RunResult, batches: list[Batch]) -> dict[str, Tensor]
             for (name, tensor), gradient in zip(tensors.items(), gradients, strict=True):
                 if config.optimizer == "sgd":
                     tensor -= config.lr * gradient
+                elif config.optimizer == "adam":
+                    _move_by_adam(config, name, tensor, gradient, moments[name], weights, rows, step)
                 elif name.startswith("tables."):
                     looked_up_rows = rows[:, TABLES.index(name.removeprefix("tables."))]
                     state[name] += (gradient**2).mean(dim=1) / mean_weights(weights, looked_up_rows, len(tensor))
@@ -198,6 +212,31 @@ def plain_training(result: RunResult, batches: list[Batch]) -> dict[str, Tensor]
                     state[name] += gradient**2 / mean_weights(weights, torch.zeros(len(rows), dtype=torch.int64), 1)
                     tensor -= config.lr * gradient / (state[name].sqrt() + config.eps)
     return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def _move_by_adam(
+    config: Any,
+    name: str,
+    tensor: Tensor,
+    gradient: Tensor,
+    moments: tuple[Tensor, Tensor],
+    weights: Tensor | None,
+    rows: Tensor,
+    step: int,
+) -> None:
+    """Adam on the rows that are looked up, and on whole layers; a sample of weight m counts m squares."""
+    if name.startswith("tables."):
+        looked_up_rows = rows[:, TABLES.index(name.removeprefix("tables."))]
+        m = mean_weights(weights, looked_up_rows, len(tensor)).unsqueeze(1)
+        moves = torch.bincount(looked_up_rows, minlength=len(tensor)).bool().unsqueeze(1)
+    else:
+        m = mean_weights(weights, torch.zeros(len(rows), dtype=torch.int64), 1)
+        moves = torch.tensor(True)
+    first, second = moments
+    first.copy_(torch.where(moves, 0.9 * first + 0.1 * gradient, first))
+    second.copy_(torch.where(moves, 0.999 * second + 0.001 * gradient**2 / m, second))
+    rate = config.lr * (1 - 0.999**step) ** 0.5 / (1 - 0.9**step)
+    tensor -= torch.where(moves, rate * first / (second.sqrt() + config.eps), 0.0)
 
 
 @pytest.fixture
@@ -217,7 +256,12 @@ def seen_batches(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
 
 @pytest.mark.parametrize(
     ("optimizer", "lr", "order"),
-    [("sgd", 0.05, "interleaved"), ("rowwise_adagrad", 0.02, "interleaved"), ("rowwise_adagrad", 0.02, "mixed")],
+    [
+        ("sgd", 0.05, "interleaved"),
+        ("rowwise_adagrad", 0.02, "interleaved"),
+        ("rowwise_adagrad", 0.02, "mixed"),
+        ("adam", 0.003, "interleaved"),
+    ],
 )
 def test_training_equals_a_plain_loop_over_the_same_batches(
     tiny_runs: Path, seen_batches: list[Batch], optimizer: str, lr: float, order: str
@@ -232,10 +276,15 @@ def test_training_equals_a_plain_loop_over_the_same_batches(
         )
 
 
-def test_a_sample_of_weight_w_counts_as_w_samples(tiny_runs: Path, seen_batches: list[Batch]):
+@pytest.mark.parametrize(("optimizer", "lr"), [("rowwise_adagrad", 0.02), ("adam", 0.003)])
+def test_a_sample_of_weight_w_counts_as_w_samples(
+    tiny_runs: Path, seen_batches: list[Batch], optimizer: str, lr: float
+):
     result = train(
         tiny_runs,
         train__mode="slipstream",
+        train__optimizer=optimizer,
+        train__lr=lr,
         train__batch_size=32,
         segregate__hot_budget="50%",
         skip__criterion="negative",

@@ -65,7 +65,7 @@ class Killed(BaseException):
         {"criterion": "importance", "scope": "all"},
         pytest.param({"criterion": "importance", "scope": "all", "scorer": "model"}, marks=pytest.mark.slow),
         {"criterion": "random", "order": "mixed"},
-        {"mode": "cached", "cache_ratio": 0.6},
+        {"mode": "cached", "cache_ratio": 0.6, "optimizer": "adam"},
         pytest.param({"mode": "resident", "optimizer": "sgd"}, marks=pytest.mark.slow),
     ],
     ids=str,

@@ -49,7 +49,7 @@ def make_step(make: type[TrainStep], device: torch.device, *, kind: str = "adagr
     return make(
         model=model,
         rows=rows,
-        dense_optimizer=DenseOptimizer(model.parameters(), kind=kind, eps=1e-8),  # type: ignore[arg-type]
+        dense_optimizer=DenseOptimizer(model.parameters(), optimizer=kind, eps=1e-8),  # type: ignore[arg-type]
         eps=1e-8,
         representations=Representations.plain(layout, embedding_dim=DIM, device=device),
         **options,
@@ -73,9 +73,9 @@ def look_ahead(rows: TieredRows) -> LookAhead:
 
 def results_of(step: TrainStep) -> list[Tensor]:
     rows = step.rows
-    state = rows.read_state(torch.arange(NUM_ROWS)) if rows.buffer_state is not None else torch.empty(0)
+    state = rows.read_state(torch.arange(NUM_ROWS))
     dense = [parameter.detach().cpu() for parameter in step.model.parameters()]
-    return [rows.gather(torch.arange(NUM_ROWS)).cpu(), state, *dense, torch.tensor(step.take_loss_sum())]
+    return [rows.gather(torch.arange(NUM_ROWS)).cpu(), *state, *dense, torch.tensor(step.take_loss_sum())]
 
 
 # --- beside other threads ------------------------------------------------------------------------------------

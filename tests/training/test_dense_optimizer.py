@@ -7,23 +7,28 @@ from slipstream.training.dense_optimizer import DenseOptimizer
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-@pytest.mark.parametrize("kind", ["sgd", "adagrad"])
-def test_it_equals_the_optimizer_of_torch(kind: str, weight_decay: float):
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize("name", ["sgd", "adagrad", "rowwise_adagrad", "adam"])
+def test_it_equals_the_optimizer_of_torch(name: str, weight_decay: float, at_once: bool):
     torch.manual_seed(0)
     own, theirs = torch.nn.Linear(5, 3), torch.nn.Linear(5, 3)
     theirs.load_state_dict(own.state_dict())
-    ours = DenseOptimizer(own.parameters(), kind=kind, eps=1e-8, weight_decay=weight_decay)  # type: ignore[arg-type]
+    options = {"eps": 1e-8, "weight_decay": weight_decay}
+    ours = DenseOptimizer(own.parameters(), optimizer=name, at_once=at_once, **options)  # type: ignore[arg-type]
+    num_steps = torch.zeros((), dtype=torch.float64)
     reference: torch.optim.Optimizer
-    if kind == "sgd":
+    if name == "sgd":
         reference = torch.optim.SGD(theirs.parameters(), lr=0.1, weight_decay=weight_decay)
+    elif name == "adam":
+        reference = torch.optim.Adam(theirs.parameters(), lr=0.1, eps=1e-8, weight_decay=weight_decay)
     else:
         reference = torch.optim.Adagrad(theirs.parameters(), lr=0.1, eps=1e-8, weight_decay=weight_decay)
     for _ in range(20):
-        inputs = torch.randn(8, 5)
-        for model in (own, theirs):
-            model.zero_grad()
-            model(inputs).pow(2).mean().backward()
-        ours.step(torch.tensor(0.1))
+        for mine, yours in zip(own.parameters(), theirs.parameters(), strict=True):
+            mine.grad = torch.randn(mine.shape)
+            yours.grad = mine.grad.clone()
+        num_steps += 1
+        ours.step(torch.tensor(0.1), num_steps=num_steps)
         reference.step()
     for mine, yours in zip(own.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(mine, yours, rtol=1e-5, atol=1e-6)
@@ -31,7 +36,7 @@ def test_it_equals_the_optimizer_of_torch(kind: str, weight_decay: float):
 
 def test_the_learning_rate_may_change_from_step_to_step():
     parameter = torch.nn.Parameter(torch.tensor([1.0]))
-    optimizer = DenseOptimizer([parameter], kind="sgd", eps=0)
+    optimizer = DenseOptimizer([parameter], optimizer="sgd", eps=0)
     for lr, expected in ((0.0, 1.0), (0.5, 0.5), (0.25, 0.25)):
         parameter.grad = torch.ones(1)
         optimizer.step(torch.tensor(lr))
@@ -42,4 +47,4 @@ def test_the_learning_rate_may_change_from_step_to_step():
 
 def test_a_missing_gradient_is_an_error():
     with pytest.raises(ValueError, match="call backward first"):
-        DenseOptimizer([torch.nn.Parameter(torch.ones(1))], kind="sgd", eps=0).step(torch.tensor(0.1))
+        DenseOptimizer([torch.nn.Parameter(torch.ones(1))], optimizer="sgd", eps=0).step(torch.tensor(0.1))

@@ -264,8 +264,7 @@ def make_step(kind: str, cls: type[TrainStep] = TrainStep, *, device: torch.devi
     torch.manual_seed(0)
     dlrm = DLRM(embedding_dim=DIM, bottom_mlp=(5, DIM), top_mlp=(6, 1))
     model = dlrm.build(num_dense=DENSE, num_columns=len(ROWS)).to(device)
-    dense_kind = "sgd" if kind == "sgd" else "adagrad"
-    optimizer = DenseOptimizer(model.parameters(), kind=dense_kind, eps=1e-8)
+    optimizer = DenseOptimizer(model.parameters(), optimizer=kind, eps=1e-8)
     return cls(model=model, rows=rows, dense_optimizer=optimizer, eps=1e-8, representations=representations, **options)
 
 
@@ -547,7 +546,7 @@ def test_a_step_with_cores_cannot_be_captured():
             num_tables=len(ROWS),
             model=model,
             rows=rows,
-            dense_optimizer=DenseOptimizer(model.parameters(), kind="sgd", eps=1e-8),
+            dense_optimizer=DenseOptimizer(model.parameters(), optimizer="sgd", eps=1e-8),
             eps=1e-8,
             representations=representations,
         )

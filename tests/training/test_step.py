@@ -9,6 +9,7 @@ from strategies import make_tracker
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from slipstream.embedding.duplicates import Distinct, sort_lookups
+from slipstream.embedding.rules import OPTIMIZERS
 from slipstream.embedding.tiers.lookahead import StagedBatch
 from slipstream.embedding.tiers.rows import TieredRows
 from slipstream.models.dlrm import DLRM
@@ -55,11 +56,11 @@ def make_model() -> torch.nn.Module:
     return DLRM(embedding_dim=DIM, bottom_mlp=(5, DIM), top_mlp=(6, 1)).build(num_dense=DENSE, num_columns=TABLES)
 
 
-def make_step(make: type[TrainStep], model: torch.nn.Module, rows: TieredRows, *, kind: str, kernels: str) -> TrainStep:
+def make_step(make: type[TrainStep], model: torch.nn.Module, rows: TieredRows, *, kernels: str) -> TrainStep:
     options = {
         "model": model,
         "rows": rows,
-        "dense_optimizer": DenseOptimizer(model.parameters(), kind=kind, eps=1e-8),
+        "dense_optimizer": DenseOptimizer(model.parameters(), optimizer=rows.optimizer, eps=1e-8),
         "representations": fp32_tables(),
         "eps": 1e-8,
         "kernels": kernels,
@@ -69,17 +70,16 @@ def make_step(make: type[TrainStep], model: torch.nn.Module, rows: TieredRows, *
     return make(**options)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "rowwise_adagrad"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.names())
 @pytest.mark.parametrize("weighted", [[], range(5), range(2, 5), [1, 3]], ids=["never", "always", "later", "some"])
 def test_a_fixed_shape_step_equals_the_plain_one_to_the_bit(optimizer: str, weighted: Sequence[int]) -> None:
-    kind = "sgd" if optimizer == "sgd" else "adagrad"
     plain_rows, fixed_rows = make_rows(optimizer), make_rows(optimizer)
     plain_model = make_model()
     fixed_model = copy.deepcopy(plain_model)
     plain = TrainStep(
         model=plain_model,
         rows=plain_rows,
-        dense_optimizer=DenseOptimizer(plain_model.parameters(), kind=kind, eps=1e-8),
+        dense_optimizer=DenseOptimizer(plain_model.parameters(), optimizer=optimizer, eps=1e-8),
         representations=fp32_tables(),
         eps=1e-8,
     )
@@ -89,7 +89,7 @@ def test_a_fixed_shape_step_equals_the_plain_one_to_the_bit(optimizer: str, weig
         num_tables=TABLES,
         model=fixed_model,
         rows=fixed_rows,
-        dense_optimizer=DenseOptimizer(fixed_model.parameters(), kind=kind, eps=1e-8),
+        dense_optimizer=DenseOptimizer(fixed_model.parameters(), optimizer=optimizer, eps=1e-8),
         representations=fp32_tables(),
         eps=1e-8,
     )
@@ -110,11 +110,10 @@ def test_a_sample_of_weight_w_leaves_the_accumulators_of_w_samples(weight: float
     accumulators = []
     for sample_weight in (None, weight):
         rows, model = make_rows("rowwise_adagrad"), make_model()
-        step = make_step(TrainStep, model, rows, kind="adagrad", kernels="torch")
+        step = make_step(TrainStep, model, rows, kernels="torch")
         weights = None if sample_weight is None else torch.tensor([sample_weight])
         step(dataclasses.replace(batch, weights=weights), 0.0)
-        assert rows.buffer_state is not None
-        accumulators.append([rows.buffer_state[:ROWS], *step.dense_optimizer.state])
+        accumulators.append([rows.buffer_state[0][:ROWS], *step.dense_optimizer.state])
 
     for once, weighted in zip(*accumulators, strict=True):
         torch.testing.assert_close(weighted, weight * once)
@@ -125,7 +124,7 @@ def test_weights_of_one_row_in_several_samples_count_by_their_size() -> None:
     slots, weights = np.array([4, 7, 9, 4, 8, 9]), torch.tensor([1.0, 3.0])
     found = sort_lookups(slots)
     distinct = Distinct(*(torch.from_numpy(part) for part in (found.unique, found.inverse, found.order, found.starts)))
-    step = make_step(TrainStep, make_model(), make_rows("rowwise_adagrad"), kind="adagrad", kernels="torch")
+    step = make_step(TrainStep, make_model(), make_rows("rowwise_adagrad"), kernels="torch")
 
     found_weights = step._weigh_rows(weights, distinct)
 
@@ -139,38 +138,15 @@ def test_the_reported_loss_of_weighted_samples_is_their_weighted_mean() -> None:
     batch = make_batch(BATCH, 0, weighted=True, sorted_by_host=True)
     assert batch.weights is not None
     for factor in (1.0, 4.0):
-        step = make_step(TrainStep, make_model(), make_rows("sgd"), kind="sgd", kernels="torch")
+        step = make_step(TrainStep, make_model(), make_rows("sgd"), kernels="torch")
         step(dataclasses.replace(batch, weights=batch.weights * factor), 0.1)
         losses.append(step.take_loss_sum())
     assert losses[0] == pytest.approx(losses[1])
-    alone = make_step(TrainStep, make_model(), make_rows("sgd"), kind="sgd", kernels="torch")
+    alone = make_step(TrainStep, make_model(), make_rows("sgd"), kernels="torch")
     alone(dataclasses.replace(batch, weights=torch.full((BATCH,), 7.0)), 0.1)
-    plain = make_step(TrainStep, make_model(), make_rows("sgd"), kind="sgd", kernels="torch")
+    plain = make_step(TrainStep, make_model(), make_rows("sgd"), kernels="torch")
     plain(dataclasses.replace(batch, weights=None), 0.1)
     assert alone.take_loss_sum() == pytest.approx(plain.take_loss_sum())
-
-
-@pytest.mark.parametrize("kind", ["sgd", "adagrad"])
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_the_dense_optimizer_equals_torchs(kind: str, weight_decay: float) -> None:
-    ours, theirs = make_model(), make_model()
-    optimizer = DenseOptimizer(ours.parameters(), kind=kind, eps=1e-8, weight_decay=weight_decay)
-    options = {"lr": 0.05, "weight_decay": weight_decay}
-    reference = (
-        torch.optim.SGD(theirs.parameters(), **options)
-        if kind == "sgd"
-        else torch.optim.Adagrad(theirs.parameters(), eps=1e-8, **options)
-    )
-    for seed in range(4):
-        generator = torch.Generator().manual_seed(seed)
-        for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
-            mine.grad = torch.randn(mine.shape, generator=generator)
-            other.grad = mine.grad.clone()
-        optimizer.step(torch.tensor(0.05))
-        reference.step()
-
-    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("make", [TrainStep, FixedShapeStep])
@@ -179,7 +155,7 @@ def test_the_dense_optimizer_equals_torchs(kind: str, weight_decay: float) -> No
 def test_watched_rows_move_as_a_plain_loop_finds(make: type[TrainStep], movement: Movement, weighted: bool) -> None:
     num_watched = ROWS // 2
     rows, model = make_rows("sgd"), make_model()
-    step = make_step(make, model, rows, kind="sgd", kernels="torch")
+    step = make_step(make, model, rows, kernels="torch")
     tracker = step.tracker = make_tracker(movement, rows.buffer[:num_watched])
     tracker.open_window()
     before = rows.buffer[:num_watched].clone()
@@ -211,17 +187,16 @@ def test_watched_rows_move_as_a_plain_loop_finds(make: type[TrainStep], movement
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, not interpreted")
 @pytest.mark.parametrize("make", [TrainStep, FixedShapeStep])
-@pytest.mark.parametrize("optimizer", ["sgd", "rowwise_adagrad"])
+@pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS.names() if OPTIMIZERS.get(name).has_kernel])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_steps_by_triton_equal_those_by_torch_but_for_rounding(
     optimizer: str, make: type[TrainStep], weighted: bool
 ) -> None:
     pytest.importorskip("triton", reason="needs triton: pip install triton")
-    kind = "sgd" if optimizer == "sgd" else "adagrad"
     buffers = []
     for kernels in ("torch", "triton"):
         rows, model = make_rows(optimizer), make_model()
-        step = make_step(make, model, rows, kind=kind, kernels=kernels)
+        step = make_step(make, model, rows, kernels=kernels)
         for seed in range(4):
             step(make_batch(BATCH, seed, weighted=weighted), 0.1)
         buffers.append(rows.buffer[:ROWS])
@@ -246,7 +221,7 @@ def compare_captured(cuda: torch.device, *, kernels: str) -> None:
         )
         rows.load(torch.arange(ROWS), torch.randn(ROWS, DIM, generator=torch.Generator().manual_seed(1)))
         model = make_model().to(device)
-        step = make_step(make, model, rows, kind="adagrad", kernels=kernels if make is FixedShapeStep else "torch")
+        step = make_step(make, model, rows, kernels=kernels if make is FixedShapeStep else "torch")
         tracker = step.tracker = make_tracker("per-label", rows.buffer[:ROWS])
         for seed in range(14):
             batch = make_batch(BATCH, seed, weighted=False)

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from slipstream.embedding.quantized import quantize_linears
+from slipstream.embedding.rules import OPTIMIZERS
 from slipstream.embedding.tiers.lookahead import StagedBatch
 from slipstream.embedding.tiers.rows import TieredRows
 from slipstream.models.dlrm import DLRM
@@ -85,14 +86,13 @@ def record_step(
         )
     if linear_bits:
         quantize_linears(model, linear_bits)
-    kind = "sgd" if optimizer == "sgd" else "adagrad"
     step = FixedShapeStep(
         batch_size=BATCH,
         num_dense=DENSE,
         num_tables=len(TABLE_ROWS),
         model=model,
         rows=rows,
-        dense_optimizer=DenseOptimizer(model.parameters(), kind=kind, eps=1e-8, weight_decay=1e-5),
+        dense_optimizer=DenseOptimizer(model.parameters(), optimizer=optimizer, eps=1e-8, weight_decay=1e-5),
         eps=1e-8,
         precision=precision,
         representations=make_representations(tables, optimizer),
@@ -120,7 +120,7 @@ def _autocast_on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("tables", ["dense", "int4", "mixed"])
-@pytest.mark.parametrize("optimizer", ["sgd", "rowwise_adagrad"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.names())
 def test_no_step_waits_for_the_device_or_copies_from_the_host(optimizer: str, tables: str):
     options = product([False, True], ["fp32", "bf16"], [None, "net", "per-label"], [0, 8])
     for weighted, precision, movement, bits in options:
@@ -138,7 +138,7 @@ def test_no_step_waits_for_the_device_or_copies_from_the_host(optimizer: str, ta
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("optimizer", ["sgd", "rowwise_adagrad"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.names())
 def test_rows_are_updated_once_for_each_that_can_be_distinct(optimizer: str, weighted: bool):
     most_distinct = 5 + 64 + 30 + 64 + 9
     operations = record_step(optimizer, weighted=weighted)

@@ -10,11 +10,13 @@ Shape suffixes: P positions of the buffer, L lookups, U unique positions, D embe
 
 # Triton reads the annotations of its arguments, so they must not become strings.
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from slipstream.embedding.tiers.rows import RowOptimizer
+from slipstream.embedding.rules import RowOptimizer
 
 _VALUES_PER_PROGRAM = 2048
 _NUMBERS = {"enable_fp_fusion": False}
@@ -42,35 +44,41 @@ def gather_rows(buffer: Tensor, unique: Tensor, inverse: Tensor) -> Tensor:
 
 
 def update_rows(
-    optimizer: RowOptimizer,
+    rule: RowOptimizer,
     weights: Tensor,
-    state: Tensor | None,
+    state: Sequence[Tensor],
     positions: Tensor,
     gradients: Tensor,
     *,
     lr: Tensor,
-    eps: float,
     sample_weights: Tensor | None = None,
     first_spare: int | None = None,
 ) -> None:
     """Apply one sparse step in place: what `slipstream.embedding.tiers.rows.update_rows` does.
 
     Args:
-        optimizer: Rule.
+        rule: SGD or row-wise Adagrad.
         weights: Shape (P, D), float32.
-        state: Accumulator of row-wise Adagrad. Shape (P,), float32.
+        state: The accumulators of row-wise Adagrad, of shape (P,), float32; nothing for SGD.
         positions: Rows to change. Shape (U,), int64.
         gradients: Summed over duplicates. Shape (U, D), float32.
         lr: Learning rate, without dimensions, on the same device.
-        eps: Added to the root of the accumulator.
         sample_weights: The weight of the samples behind each gradient; None is 1. Shape (U,), float32.
         first_spare: Positions from this one on are padding: nothing is read or written for them. None has no padding.
+
+    Raises:
+        ValueError: The rule has no kernel.
     """
+    if not rule.has_kernel:
+        raise ValueError(
+            f"expected SGD or row-wise Adagrad, found {type(rule).__name__}, which has no Triton kernel: "
+            'use kernels = "torch"'
+        )
     block, width = _block(weights.shape[1])
     if len(positions):
         _update[(triton.cdiv(len(positions), block),)](
             weights,
-            weights if state is None else state,
+            state[0] if state else weights,
             positions,
             gradients,
             gradients if sample_weights is None else sample_weights,
@@ -78,8 +86,8 @@ def update_rows(
             len(positions),
             weights.shape[1],
             len(weights) if first_spare is None else first_spare,
-            eps,
-            HAS_STATE=optimizer == "rowwise_adagrad",
+            rule.eps,
+            HAS_STATE=len(state) == 1,
             HAS_WEIGHTS=sample_weights is not None,
             BLOCK=block,
             WIDTH=width,

@@ -16,12 +16,13 @@ Shape suffixes: V rows of all tables, H hot rows, S staged rows, P spare rows, D
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-RowOptimizer = Literal["sgd", "rowwise_adagrad"]
+from slipstream.embedding.rules import OPTIMIZERS, RowOptimizer
+
 NUM_SPARE = 1024
 """P. More than one: hundreds of thousands of stores to a single row would wait for each other on a GPU."""
 
@@ -34,7 +35,7 @@ class TieredRows:
         num_hot: H; V keeps everything on the device, 0 everything on the host.
         embedding_dim: D.
         num_staged: S.
-        optimizer: `sgd` has no state; `rowwise_adagrad` one float per row.
+        optimizer: Name of the rule that rows are updated by, whose state travels with them.
         device: Where the buffer lives.
     """
 
@@ -45,7 +46,7 @@ class TieredRows:
         num_hot: int,
         embedding_dim: int,
         num_staged: int,
-        optimizer: RowOptimizer,
+        optimizer: str,
         device: torch.device,
     ) -> None:
         if not 0 <= num_hot <= num_rows:
@@ -53,16 +54,16 @@ class TieredRows:
         self.num_rows, self.num_hot, self.embedding_dim = num_rows, num_hot, embedding_dim
         self.num_cold = num_rows - num_hot
         self.num_staged = num_staged
-        self.optimizer: RowOptimizer = optimizer
+        self.optimizer, self.rule = optimizer, OPTIMIZERS.get(optimizer)
         self.device = device
         num_positions = num_hot + num_staged + NUM_SPARE
         self.buffer = torch.zeros(num_positions, embedding_dim, device=device)
         self.cold = torch.zeros(self.num_cold, embedding_dim)
-        self.buffer_state: Tensor | None = None
-        self.cold_state: Tensor | None = None
-        if optimizer == "rowwise_adagrad":
-            self.buffer_state = torch.zeros(num_positions, device=device)
-            self.cold_state = torch.zeros(self.num_cold)
+        shapes = self.rule.state_shapes(self.buffer.shape), self.rule.state_shapes(self.cold.shape)
+        self.buffer_state = [torch.zeros(shape, device=device) for shape in shapes[0].values()]
+        """What the rule keeps, in its order, of every position."""
+        self.cold_state = [torch.zeros(shape) for shape in shapes[1].values()]
+        """What the rule keeps of every cold row."""
 
     @property
     def first_spare(self) -> int:
@@ -81,10 +82,7 @@ class TieredRows:
     @property
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """(device tensor, host tensor) of everything that travels with a row."""
-        travelling = [(self.buffer, self.cold)]
-        if self.buffer_state is not None and self.cold_state is not None:
-            travelling.append((self.buffer_state, self.cold_state))
-        return travelling
+        return [(self.buffer, self.cold), *zip(self.buffer_state, self.cold_state, strict=True)]
 
     @property
     def row_bytes(self) -> int:
@@ -93,29 +91,27 @@ class TieredRows:
 
     def bytes_per_tier(self) -> dict[str, int]:
         """Bytes of the hot rows, of staging and of the cold rows, optimizer state included."""
-        per_row = 4 * self.embedding_dim + (4 if self.buffer_state is not None else 0)
+        per_row = 4 * self.embedding_dim + self.rule.state_bytes(self.embedding_dim)
         return {
             "hot": self.num_hot * per_row,
             "staging": self.num_staged * per_row,
             "cold": self.num_cold * per_row,
         }
 
-    def load(self, slots: Tensor, weights: Tensor, state: Tensor | None = None) -> None:
+    def load(self, slots: Tensor, weights: Tensor, state: Sequence[Tensor] = ()) -> None:
         """Put rows where they live. No chunk may be at work.
 
         Args:
             slots: Shape (n,), integer.
             weights: Shape (n, D).
-            state: Optimizer state, where there is one. Shape (n,).
+            state: What the rule keeps, in its order; none leaves it. Shapes (n,) per row, (n, D) per element.
         """
         is_hot = slots < self.num_hot
         hot, cold = slots[is_hot], slots[~is_hot] - self.num_hot
-        self.buffer[hot.to(self.device)] = weights[is_hot].to(self.device)
-        self.cold[cold] = weights[~is_hot]
-        if state is not None:
-            assert self.buffer_state is not None and self.cold_state is not None
-            self.buffer_state[hot.to(self.device)] = state[is_hot].to(self.device)
-            self.cold_state[cold] = state[~is_hot]
+        pairs = self.pairs if state else self.pairs[:1]
+        for (buffer, host), values in zip(pairs, (weights, *state), strict=True):
+            buffer[hot.to(self.device)] = values[is_hot].to(self.device)
+            host[cold] = values[~is_hot]
 
     def gather(self, slots: Tensor) -> Tensor:
         """Rows wherever they live, on the device. No chunk may be at work.
@@ -134,53 +130,42 @@ class TieredRows:
         rows[~is_hot.to(self.device)] = self.cold[slots[~is_hot] - self.num_hot].to(self.device)
         return rows
 
-    def read_state(self, slots: Tensor) -> Tensor:
-        """Optimizer state wherever it lives, on the host. Shape (n,)."""
-        if self.buffer_state is None or self.cold_state is None:
-            raise ValueError(f"expected an optimizer with state, found {self.optimizer}")
-        state = torch.empty(len(slots))
+    def read_state(self, slots: Tensor) -> list[Tensor]:
+        """What the rule keeps, wherever it lives, on the host. Shapes (n,) per row, (n, D) per element."""
         is_hot = slots < self.num_hot
-        state[is_hot] = self.buffer_state[slots[is_hot].to(self.device)].cpu()
-        state[~is_hot] = self.cold_state[slots[~is_hot] - self.num_hot]
-        return state
+        found = []
+        for buffer, host in self.pairs[1:]:
+            state = torch.empty(len(slots), *host.shape[1:])
+            state[is_hot] = buffer[slots[is_hot].to(self.device)].cpu()
+            state[~is_hot] = host[slots[~is_hot] - self.num_hot]
+            found.append(state)
+        return found
 
 
 def update_rows(
-    optimizer: RowOptimizer,
+    rule: RowOptimizer,
     weights: Tensor,
-    state: Tensor | None,
+    state: Sequence[Tensor],
     positions: Tensor,
     values: Tensor,
     gradients: Tensor,
     *,
     lr: Tensor,
-    eps: float,
+    num_steps: Tensor | None = None,
     sample_weights: Tensor | None = None,
 ) -> None:
     """Apply one sparse step in place.
 
-    `sgd` w -= lr g; `rowwise_adagrad` s += mean(g²) / m, w -= lr g / (sqrt(s) + eps).
-
     Args:
-        optimizer: Rule.
+        rule: Which way rows move.
         weights: Shape (P, D).
-        state: Accumulator of row-wise Adagrad. Shape (P,).
+        state: What the rule keeps. Shapes (P,) per row, (P, D) per element.
         positions: Distinct rows to change. Shape (U,), int64.
         values: Their weights, as the step has read them already; used up. Shape (U, D).
         gradients: Summed over duplicates; used up. Shape (U, D).
         lr: Learning rate, without dimensions, on the same device.
-        eps: Added to the root of the accumulator.
-        sample_weights: m, the weight of the samples behind each gradient: one sample of weight m leaves in the
-            accumulator what m samples of weight 1 would have left. None is 1. Shape (U,).
-
-    Source: row-wise Adagrad as in FBGEMM's EXACT_ROWWISE_ADAGRAD.
+        num_steps: Steps taken, this one included. Shape (), float64.
+        sample_weights: m, the weight of the samples behind each gradient; None is 1. Shape (U,).
     """
-    if optimizer == "rowwise_adagrad":
-        assert state is not None
-        squares = gradients.square().mean(dim=1)
-        if sample_weights is not None:
-            squares = squares.div_(sample_weights)
-        moved = state.index_select(0, positions).add_(squares)
-        state.index_copy_(0, positions, moved)
-        gradients = gradients.div_(moved.sqrt_().add_(eps).unsqueeze(1))
-    weights.index_copy_(0, positions, values.sub_(gradients.mul_(lr)))
+    moves = rule.row_directions(state, positions, gradients, num_steps=num_steps, sample_weights=sample_weights)
+    weights.index_copy_(0, positions, values.sub_(moves.mul_(lr)))

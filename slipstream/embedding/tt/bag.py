@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from slipstream.embedding.tt.shapes import WeightDist, tt_svd
-from slipstream.embedding.tt.tables import CacheGradient, Mode, Optimizer, TTTables
+from slipstream.embedding.tt.tables import CacheGradient, Mode, TTTables
 
 
 class TTEmbeddingBag(TTTables):
@@ -43,11 +43,11 @@ class TTEmbeddingBag(TTTables):
         tt_ranks: Inner ranks, one fewer than cores: 1 to 3 integers >= 1.
         tt_p_shapes: Row factors, one a core, product >= N; None for balanced ones.
         tt_q_shapes: Column factors, one a core, product == D; None for balanced ones.
-        optimizer: What `sparse=True` applies: "sgd", "adagrad" (one state per parameter), or
-            "rowwise_adagrad" (one state per cached row, where the cache has rows of its own; cores have no
-            rows and keep "adagrad").
+        optimizer: What `sparse=True` applies, by its name in `slipstream.embedding.rules.OPTIMIZERS`, to the slices
+            of cores that a batch uses and to the rows of a cache that has rows of its own. Cores have no rows and
+            take the element-wise rule: "adagrad" for "rowwise_adagrad".
         learning_rate: Of the fused optimizer.
-        eps: Added to the root of Adagrad's state.
+        eps: Of the optimizer.
         sparse: Whether to update inside the backward pass.
         use_cache: Whether to count ids and to have a cache.
         cache_size: Rows the cache holds; 0 for a tenth of the table.
@@ -86,7 +86,7 @@ class TTEmbeddingBag(TTTables):
         tt_p_shapes: Sequence[int] | None = None,
         tt_q_shapes: Sequence[int] | None = None,
         *,
-        optimizer: Optimizer = "sgd",
+        optimizer: str = "sgd",
         learning_rate: float = 0.1,
         eps: float = 1e-10,
         sparse: bool = True,

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from slipstream.embedding.tt import bag
 from slipstream.embedding.tt.shapes import suggested_tt_shapes, tt_to_dense
-from slipstream.embedding.tt.tables import Optimizer
 
 __all__ = ["OptimType", "TTEmbeddingBag", "TableBatchedTTEmbeddingBag", "suggested_tt_shapes", "tt_matrix_to_full"]
 
@@ -43,7 +42,7 @@ class OptimType(Enum):
         return self.value
 
 
-_RULES: dict[OptimType, Optimizer] = {
+_RULES: dict[OptimType, str] = {
     OptimType.SGD: "sgd",
     OptimType.EXACT_SGD: "sgd",
     OptimType.EXACT_ADAGRAD: "adagrad",
@@ -192,7 +191,7 @@ def _sort_shapes(
     return ranks, given[0] if row_shapes is None else row_shapes, given[1] if column_shapes is None else column_shapes
 
 
-def _rule_of(optimizer: OptimType) -> Optimizer:
+def _rule_of(optimizer: OptimType) -> str:
     if optimizer not in _RULES:
         known = ", ".join(f"OptimType.{known.name}" for known in _RULES)
         raise ValueError(

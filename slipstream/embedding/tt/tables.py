@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from slipstream.embedding.rules import OPTIMIZERS
 from slipstream.embedding.tt.counts import IdCounter, tensor_bytes
 from slipstream.embedding.tt.kernels import (
     Plan,
@@ -28,7 +29,6 @@ from slipstream.embedding.tt.shapes import (
     tt_to_dense,
 )
 
-Optimizer = Literal["sgd", "adagrad", "rowwise_adagrad"]
 CacheGradient = Literal["cores", "rows"]
 Mode = Literal["sum", "mean", "max"]
 
@@ -41,6 +41,8 @@ class TTTables(nn.Module):
     cache_ids: Tensor
     cache_weight: Tensor
     cache_lookups: Tensor
+    num_updates: Tensor | None
+    """Updates so far, where the rule counts them. Shape (), int64."""
 
     def __init__(
         self,
@@ -51,7 +53,7 @@ class TTTables(nn.Module):
         tt_p_shapes: Sequence[int] | None = None,
         tt_q_shapes: Sequence[int] | None = None,
         *,
-        optimizer: Optimizer = "sgd",
+        optimizer: str = "sgd",
         learning_rate: float = 0.1,
         eps: float = 1e-10,
         sparse: bool = True,
@@ -67,7 +69,7 @@ class TTTables(nn.Module):
     ) -> None:
         super().__init__()
         for name, value, allowed in (
-            ("optimizer", optimizer, ("sgd", "adagrad", "rowwise_adagrad")),
+            ("optimizer", optimizer, OPTIMIZERS.names()),
             ("cache_gradient", cache_gradient, ("cores", "rows")),
             ("mode", mode, ("sum", "mean", "max")),
         ):
@@ -79,7 +81,9 @@ class TTTables(nn.Module):
         self.tt_p_shapes, self.tt_q_shapes, self.tt_ranks = check_tt_shapes(
             num_embeddings, embedding_dim, tt_ranks, tt_p_shapes, tt_q_shapes
         )
-        self.optimizer, self.learning_rate, self.eps, self.sparse = optimizer, learning_rate, eps, sparse
+        self.optimizer, self.learning_rate, self.sparse = optimizer, learning_rate, sparse
+        rule = OPTIMIZERS.get(optimizer)
+        self._core_rule, self._cache_rule = rule.elementwise()(eps=eps), rule(eps=eps)
         self.mode, self.weight_dist, self.cache_gradient = mode, weight_dist, cache_gradient
         self._table_size = 1
         for p in self.tt_p_shapes:
@@ -93,11 +97,14 @@ class TTTables(nn.Module):
         drawn = draw_cores(weight_dist, shapes, variance, generator)
         placed = [core.to(dtype=dtype or torch.get_default_dtype(), device=device) for core in drawn]
         self.tt_cores = nn.ParameterList([nn.Parameter(core) for core in placed])
-        self._states: list[str | None] = [None] * (len(shapes) + 1)
-        if sparse and optimizer != "sgd":
+        # names of the buffers that hold what the rule keeps: of each core, then of the cache
+        self._states: list[list[str]] = [[] for _ in range(len(shapes) + 1)]
+        if sparse:
             for k, core in enumerate(placed):
-                self._states[k] = f"core_state_{k}"
-                self.register_buffer(f"core_state_{k}", torch.zeros_like(core))
+                for name in self._core_rule.state:
+                    self._keep(k, f"core_{name}_{k}", torch.zeros_like(core))
+        counted = torch.zeros((), dtype=torch.int64, device=device) if sparse and rule.counts_steps else None
+        self.register_buffer("num_updates", counted)
 
         self.counter: IdCounter | None = None
         if use_cache:
@@ -120,10 +127,8 @@ class TTTables(nn.Module):
         weight = like.new_zeros((self.cache_size, self.embedding_dim))
         if self.cache_gradient == "rows":
             self.cache_weight = nn.Parameter(weight)
-            if self.sparse and self.optimizer != "sgd":
-                self._states[-1] = "cache_state"
-                state = weight if self.optimizer == "adagrad" else weight[:, 0]
-                self.register_buffer("cache_state", torch.zeros_like(state))
+            for name, shape in self._cache_rule.state_shapes(weight.shape).items() if self.sparse else ():
+                self._keep(-1, f"cache_{name}", weight.new_zeros(shape))
             return
         self.register_buffer("cache_weight", weight, persistent=False)
         # row i is fresh when row_clock[i] is no older than the clocks of the core slices it is made of
@@ -133,6 +138,14 @@ class TTTables(nn.Module):
             ones = torch.ones(core.shape[0] * core.shape[1], dtype=torch.int64, device=like.device)
             self.register_buffer(f"_slice_clock_{k}", ones, persistent=False)
         self._versions = [core._version for core in self.tt_cores]
+
+    def _keep(self, index: int, name: str, state: Tensor) -> None:
+        self._states[index].append(name)
+        self.register_buffer(name, state)
+
+    def _kept(self, index: int) -> list[Tensor]:
+        """What the rule keeps of one core, or of the cache. Core k: shape (T, p, r, q, r')."""
+        return [self.get_buffer(name) for name in self._states[index]]
 
     # ---- lookup
 
@@ -263,8 +276,7 @@ class TTTables(nn.Module):
         ids = self.counter.top(self.cache_size)
         slots = torch.searchsorted(self.cache_ids, ids).clamp_(max=self.cache_size - 1)
         stays = self.cache_ids[slots] == ids
-        held = [self.cache_weight] if self._states[-1] is None else [self.cache_weight, self.get_buffer("cache_state")]
-        for index, tensor in enumerate(held):
+        for index, tensor in enumerate([self.cache_weight, *self._kept(-1)]):
             kept = tensor[slots[stays]]
             tensor.zero_()
             if self.cache_gradient == "rows":
@@ -310,6 +322,8 @@ class TTTables(nn.Module):
         pending = self._pending.pop(task)
         if self._mirrors_cores() and self._versions != [core._version for core in self.tt_cores]:
             self._age_all()
+        if self.num_updates is not None:
+            self.num_updates += 1
         for index in sorted({index for index, _, _ in pending}):
             grads = [(touched, grad) for k, touched, grad in pending if k == index]
             touched, grad = grads[0]
@@ -327,19 +341,13 @@ class TTTables(nn.Module):
     def _update(self, index: int, touched: Tensor, grad: Tensor) -> None:
         is_cache = index == len(self.tt_cores)
         weight = self.cache_weight if is_cache else self.tt_cores[index].flatten(0, 1)
-        name = self._states[index]
-        if name is not None:
-            state = self.get_buffer(name)
-            by_slice = state if is_cache else state.flatten(0, 1)
-            square = grad.square()
-            if by_slice.dim() < grad.dim():
-                square = square.mean(1)
-            total = by_slice.index_select(0, touched).add_(square)
-            by_slice.index_copy_(0, touched, total)
-            scale = total.sqrt_().add_(self.eps)
-            grad = grad / (scale if scale.dim() == grad.dim() else scale.unsqueeze(1))
+        rule = self._cache_rule if is_cache else self._core_rule
+        state = self._kept(-1) if is_cache else [kept.flatten(0, 1) for kept in self._kept(index)]
+        num_updates = None if self.num_updates is None else self.num_updates.double()
+        # a gradient may be shared with the graph, and rules use theirs up
+        directions = rule.row_directions(state, touched, grad.clone(), num_steps=num_updates)
         # duplicates are summed already, so that the order of this scatter does not matter
-        weight.index_add_(0, touched, grad, alpha=-self.learning_rate)
+        weight.index_add_(0, touched, directions, alpha=-self.learning_rate)
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """Set the learning rate of the fused optimizer.
@@ -369,15 +377,15 @@ class TTTables(nn.Module):
         Returns:
             "cores", "optimizer_state", "cache" (rows, their ids, state and clocks) and "counts".
         """
-        states = [None if name is None else self.get_buffer(name) for name in self._states]
-        cache = [states[-1]] if states[-1] is not None else []
+        cache = self._kept(-1)
+        states = [state for k in range(len(self.tt_cores)) for state in self._kept(k)]
         if self.counter is not None:
             cache += [self.cache_ids, self.cache_weight, self.cache_lookups]
         if self._mirrors_cores():
             cache += [self.get_buffer("_row_clock"), *map(self._slice_clock, range(len(self.tt_cores)))]
         return {
             "cores": sum(map(tensor_bytes, self.tt_cores)),
-            "optimizer_state": sum(tensor_bytes(state) for state in states[:-1] if state is not None),
+            "optimizer_state": sum(map(tensor_bytes, states)),
             "cache": sum(map(tensor_bytes, cache)),
             "counts": 0 if self.counter is None else self.counter.memory_bytes(),
         }

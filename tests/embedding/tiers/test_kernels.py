@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from slipstream.embedding.duplicates import sort_lookups
+from slipstream.embedding.rules import OPTIMIZERS
 from slipstream.embedding.tiers.rows import update_rows
 
 pytest.importorskip("triton", reason="needs triton: pip install triton")
@@ -48,27 +49,26 @@ def test_updates_equal_those_of_plain_pytorch(device: str, optimizer: str, dim: 
     expected, expected_state = weights.clone(), state.clone()
     has_state = optimizer == "rowwise_adagrad"
     sample_weights = torch.rand(350, device=device) + 0.5 if weighted else None
+    rule = OPTIMIZERS.get(optimizer)(eps=1e-8)
     update_rows(
-        optimizer,  # type: ignore[arg-type]
+        rule,
         expected,
-        expected_state if has_state else None,
+        [expected_state] if has_state else [],
         positions,
         expected[positions],
         gradients.clone(),
         lr=lr,
-        eps=1e-8,
         sample_weights=None if sample_weights is None else sample_weights[:300],
     )
     padded = torch.cat([positions, torch.full((50,), 399, device=device)])
     with_padding = torch.cat([gradients, torch.ones(50, dim, device=device)])
     kernels.update_rows(
-        optimizer,
+        rule,
         weights,
-        state if has_state else None,
+        [state] if has_state else [],
         padded,
         with_padding,
         lr=lr,
-        eps=1e-8,
         sample_weights=sample_weights,
         first_spare=399,
     )
@@ -80,5 +80,13 @@ def test_updates_equal_those_of_plain_pytorch(device: str, optimizer: str, dim: 
 def test_no_lookups_change_nothing(device: str):
     buffer, none = torch.ones(4, 2, device=device), torch.empty(0, dtype=torch.int64, device=device)
     assert kernels.gather_rows(buffer, none, none).shape == (0, 2)
-    kernels.update_rows("sgd", buffer, None, none, buffer[:0].clone(), lr=torch.tensor(1.0, device=device), eps=0.0)
+    sgd = OPTIMIZERS.get("sgd")()
+    kernels.update_rows(sgd, buffer, [], none, buffer[:0].clone(), lr=torch.tensor(1.0, device=device))
     assert torch.equal(buffer.cpu(), torch.ones(4, 2))
+
+
+def test_a_rule_without_a_kernel_is_refused_by_name():
+    rule, buffer = OPTIMIZERS.get("adam")(), torch.ones(4, 2)
+    state = [torch.zeros(4, 2), torch.zeros(4, 2)]
+    with pytest.raises(ValueError, match=r"found Adam, which has no Triton kernel"):
+        kernels.update_rows(rule, buffer, state, torch.tensor([1]), torch.ones(1, 2), lr=torch.tensor(1.0))

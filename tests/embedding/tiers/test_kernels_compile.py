@@ -34,16 +34,17 @@ def only_compile(kernel, *args, warmup, **options):
 
 triton.runtime.driver.set_active(Driver())
 JITFunction.run = only_compile
+from slipstream.embedding.rules import OPTIMIZERS
 from slipstream.embedding.tiers import kernels
 for dim in (3, 128):
     buffer, state, gradients = torch.zeros(50, dim), torch.zeros(50), torch.zeros(20, dim)
     for dtype in (torch.int32, torch.int64):
         kernels.gather_rows(buffer, torch.arange(20), torch.zeros(30, dtype=dtype))
-    for optimizer in ("sgd", "rowwise_adagrad"):
+    for rule in (each() for each in map(OPTIMIZERS.get, OPTIMIZERS.names()) if each.has_kernel):
         for weights in (None, torch.ones(20)):
             kernels.update_rows(
-                optimizer, buffer, state, torch.arange(20), gradients,
-                lr=torch.tensor(0.1), eps=1e-8, sample_weights=weights, first_spare=40,
+                rule, buffer, [state] if rule.state else [], torch.arange(20), gradients,
+                lr=torch.tensor(0.1), sample_weights=weights, first_spare=40,
             )
 every = sorted(name for name, value in vars(kernels).items() if isinstance(value, JITFunction))
 print(json.dumps({"compiled": compiled, "every": every}))

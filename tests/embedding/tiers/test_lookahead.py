@@ -16,6 +16,7 @@ from torch import Tensor
 
 from slipstream.embedding.duplicates import sum_duplicates
 from slipstream.embedding.row_cache import RowCache
+from slipstream.embedding.rules import OPTIMIZERS
 from slipstream.embedding.tiers.lookahead import Batch, LookAhead, StagedBatch
 from slipstream.embedding.tiers.placement import CachedRows, StagingHalves, StagingOverflowError
 from slipstream.embedding.tiers.rows import TieredRows, update_rows
@@ -52,7 +53,7 @@ def make_tiers(num_rows: int, num_hot: int, num_staged: int, optimizer: str) -> 
         device=torch.device("cpu"),
     )
     weights, state = initial_table(num_rows)
-    rows.load(torch.arange(num_rows), weights, state if optimizer == "rowwise_adagrad" else None)
+    rows.load(torch.arange(num_rows), weights, [state] if optimizer == "rowwise_adagrad" else [])
     return rows
 
 
@@ -83,7 +84,7 @@ def trainer_of(rows: TieredRows):
         values = rows.buffer[found.rows]
         gradients = gradients_of(values[found.inverse], batch.labels)
         summed = sum_duplicates(gradients, found.inverse, len(found.rows), order=found.order, starts=found.starts)
-        update_rows(rows.optimizer, rows.buffer, rows.buffer_state, found.rows, values, summed, lr=LR, eps=EPS)
+        update_rows(rows.rule(eps=EPS), rows.buffer, rows.buffer_state, found.rows, values, summed, lr=LR)
 
     return step
 
@@ -99,21 +100,20 @@ def plain_loop(num_rows: int, batches: Sequence[Batch], optimizer: str) -> tuple
             sums[slot] = sums[slot] + gradient if slot in sums else gradient
         distinct = torch.tensor(list(sums))
         update_rows(
-            optimizer,  # type: ignore[arg-type]
+            OPTIMIZERS.get(optimizer)(eps=EPS),
             weights,
-            state if optimizer == "rowwise_adagrad" else None,
+            [state] if optimizer == "rowwise_adagrad" else [],
             distinct,
             weights[distinct],
             torch.stack(list(sums.values())),
             lr=LR,
-            eps=EPS,
         )
     return weights, state
 
 
 def table_of(rows: TieredRows) -> tuple[Tensor, Tensor | None]:
     everything = torch.arange(rows.num_rows)
-    return rows.gather(everything), None if rows.buffer_state is None else rows.read_state(everything)
+    return rows.gather(everything), rows.read_state(everything)[0] if rows.buffer_state else None
 
 
 def cold_rows_of(batch: Batch, num_hot: int) -> set[int]:

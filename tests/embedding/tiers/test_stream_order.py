@@ -35,7 +35,7 @@ def make_rows(mode: str, device: torch.device = CUDA) -> TieredRows:
     )
     generator = torch.Generator().manual_seed(0)
     weights, state = torch.randn(NUM_ROWS, DIM, generator=generator), torch.rand(NUM_ROWS, generator=generator)
-    rows.load(torch.arange(NUM_ROWS), weights, state)
+    rows.load(torch.arange(NUM_ROWS), weights, [state])
     return rows
 
 
@@ -73,7 +73,7 @@ def trainer_of(rows: TieredRows):
         if found.order is not None and found.starts is not None:
             assert len(found.order.add(1)) >= len(found.starts.add(1))
         rows.buffer.index_copy_(0, found.rows, moved)
-        rows.buffer_state.index_copy_(0, found.rows, moved[:, 0])  # type: ignore[union-attr]
+        rows.buffer_state[0].index_copy_(0, found.rows, moved[:, 0])
 
     return step
 
@@ -81,7 +81,7 @@ def trainer_of(rows: TieredRows):
 def evaluate(rows: TieredRows) -> list[Tensor]:
     """Everything, as it is read for evaluation and to disk."""
     everything = torch.arange(NUM_ROWS)
-    return [rows.gather(everything).cpu(), rows.read_state(everything)]
+    return [rows.gather(everything).cpu(), *rows.read_state(everything)]
 
 
 def train(mode: str, *, chunk_batches: int, sorts_all: bool, device: torch.device) -> Any:

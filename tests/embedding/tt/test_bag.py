@@ -157,7 +157,7 @@ NONE = torch.empty(0, dtype=torch.int64)
             ValueError,
             "weight_dist in .* found 'xavier'",
         ),
-        (lambda: TTEmbeddingBag(100, 8, [4], optimizer="adam"), ValueError, "optimizer in .* found 'adam'"),
+        (lambda: TTEmbeddingBag(100, 8, [4], optimizer="adamw"), ValueError, "optimizer in .* found 'adamw'"),
         (lambda: TTEmbeddingBag(100, 8, [4], mode="min"), ValueError, "mode in .* found 'min'"),
         (
             lambda: TTEmbeddingBag(100, 8, [4], padding_idx=100),
