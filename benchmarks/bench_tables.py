@@ -189,7 +189,7 @@ def make_step(config: PipelineConfig, segregated: Artifact) -> tuple[TrainStep, 
         slot_maps,
         num_hot=counts["hot_rows"],
         table_of_column=range(len(slot_maps)),
-        outside={spec.name for spec in specs if spec.representation == "tt"},
+        tierless={spec.name for spec in specs if spec.representation == "tt"},
     )
     parts = assemble(
         pick(Settings, dataclasses.replace(config.train, mode="resident")),
@@ -209,7 +209,7 @@ def make_step(config: PipelineConfig, segregated: Artifact) -> tuple[TrainStep, 
 def stage(samples: Any, layout: SlotLayout) -> StagedBatch:
     """A batch whose positions are its slots."""
     lookups = sort_lookups(samples.X_cat[:, layout.columns].ravel())
-    outside = np.delete(samples.X_cat, layout.columns, axis=1).astype(np.int64)
+    tierless = np.delete(samples.X_cat, layout.columns, axis=1).astype(np.int64)
     return StagedBatch(
         dense=torch.from_numpy(samples.X_int),
         labels=torch.from_numpy(samples.y),
@@ -220,7 +220,7 @@ def stage(samples: Any, layout: SlotLayout) -> StagedBatch:
             )
         ),
         is_hot=True,
-        outside=None if layout.is_whole else torch.from_numpy(outside),
+        tierless=None if layout.is_whole else torch.from_numpy(tierless),
     )
 
 

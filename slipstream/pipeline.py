@@ -263,8 +263,8 @@ class Run:
         chosen = named | {stage.name for stage in self.stages.values() if stage.comes_with in named}
         plans = self.plan()
         result = RunResult(config=self.config, run_dir=self.run_dir)
-        # what is there is held for the stages after it
-        with contextlib.ExitStack() as held:
+        # what is there is locked for the stages after it
+        with contextlib.ExitStack() as locks:
             for at, plan in enumerate(plans):
                 if plan.will_run and plan.stage not in chosen:
                     if not any(later.stage in chosen for later in plans[at:]):
@@ -275,8 +275,8 @@ class Run:
                         hint=f"run `slipstream {verb}` first, or `slipstream run` for everything",
                     )
                 brought_up = self._bring_up(plan, result, progress, forced=force and plan.stage in named)
-                held.enter_context(hold_artifact(brought_up.artifact.path, shared=True))
-                open_artifact(brought_up.artifact.path)  # nobody took it away before it was held
+                locks.enter_context(hold_artifact(brought_up.artifact.path, shared=True))
+                open_artifact(brought_up.artifact.path)  # nobody took it away before it was locked
                 result.stages[plan.stage] = brought_up
                 if plan.stage in chosen:
                     on_stage(brought_up)

@@ -2,7 +2,7 @@
 
     runs/<name>/<stage>/<fingerprint>/           published: complete, its manifest.json written last
     runs/<name>/<stage>/.<fingerprint>.partial/  at work, or left by a killed process; keeps finished parts
-    runs/<name>/<stage>/.<fingerprint>.lock      held while a process makes or reads the artifact: see locks.py
+    runs/<name>/<stage>/.<fingerprint>.lock      taken while a process makes or reads the artifact: see locks.py
 
 The fingerprint covers the stage's resolved config, the fingerprints of its inputs, the seed and the format
 version; not paths or times. Publishing is one rename, and all that it names is forced to disk before, so a half-written

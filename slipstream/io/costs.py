@@ -76,5 +76,5 @@ def train_disk_bytes(table_bytes: int, *, keeps_checkpoints: bool) -> int:
 
 def train_memory_bytes(table_bytes: int, num_samples: int, *, sample_bytes: int) -> int:
     """Bytes of memory of the tables and of the samples that training holds at once."""
-    held = min(num_samples, _WINDOW_SAMPLES) + min(num_samples, _ROUND_SAMPLES)
-    return table_bytes + held * sample_bytes
+    in_memory = min(num_samples, _WINDOW_SAMPLES) + min(num_samples, _ROUND_SAMPLES)
+    return table_bytes + in_memory * sample_bytes

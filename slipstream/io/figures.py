@@ -32,8 +32,8 @@ class Figures:
         """Return them as the manifest has them, those that the stage alone has first."""
         plain = asdict(self)
         ordered = sorted(fields(self), key=lambda spec: spec.name not in type(self).__annotations__)
-        held = [spec for spec in ordered if not (spec.default is None and plain[spec.name] is None)]
-        return {_key(spec): plain[spec.name] for spec in held}
+        present = [spec for spec in ordered if not (spec.default is None and plain[spec.name] is None)]
+        return {_key(spec): plain[spec.name] for spec in present}
 
     @classmethod
     def from_json(cls, counts: Mapping[str, Any]) -> Self:

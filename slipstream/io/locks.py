@@ -1,6 +1,6 @@
 """Locks of artifacts: one process makes an artifact, any number read it, and nobody takes it away under them.
 
-    runs/<name>/<stage>/.<fingerprint>.lock   held while the artifact is made or read; says who took it last
+    runs/<name>/<stage>/.<fingerprint>.lock   taken while the artifact is made or read; says who took it last
 
 Two pipelines that share a run folder get in each other's way only where they would make the same artifact. The lock is
 the system's: it ends with its process, however that ends.

@@ -454,7 +454,7 @@ class _ZstdStream:
         self._frame = zstandard.ZstdDecompressor().decompressobj()
         self._in_frame = False
         self._unread = b""
-        self._held = memoryview(b"")
+        self._rest = memoryview(b"")
 
     def seekable(self) -> bool:
         return False
@@ -463,9 +463,9 @@ class _ZstdStream:
         out: list[memoryview] = []
         total = 0
         while total < size:
-            if self._held:
-                out.append(self._held[: size - total])
-                self._held = self._held[len(out[-1]) :]
+            if self._rest:
+                out.append(self._rest[: size - total])
+                self._rest = self._rest[len(out[-1]) :]
                 total += len(out[-1])
                 continue
             data = self._unread or self._stored.read(_STORED_AT_ONCE)
@@ -477,7 +477,7 @@ class _ZstdStream:
             if self._frame.eof:
                 self._frame = zstandard.ZstdDecompressor().decompressobj()
             self._in_frame = True
-            self._held = memoryview(self._frame.decompress(data))
+            self._rest = memoryview(self._frame.decompress(data))
             if self._frame.eof:
                 self._in_frame = False
                 self._unread = self._frame.unused_data

@@ -83,7 +83,7 @@ class NpzLines:
     def __init__(self, stored: IO[bytes]) -> None:
         self._stored = stored
         self._members: _Members | None = None
-        self._held = io.BytesIO()
+        self._read_ahead = io.BytesIO()
 
     def __enter__(self) -> NpzLines:
         return self
@@ -104,12 +104,12 @@ class NpzLines:
         """
         out, total = [], 0
         while total < size:
-            piece = self._held.read(size - total)
+            piece = self._read_ahead.read(size - total)
             if not piece:
                 text = self._next_lines()
                 if not text:
                     break
-                self._held = io.BytesIO(text)
+                self._read_ahead = io.BytesIO(text)
                 continue
             out.append(piece)
             total += len(piece)

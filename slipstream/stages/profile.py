@@ -76,15 +76,15 @@ def run(
     offsets = table_offsets(list(encoded.rows_per_table.values()))
     starts = column_offsets(offsets, encoded.column_tables)
     parts = processed.files("train/", ".parquet")
-    held: dict[str, list[np.ndarray]] = {"train": [], "val": []}
-    strides = {name: _stride(processed, name) for name in held}
+    kept: dict[str, list[np.ndarray]] = {"train": [], "val": []}
+    strides = {name: _stride(processed, name) for name in kept}
     with progress.task("count accesses", len(parts), "parts") as advance:
 
         def sampled() -> Iterator[np.ndarray]:
             start = 0
             for part in parts:
                 rows = read_rows(processed.check(part), columns, starts)
-                held["train"].append(rows[:: strides["train"]].copy())
+                kept["train"].append(rows[:: strides["train"]].copy())
                 if config.sample_ratio < 1:
                     picked = sample_positions(start, start + len(rows), ratio=config.sample_ratio, seed=seed)
                     start += len(rows)
@@ -95,8 +95,8 @@ def run(
         counts = count_accesses(sampled(), num_rows=int(offsets[-1]))
     write_counts(scratch / "counts.parquet", counts, encoded.rows_per_table)
     for part in processed.files("val/", ".parquet"):
-        held["val"].append(read_rows(processed.check(part), columns, starts)[:: strides["val"]].copy())
-    blocks = {name: _in_blocks(np.concatenate(held.pop(name))) for name in ("train", "val")}
+        kept["val"].append(read_rows(processed.check(part), columns, starts)[:: strides["val"]].copy())
+    blocks = {name: _in_blocks(np.concatenate(kept.pop(name))) for name in ("train", "val")}
 
     oov_rows = offsets[:-1]
 

@@ -187,14 +187,14 @@ def _doubt_budget(config: SegregateConfig, num_rows: int, row_bytes: int) -> lis
 
 def _hold_rows(processed: Artifact, columns: list[str], starts: np.ndarray, folder: Path) -> list[Path]:
     """Decode the training rows, where that is not done yet; the rounds read them as mapped arrays."""
-    held = []
+    decoded = []
     for part in processed.files("train/", ".parquet"):
         path = folder / f"{part.stem}.npy"
         if not path.exists():
             with write_atomically(path) as partial, partial.open("wb") as stream:
                 np.save(stream, read_rows(processed.check(part), columns, starts))
-        held.append(path)
-    return held
+        decoded.append(path)
+    return decoded
 
 
 def _write_hot_set(

@@ -107,9 +107,9 @@ def _open(config: PipelineConfig, segregated: Artifact, *, counts: np.ndarray, s
         read_slot_maps(segregated),
         num_hot=figures.hot_rows,
         table_of_column=figures.column_tables,
-        outside={spec.name for spec in specs if spec.representation == "tt"},
+        tierless={spec.name for spec in specs if spec.representation == "tt"},
     )
-    if CRITERIA.get(config.criterion).watches_rows and not layout.inside:
+    if CRITERIA.get(config.criterion).watches_rows and not layout.tiered:
         raise ConfigError(
             f"criterion `{config.criterion}` watches rows move, and no table has rows: all are tensor-train cores",
             hint="choose another skip.criterion, or let small tables be dense",
@@ -346,11 +346,11 @@ def _sum_up(
 
 def _doubt_cache(config: TrainConfig, parts: Assembly) -> list[str]:
     """Say where mode `cached` holds more rows than it was asked to."""
-    asked, held = int(parts.layout.num_rows * config.cache_ratio), parts.rows.num_staged
-    if config.mode != "cached" or held <= asked:
+    asked, rows = int(parts.layout.num_rows * config.cache_ratio), parts.rows.num_staged
+    if config.mode != "cached" or rows <= asked:
         return []
     return [
-        f"the cache holds {held:,} rows ({held / parts.layout.num_rows:.1%}), not the {asked:,} of `train.cache_ratio` "
+        f"the cache holds {rows:,} rows ({rows / parts.layout.num_rows:.1%}), not the {asked:,} of `train.cache_ratio` "
         f"= {config.cache_ratio:g}: two batches of {config.batch_size:,} can look up as many; lower `train.batch_size` "
         "for a smaller cache"
     ]

@@ -176,7 +176,7 @@ def draw_rows(
 ) -> None:
     """Draw initial weights table by table, so that they do not depend on what is hot; padding rows are zero."""
     generator = torch.Generator().manual_seed(seed)
-    for name in layout.inside:
+    for name in layout.tiered:
         slots = layout.slot_maps[name]
         bound = bound_of(len(slots))
         weights = torch.empty(len(slots), rows.embedding_dim).uniform_(-bound, bound, generator=generator)
@@ -198,7 +198,7 @@ def represent(
         seed=seed,
         device=rows.device,
     )
-    representations.settle(rows)
+    representations.set_exact_scales(rows)
     return representations
 
 

@@ -112,7 +112,7 @@ class Checkpointer:
             self.wait(trainer)
         if self._signals.is_requested:
             self._stop(trainer)
-        if self._writing is None and self._is_due(trainer.totals.steps) and trainer.is_settled():
+        if self._writing is None and self._is_due(trainer.totals.steps) and trainer.has_decided():
             self._save(trainer)
 
     def wait(self, trainer: Trainer) -> None:

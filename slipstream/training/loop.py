@@ -151,17 +151,17 @@ class Trainer:
         self.position = Position(epoch=self._schedule.epochs)
         self._report()
         self.lookahead.flush()
-        self.step.settle()
+        self.step.set_exact_scales()
         self.totals.seconds, self.totals.cpu_seconds = self.elapsed(), self.elapsed_cpu()
 
-    def settle_position(self) -> Position:
+    def decided_position(self) -> Position:
         """The position with all that is decided; until the next step nothing else is being decided. While training."""
         assert self._preparer is not None
         self.position.picked_ahead = self._preparer.wait()
         return self.position
 
-    def is_settled(self) -> bool:
-        """Whether `settle_position` would return at once."""
+    def has_decided(self) -> bool:
+        """Whether `decided_position` would return at once."""
         return self._preparer is not None and self._preparer.is_idle()
 
     def figures(self) -> FitFigures:

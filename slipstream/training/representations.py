@@ -65,13 +65,13 @@ class Representations:
         device: torch.device,
     ) -> None:
         self.specs, self.layout = list(specs), layout
-        inside = [spec for spec in specs if spec.representation != "tt"]
+        tiered = [spec for spec in specs if spec.representation != "tt"]
         self.grids: RowGrids | None = None
-        if any(BITS[spec.representation] for spec in inside):
+        if any(BITS[spec.representation] for spec in tiered):
             self.grids = RowGrids(
-                bits=[BITS[spec.representation] for spec in inside],
-                periods=[spec.period for spec in inside],
-                table_of_column=[layout.inside.index(layout.column_tables[at]) for at in layout.columns],
+                bits=[BITS[spec.representation] for spec in tiered],
+                periods=[spec.period for spec in tiered],
+                table_of_column=[layout.tiered.index(layout.column_tables[at]) for at in layout.columns],
                 device=device,
             )
         self.bags: dict[str, TTEmbeddingBag] = {
@@ -87,12 +87,12 @@ class Representations:
             for at, spec in enumerate(specs)
             if spec.representation == "tt"
         }
-        self._outside = np.delete(np.arange(len(layout.column_tables)), layout.columns)
-        names = [layout.column_tables[at] for at in self._outside]
-        self._outside_bags = [self.bags[name] for name in names]
+        self._tierless_columns = np.delete(np.arange(len(layout.column_tables)), layout.columns)
+        names = [layout.column_tables[at] for at in self._tierless_columns]
+        self._tierless_bags = [self.bags[name] for name in names]
         self._first_rows = torch.tensor([layout.first_row[name] for name in names], device=device)
         # columns of the tables in tiers come first, then those of cores; this brings them back
-        self._column_order = torch.tensor(np.argsort([*layout.columns, *self._outside]), device=device)
+        self._column_order = torch.tensor(np.argsort([*layout.columns, *self._tierless_columns]), device=device)
 
     @classmethod
     def plain(cls, layout: SlotLayout, *, embedding_dim: int, device: torch.device) -> Representations:
@@ -117,16 +117,16 @@ class Representations:
         for bag in self.bags.values():
             bag.set_learning_rate(lr)
 
-    def train(self, looked_up_BKD: Tensor, outside_BJ: Tensor | None) -> Tensor:
+    def train(self, looked_up_BKD: Tensor, tierless_BJ: Tensor | None) -> Tensor:
         """What the model trains on. Shape (B, F, D).
 
         Args:
             looked_up_BKD: Rows of the tables in tiers.
-            outside_BJ: Slots of the others' lookups, int64; None when all tables live in tiers.
+            tierless_BJ: Slots of the others' lookups, int64; None when all tables live in tiers.
         """
         if self.grids is not None:
             looked_up_BKD = self.grids.train(looked_up_BKD)
-        return self._with_cores(looked_up_BKD, outside_BJ)
+        return self._with_cores(looked_up_BKD, tierless_BJ)
 
     def look_up(self, rows: TieredRows, slots_BF: np.ndarray) -> Tensor:
         """What the model predicts from: nothing is noted, and rows may be anywhere. Shape (B, F, D).
@@ -135,21 +135,21 @@ class Representations:
             rows: The tiers, flushed.
             slots_BF: Slots of the layout.
         """
-        inside = np.ascontiguousarray(slots_BF if self.layout.is_whole else slots_BF[:, self.layout.columns])
-        looked_up = rows.gather(torch.from_numpy(inside.ravel())).view(*inside.shape, rows.embedding_dim)
+        tiered = np.ascontiguousarray(slots_BF if self.layout.is_whole else slots_BF[:, self.layout.columns])
+        looked_up = rows.gather(torch.from_numpy(tiered.ravel())).view(*tiered.shape, rows.embedding_dim)
         if self.grids is not None:
             looked_up = self.grids.round(looked_up)
-        outside = None
+        tierless = None
         if self.bags:
-            outside = torch.from_numpy(slots_BF[:, self._outside].astype(np.int64)).to(rows.device)
-        return self._with_cores(looked_up, outside)
+            tierless = torch.from_numpy(slots_BF[:, self._tierless_columns].astype(np.int64)).to(rows.device)
+        return self._with_cores(looked_up, tierless)
 
-    def settle(self, rows: TieredRows) -> None:
+    def set_exact_scales(self, rows: TieredRows) -> None:
         """Set every scale from its whole table, exactly. One pass over the rounded tables; the tiers are flushed."""
         if self.grids is None:
             return
         largest = []
-        for name, bits in zip(self.layout.inside, self.grids.bits, strict=True):
+        for name, bits in zip(self.layout.tiered, self.grids.bits, strict=True):
             slots = torch.from_numpy(self.layout.slot_maps[name])
             parts = [rows.gather(part).abs().amax() for part in slots.split(CHUNK_ROWS)] if bits else []
             largest.append(torch.stack(parts).amax() if parts else torch.zeros((), device=rows.device))
@@ -158,7 +158,7 @@ class Representations:
     def scale_of(self, name: str) -> Tensor:
         """Step between two levels of a table on few bits, in force. Shape ()."""
         assert self.grids is not None, name
-        return self.grids.scale[self.layout.inside.index(name)]
+        return self.grids.scale[self.layout.tiered.index(name)]
 
     def core_bytes(self) -> int:
         """Bytes of all cores, optimizer state included, and of the renumbered slots."""
@@ -185,11 +185,11 @@ class Representations:
             prefix = f"cores.{name}."
             bag.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
 
-    def _with_cores(self, looked_up_BKD: Tensor, outside_BJ: Tensor | None) -> Tensor:
-        if outside_BJ is None:
+    def _with_cores(self, looked_up_BKD: Tensor, tierless_BJ: Tensor | None) -> Tensor:
+        if tierless_BJ is None:
             return looked_up_BKD
-        rows_BJ = outside_BJ - self._first_rows
-        columns = [bag(rows_BJ[:, at : at + 1]) for at, bag in enumerate(self._outside_bags)]
+        rows_BJ = tierless_BJ - self._first_rows
+        columns = [bag(rows_BJ[:, at : at + 1]) for at, bag in enumerate(self._tierless_bags)]
         together = torch.cat([looked_up_BKD, torch.stack(columns, dim=1)], dim=1)
         return together.index_select(1, self._column_order)
 

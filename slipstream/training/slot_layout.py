@@ -21,7 +21,7 @@ class SlotLayout:
         slot_maps: Slot of each row, per table.
         num_hot: Slots below this are hot.
         table_of_column: Table, by position, that each column of samples looks up.
-        outside: Tables whose rows have no tier.
+        tierless: Tables whose rows have no tier.
     """
 
     def __init__(
@@ -30,24 +30,24 @@ class SlotLayout:
         *,
         num_hot: int,
         table_of_column: Sequence[int],
-        outside: Collection[str] = (),
+        tierless: Collection[str] = (),
     ) -> None:
         self.num_slots = sum(map(len, slot_maps.values()))
         """V, rows without a tier included."""
         self.tables = list(slot_maps)
-        self.inside = [name for name in self.tables if name not in outside]
+        self.tiered = [name for name in self.tables if name not in tierless]
         """Tables whose rows live in tiers."""
         self.column_tables = [self.tables[table] for table in table_of_column]
         """Table of each column."""
-        self.columns = np.array([at for at, name in enumerate(self.column_tables) if name not in outside], np.int64)
-        """Columns of samples that look up tables inside."""
+        self.columns = np.array([at for at, name in enumerate(self.column_tables) if name not in tierless], np.int64)
+        """Columns of samples that look up tables in tiers."""
         self._codes: np.ndarray | None = None
-        if not outside:
+        if not tierless:
             self.slot_maps, self.num_hot, self.num_rows = dict(slot_maps), num_hot, self.num_slots
         else:
-            self._renumber(slot_maps, num_hot, [name for name in self.tables if name in outside])
+            self._renumber(slot_maps, num_hot, [name for name in self.tables if name in tierless])
         self.first_row = {
-            name: int(slots[0]) for name, slots in self.slot_maps.items() if name in outside and len(slots)
+            name: int(slots[0]) for name, slots in self.slot_maps.items() if name in tierless and len(slots)
         }
         """First slot of each table without tiers; its rows follow in order."""
 
@@ -74,21 +74,21 @@ class SlotLayout:
 
     def most_distinct(self, num_samples: int) -> int:
         """How many distinct rows with tiers that many samples can look up at most."""
-        return sum(min(num_samples * self.column_tables.count(name), len(self.slot_maps[name])) for name in self.inside)
+        return sum(min(num_samples * self.column_tables.count(name), len(self.slot_maps[name])) for name in self.tiered)
 
     def nbytes(self) -> int:
         """Bytes of the renumbering."""
         return 0 if self._codes is None else self._codes.nbytes
 
-    def _renumber(self, slot_maps: Mapping[str, np.ndarray], num_hot: int, outside: list[str]) -> None:
+    def _renumber(self, slot_maps: Mapping[str, np.ndarray], num_hot: int, tierless: list[str]) -> None:
         dtype = next(iter(slot_maps.values())).dtype
-        is_inside = np.ones(self.num_slots, bool)
-        for name in outside:
-            is_inside[slot_maps[name]] = False
-        codes = np.cumsum(is_inside, dtype=dtype) - dtype.type(1)
-        self.num_hot, self.num_rows = int(np.count_nonzero(is_inside[:num_hot])), int(np.count_nonzero(is_inside))
+        is_tiered = np.ones(self.num_slots, bool)
+        for name in tierless:
+            is_tiered[slot_maps[name]] = False
+        codes = np.cumsum(is_tiered, dtype=dtype) - dtype.type(1)
+        self.num_hot, self.num_rows = int(np.count_nonzero(is_tiered[:num_hot])), int(np.count_nonzero(is_tiered))
         first = self.num_rows
-        for name in outside:
+        for name in tierless:
             slots = slot_maps[name]
             codes[slots] = np.arange(first, first + len(slots), dtype=dtype)
             first += len(slots)

@@ -107,9 +107,9 @@ class TrainStep:
         """Look up what the model predicts from, once no row is staged. Shape (B, F, D)."""
         return self.representations.look_up(self.rows, slots_BF)
 
-    def settle(self) -> None:
+    def set_exact_scales(self) -> None:
         """Get ready for evaluation, once no row is staged: scales of tables on few bits become exact."""
-        self.representations.settle(self.rows)
+        self.representations.set_exact_scales(self.rows)
 
     def take_loss_sum(self) -> float:
         """Sum of the losses since the last call; waits for the device."""
@@ -127,7 +127,7 @@ class TrainStep:
         values, looked_up = self._look_up(distinct)
         looked_up.requires_grad_()
         pooled = looked_up.view(len(batch), batch.num_lookups() // len(batch), self.rows.embedding_dim)
-        pooled = self.representations.train(pooled, batch.outside)
+        pooled = self.representations.train(pooled, batch.tierless)
         with self._autocast():
             logits = self.model(batch.dense, pooled)
         loss = binary_cross_entropy_with_logits(logits.float(), batch.labels, weight=batch.weights)
@@ -286,4 +286,4 @@ class FixedShapeStep(TrainStep):
     def _weights_like(self, weights: Tensor) -> Tensor:
         """Where all steps with weights read them."""
         known = (variant.batch.weights for variant in self._variants.values())
-        return next((held for held in known if held is not None), torch.empty_like(weights))
+        return next((there for there in known if there is not None), torch.empty_like(weights))

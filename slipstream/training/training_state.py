@@ -28,7 +28,7 @@ def collect_state(trainer: Trainer) -> tuple[dict[str, Any], dict[str, StoredTen
         (plain values for JSON, arrays that nobody changes any more).
     """
     trainer.totals.loss_sum += trainer.step.take_loss_sum()
-    position = trainer.settle_position()
+    position = trainer.decided_position()
     plain, arrays = trainer.skipper.state()
     tracker = trainer.step.tracker
     tracked = {} if tracker is None else tracker.state()

@@ -240,11 +240,11 @@ KINDS = ["int4", "dense", "int8", "int4"]
 PERIODS = [5, 1, 2, 1]
 
 
-def make_layout(outside: set[str] = frozenset()) -> SlotLayout:  # type: ignore[assignment]
+def make_layout(tierless: set[str] = frozenset()) -> SlotLayout:  # type: ignore[assignment]
     slots = np.random.default_rng(0).permutation(sum(ROWS)).astype(np.int32)
     cuts = np.cumsum([0, *ROWS])
     slot_maps = {f"cat_{at}": slots[cuts[at] : cuts[at + 1]] for at in range(len(ROWS))}
-    return SlotLayout(slot_maps, num_hot=9, table_of_column=range(len(ROWS)), outside=outside)
+    return SlotLayout(slot_maps, num_hot=9, table_of_column=range(len(ROWS)), tierless=tierless)
 
 
 def make_step(kind: str, cls: type[TrainStep] = TrainStep, *, device: torch.device = CPU, **options: Any) -> TrainStep:
@@ -260,7 +260,7 @@ def make_step(kind: str, cls: type[TrainStep] = TrainStep, *, device: torch.devi
     representations = Representations(
         specs, layout=layout, embedding_dim=DIM, optimizer=kind, eps=1e-8, seed=0, device=device
     )
-    representations.settle(rows)
+    representations.set_exact_scales(rows)
     torch.manual_seed(0)
     dlrm = DLRM(embedding_dim=DIM, bottom_mlp=(5, DIM), top_mlp=(6, 1))
     model = dlrm.build(num_dense=DENSE, num_columns=len(ROWS)).to(device)
@@ -441,7 +441,7 @@ def test_a_scale_is_exact_before_and_after_training():
             for number in range(4):
                 step(make_batch(layout, number)[0], 0.1)
             assert grids.scale[0] > 1.5 * exact(0)
-            step.settle()
+            step.set_exact_scales()
         for at in (0, 2, 3):
             torch.testing.assert_close(grids.scale[at], exact(at))
 
@@ -459,18 +459,18 @@ def test_renumbering_keeps_rows_apart_and_hot_rows_first(data: st.DataObject):
     sizes = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=5))
     total = sum(sizes)
     num_hot = data.draw(st.integers(0, total))
-    outside = data.draw(st.sets(st.sampled_from([f"cat_{at}" for at in range(len(sizes))])))
+    tierless = data.draw(st.sets(st.sampled_from([f"cat_{at}" for at in range(len(sizes))])))
     slots = np.array(data.draw(st.permutations(range(total))), np.int32)
     cuts = np.cumsum([0, *sizes])
     slot_maps = {f"cat_{at}": slots[cuts[at] : cuts[at + 1]] for at in range(len(sizes))}
-    layout = SlotLayout(slot_maps, num_hot=num_hot, table_of_column=range(len(sizes)), outside=outside)
+    layout = SlotLayout(slot_maps, num_hot=num_hot, table_of_column=range(len(sizes)), tierless=tierless)
 
     new = np.concatenate(list(layout.slot_maps.values()))
     assert sorted(new) == list(range(total))
-    inside = np.concatenate([np.full(size, f"cat_{at}" not in outside) for at, size in enumerate(sizes)])
-    assert np.array_equal(new < layout.num_rows, inside)
-    assert np.array_equal((new < layout.num_hot), inside & (slots < num_hot))
-    for name in outside:
+    tiered = np.concatenate([np.full(size, f"cat_{at}" not in tierless) for at, size in enumerate(sizes)])
+    assert np.array_equal(new < layout.num_rows, tiered)
+    assert np.array_equal((new < layout.num_hot), tiered & (slots < num_hot))
+    for name in tierless:
         assert np.array_equal(layout.slot_maps[name], layout.first_row[name] + np.arange(len(slot_maps[name])))
     rows = np.array([[data.draw(st.integers(0, size - 1)) for size in sizes] for _ in range(3)])
     old = np.stack([slot_maps[f"cat_{at}"][rows[:, at]] for at in range(len(sizes))], axis=1)
@@ -478,7 +478,7 @@ def test_renumbering_keeps_rows_apart_and_hot_rows_first(data: st.DataObject):
     expected = np.stack([layout.slot_maps[f"cat_{at}"][rows[:, at]] for at in range(len(sizes))], axis=1)
     assert np.array_equal(moved.X_cat, expected)
     counts = np.arange(total) * 10
-    assert np.array_equal(layout.counts_by_slot(counts)[new[inside]], counts[inside])
+    assert np.array_equal(layout.counts_by_slot(counts)[new[tiered]], counts[tiered])
 
 
 # --- tensor-train cores --------------------------------------------------------------------------------------
@@ -520,7 +520,7 @@ def test_cores_start_alike_and_differ_between_tables(tiny_runs: Path):
 def make_bags(seed: int) -> list[Tensor]:
     names = {"cat_0", "cat_1"}
     slots = np.arange(16, dtype=np.int32)
-    layout = SlotLayout({"cat_0": slots[:8], "cat_1": slots[8:]}, num_hot=0, table_of_column=[0, 1], outside=names)
+    layout = SlotLayout({"cat_0": slots[:8], "cat_1": slots[8:]}, num_hot=0, table_of_column=[0, 1], tierless=names)
     specs = [TableSpec(name=name, num_rows=8, representation="tt", tt_ranks=(2,)) for name in sorted(names)]
     representations = Representations(
         specs, layout=layout, embedding_dim=4, optimizer="sgd", eps=1e-8, seed=seed, device=CPU

@@ -307,7 +307,7 @@ class CachedEmbeddingBag(nn.Module):
             raise ValueError("expected the optimizer step of every forward before flush(empty=True)")
         rows, positions = self.row_cache.take_dirty()
         self._host.write_back(rows, positions, self._near())
-        self._host.settle()
+        self._host.land()
         for pending in self._pending:  # their update is still to come
             self._note_dirty(pending)
         if empty:
@@ -417,7 +417,7 @@ class CachedEmbeddingBag(nn.Module):
             raise self._capacity_error(rows) from error
         if plan.fetch_rows.size:
             near = self._near()
-            self._host.settle()  # what is fetched may have been evicted by the admit before
+            self._host.land()  # what is fetched may have been evicted by the admit before
             self._host.write_back(plan.evict_rows, plan.evict_positions, near)
             self._host.fetch(plan.fetch_rows, plan.fetch_positions, near)
         return plan
@@ -445,7 +445,7 @@ class CachedEmbeddingBag(nn.Module):
             self.row_cache.mark_dirty(pending.positions)
 
     def _forget_updated(self) -> None:
-        """With an outside optimizer: a new version of the cache tensor means that its step has been taken."""
+        """With an optimizer of yours: a new version of the cache tensor means that its step has been taken."""
         if self.optimizer is None and self.cache_weight._version != self._pending_version:
             self._pending.clear()
 
@@ -502,7 +502,7 @@ class CachedEmbeddingBag(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        self._host.settle()
+        self._host.land()
         self._pending.clear()
         self._num_announced = 0
         expected = {prefix + _state_key(name): table for name, table in self._host.tables.items()}

@@ -16,7 +16,7 @@ Tables = dict[str, Tensor]
 class HostTables:
     """The rows at home, weights and optimizer state alike, and their way to the cache and back.
 
-    A write-back is begun at once and lands in the tables at `settle`, which comes before the next read of
+    A write-back is begun at once and lands in the tables at `land`, which comes before the next read of
     those rows: so on a device the copy out runs beside the step.
     """
 
@@ -36,7 +36,7 @@ class HostTables:
 
     def read(self, rows: NDArray[np.int64]) -> Tensor:
         """Copy weights out, for rows that are not in the cache."""
-        self.settle()
+        self.land()
         return self.tables["weight"].index_select(0, torch.from_numpy(rows.astype(np.int64)))
 
     def fetch(self, rows: NDArray[np.int64], positions: NDArray[np.integer[Any]], near: Tables) -> None:
@@ -55,7 +55,7 @@ class HostTables:
     def write_back(self, rows: NDArray[np.int64], positions: NDArray[np.int32], near: Tables) -> None:
         """Begin copying rows and their state home."""
         for part in self._parts(rows.size):
-            self.settle()  # the buffers are free again
+            self.land()  # the buffers are free again
             source = index_on(near["weight"].device, positions[part])
             staged_tables = {}
             for name, table in self.tables.items():
@@ -70,7 +70,7 @@ class HostTables:
                 self.bytes_to_host += staged.nbytes
             self._landing = torch.from_numpy(rows[part]), staged_tables
 
-    def settle(self) -> None:
+    def land(self) -> None:
         """Let the write-back that is under way land in the tables."""
         if self._landing is None:
             return
@@ -82,7 +82,7 @@ class HostTables:
 
     def cast(self, dtypes: dict[str, torch.dtype]) -> None:
         """Change dtypes and forget the staging buffers, after the cache was moved or cast."""
-        self.settle()
+        self.land()
         self.tables = {name: table.to(dtypes[name]) for name, table in self.tables.items()}
         self._outward.clear()
         self._homeward.clear()

@@ -45,7 +45,7 @@ class AbsMaxTracker:
 
     So the maximum also shrinks, at once and without reading the table. **Exactness**: if only noted rows
     change, the answer is never below max|w|, and it is max|w| unless step 3 ran out of blocks, that is unless
-    R or more blocks once held a larger weight than any there is now and were not read since. Gradients may
+    R or more blocks once had a larger weight than any there is now and were not read since. Gradients may
     accumulate over forwards of 131,072 looked-up rows before the optimizer steps. **Staleness**: a change of
     a row that was not noted (momentum moving rows without a lookup, a write into the tensor) is seen when the
     cursor comes by, within ceil(num_rows / rows_per_refresh) calls. **Cost** of a call: the noted rows,
@@ -80,7 +80,7 @@ class AbsMaxTracker:
                 forgotten.
 
         Returns:
-            Whether so many rows are waiting that `settle` should be called.
+            Whether so many rows are waiting that `read_noted` should be called.
         """
         if self.is_exhaustive:
             return False
@@ -88,7 +88,7 @@ class AbsMaxTracker:
         changed = sum(noted.numel() for noted, at in self._noted if at != version or version < 0)
         return changed >= PENDING_ROWS
 
-    def settle(self, read: Callable[[Tensor | slice], Tensor], version: int) -> None:
+    def read_noted(self, read: Callable[[Tensor | slice], Tensor], version: int) -> None:
         """Read the noted rows and raise the bounds of their blocks.
 
         Args:
@@ -127,7 +127,7 @@ class AbsMaxTracker:
         if self.is_exhaustive:
             largest = self._read_blocks(read, 0, self._num_blocks).amax()
         else:
-            self.settle(read, version)
+            self.read_noted(read, version)
             if self._bounds:
                 self._sweep(read)
             else:

@@ -215,7 +215,7 @@ class QuantizedEmbeddingBag(Bag):
                 self._set_scale(tracker.maximum(self.master_rows, version))
             # an int8 master is only changed by `apply_update`, which notes its rows itself
             if self.weight is not None and tracker.note(rows, version):
-                tracker.settle(self.master_rows, version)
+                tracker.read_noted(self.master_rows, version)
         self._steps_taken += 1
 
     def _rows_on_grid(self, rows: Tensor, *, is_unique: bool) -> Tensor:
@@ -357,7 +357,7 @@ class QuantizedEmbeddingBag(Bag):
         if self.scale_per == "table":
             tracker = self._current_tracker()
             if tracker.note(rows):
-                tracker.settle(self.master_rows, self._weight_version())
+                tracker.read_noted(self.master_rows, self._weight_version())
 
     @torch.no_grad()
     def apply_gradients(self, *, lr: float, rule: UpdateRule = "sgd", eps: float = 1e-8) -> None:

@@ -67,7 +67,7 @@ class StagedBatch:
     distinct: Distinct | None = None
     """The distinct positions, where the host found them."""
     weights: Tensor | None = None
-    outside: Tensor | None = None
+    tierless: Tensor | None = None
     """Slots of the columns whose rows have no tier. Shape (B, J), int64."""
 
     def __len__(self) -> int:
@@ -96,7 +96,7 @@ class StagedBatch:
         """Everything that went to the device."""
         found = self.distinct
         of_distinct = () if found is None else (found.rows, found.inverse, found.order, found.starts)
-        given = (self.dense, self.labels, self.positions, self.weights, self.outside, *of_distinct)
+        given = (self.dense, self.labels, self.positions, self.weights, self.tierless, *of_distinct)
         return [value for value in given if value is not None]
 
 
@@ -315,7 +315,7 @@ class LookAhead:
         if batch.weights is not None:
             arrays["weights"] = batch.weights
         if self._columns is not None:
-            arrays["outside"] = _outside(batch.slots, self._columns)
+            arrays["tierless"] = _tierless_slots(batch.slots, self._columns)
         if found is not None:
             arrays |= {"inverse": found.inverse, "order": found.order, "starts": found.starts}
         there = dict(zip(arrays, self._mover.to_device(list(arrays.values())), strict=True))
@@ -329,7 +329,7 @@ class LookAhead:
             positions=there.get("positions"),
             distinct=distinct,
             weights=there.get("weights"),
-            outside=there.get("outside"),
+            tierless=there.get("tierless"),
         )
 
     # --- main thread ---
@@ -343,7 +343,7 @@ class LookAhead:
             self._mover.hand_over(batch.tensors())
 
 
-def _outside(slots: np.ndarray, columns: np.ndarray) -> np.ndarray:
+def _tierless_slots(slots: np.ndarray, columns: np.ndarray) -> np.ndarray:
     return np.delete(slots, columns, axis=1).astype(np.int64)
 
 

@@ -114,8 +114,8 @@ class StagingHalves:
         start = self._num_hot + (self._num_chunks % 2) * self._half_rows
         self._num_chunks += 1
         places = np.arange(start, start + len(staged))
-        held = self._position[staged].astype(np.int64)
-        self._before = self._held()
+        places_before = self._position[staged].astype(np.int64)
+        self._before = self._staged_now()
         before, before_at = self._before
         self._position[before] = -1
         self._position[staged] = places
@@ -123,8 +123,8 @@ class StagingHalves:
         self._current = staged
         return Plan(
             num_batches=fitting,
-            fetched=(staged[held < 0], places[held < 0]),
-            forwarded=(held[held >= 0], places[held >= 0]),
+            fetched=(staged[places_before < 0], places[places_before < 0]),
+            forwarded=(places_before[places_before >= 0], places[places_before >= 0]),
             leaving=(before[is_leaving], before_at[is_leaving]),
         )
 
@@ -138,12 +138,12 @@ class StagingHalves:
 
     def release(self) -> tuple[np.ndarray, np.ndarray]:
         """The rows of the last chunk; afterwards nothing is staged."""
-        released = self._held()
+        released = self._staged_now()
         self._position[self._current] = -1
         self._current, self._before = _NONE, (_NONE, _NONE)
         return released
 
-    def _held(self) -> tuple[np.ndarray, np.ndarray]:
+    def _staged_now(self) -> tuple[np.ndarray, np.ndarray]:
         return self._current, self._position[self._current].astype(np.int64)
 
 

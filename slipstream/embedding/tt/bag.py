@@ -23,7 +23,7 @@ class TTEmbeddingBag(TTTables):
 
     **Training.** With `sparse=True` the backward pass ends with an update of the core slices that were looked
     up, and only those: their gradients are summed over the whole pass first (a module may be used several
-    times in one graph), always in the same order. The cores get no `.grad` then, so an outside optimizer
+    times in one graph), always in the same order. The cores get no `.grad` then, so an optimizer of yours
     leaves them alone. With `sparse=False` the cores get ordinary dense gradients.
 
     **Cache.** `use_cache` counts ids in every forward pass; `cache_populate` then keeps the most used rows

@@ -262,7 +262,7 @@ class TTTables(nn.Module):
 
         With `cache_gradient="cores"` the output does not change. With "rows", rows that stay keep what they
         learnt and their optimizer state, new ones start from the cores with a state of 0, and **rows that
-        leave fall back to what the cores say**: populate early and seldom. An outside optimizer
+        leave fall back to what the cores say**: populate early and seldom. An optimizer of yours
         (`sparse=False`) knows nothing of the change: start it afresh.
 
         Returns:
@@ -372,7 +372,7 @@ class TTTables(nn.Module):
             self.get_buffer("_row_clock").zero_()
 
     def memory_bytes(self) -> dict[str, int]:
-        """Give the bytes held now, nothing left out.
+        """Give the bytes in use now, nothing left out.
 
         Returns:
             "cores", "optimizer_state", "cache" (rows, their ids, state and clocks) and "counts".

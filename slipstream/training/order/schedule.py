@@ -17,7 +17,7 @@ class Schedule:
     segment_steps: int
     """Steps between staleness checks."""
     round_samples: int
-    """Most samples of a round; two rounds are held at once."""
+    """Most samples of a round; two rounds are in memory at once."""
     warmup_steps: int = 0
     """Steps before the first window opens."""
     window_steps: int = 0

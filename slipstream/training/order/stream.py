@@ -38,7 +38,7 @@ class SampleStream:
         self._workers = workers
         self._windows = self._cut_windows(sizes, window_samples)
         self._next: Future[Samples] | None = None
-        self._held: Samples | None = None
+        self._window: Samples | None = None
         self._used = 0
         self._passed = 0
         self.remaining = int(sum(sizes))
@@ -50,7 +50,7 @@ class SampleStream:
         Windows that are passed as a whole are not read; what their shuffling would have drawn is drawn all the same,
         so that the order of the others stays.
         """
-        if self._held is not None or self._next is not None:
+        if self._window is not None or self._next is not None:
             raise ValueError("expected a stream that nothing was taken from")
         self._passed = min(count, self.remaining)
         self.remaining -= self._passed
@@ -62,14 +62,14 @@ class SampleStream:
         wanted = min(count, self.remaining)
         self.remaining -= wanted
         while wanted:
-            if self._held is None or self._used == len(self._held):
+            if self._window is None or self._used == len(self._window):
                 if self._next is None:
                     self._load_next()
                 assert self._next is not None
-                self._held, self._used, self._passed = self._next.result(), self._passed, 0
+                self._window, self._used, self._passed = self._next.result(), self._passed, 0
                 self._load_next()
                 continue
-            piece = self._held.take(slice(self._used, self._used + wanted))
+            piece = self._window.take(slice(self._used, self._used + wanted))
             self._used += len(piece)
             wanted -= len(piece)
             pieces.append(piece)
@@ -78,15 +78,15 @@ class SampleStream:
     def _cut_windows(self, sizes: Sequence[int], window_samples: int) -> Iterator[tuple[list[int], int]]:
         """The shards of each window, and how many samples they hold."""
         window: list[int] = []
-        held = 0
+        num_samples = 0
         for index in self._rng.permutation(len(sizes)).tolist():
-            if window and held + sizes[index] > window_samples:
-                yield window, held
-                window, held = [], 0
+            if window and num_samples + sizes[index] > window_samples:
+                yield window, num_samples
+                window, num_samples = [], 0
             window.append(index)
-            held += sizes[index]
+            num_samples += sizes[index]
         if window:
-            yield window, held
+            yield window, num_samples
 
     def _load_next(self) -> None:
         self._next = None

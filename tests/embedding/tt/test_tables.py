@@ -287,7 +287,7 @@ def test_a_cache_of_copies_follows_a_change_of_dtype():
         torch.testing.assert_close(bag(torch.arange(10)[:, None]), table_of(bag)[:10])
 
 
-def test_bytes_count_everything_held():
+def test_bytes_count_everything_in_use():
     p, q, r = P[:3], Q[:3], [1, *RANKS[:2], 1]
     cores = 8 * sum(p[k] * r[k] * q[k] * r[k + 1] for k in range(3))
     assert make_bag().memory_bytes() == {"cores": cores, "optimizer_state": 0, "cache": 0, "counts": 0}
