@@ -91,7 +91,8 @@ def test_every_exact_mode_gives_the_same_model_to_the_bit(tiny_runs: Path, table
 
 
 def test_faithful_training_rounds_too(tiny_runs: Path):
-    result = train(tiny_runs, train__mode="fae", train__faithful=True, train__chunk_batches=16, tables=TABLES["int4"])
+    plain = {"train__mode": "fae", "train__faithful": True, "train__chunk_batches": 16}
+    result = run_pipeline(tiny_config(tables=TABLES["int4"], **plain), tiny_runs)
     assert np.array_equal(predictions_of(result, "test"), predictions_from_disk(folder_of(result), result, "test"))
 
 
