@@ -65,7 +65,7 @@ def test_a_padding_row_starts_at_zero_and_no_other_does():
         ({"mode": "fae", "chunk_batches": 1}, 7, 2 * 6),  # 2 samples of 3 lookups
         ({"mode": "fae", "staging_rows": 10}, 7, 2 * 10),
         ({"mode": "fae", "staging_rows": 500}, 7, 2 * (NUM_ROWS - 7)),  # no more than there are
-        ({"mode": "fae", "faithful": True, "chunk_batches": 1}, 0, 2 * 6),
+        ({"mode": "fae", "faithful": True, "chunk_batches": 16}, 0, 2 * (NUM_ROWS // 4)),
         ({"mode": "baseline", "chunk_batches": 1}, 0, 2 * 6),
         ({"mode": "cached", "cache_ratio": 0.5}, 0, NUM_ROWS // 2),
         ({"mode": "cached", "cache_ratio": 0.01}, 0, 2 * 6),  # two batches
