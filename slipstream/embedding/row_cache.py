@@ -462,31 +462,6 @@ class RowCache:
         self._pool_ceiling = _NO_CEILING
 
 
-def most_frequent_rows(row_counts: ArrayLike, count: int) -> Int64:
-    """Pick the rows to warm a cache with: the most used first, ties by row number.
-
-    Args:
-        row_counts: Accesses per row, shape (N,), integer, >= 0.
-        count: How many, in [0, N].
-
-    Returns:
-        Row numbers, shape (count,).
-
-    Example:
-        >>> most_frequent_rows([5, 0, 9, 5], 3)
-        array([2, 0, 3])
-    """
-    counts = np.asarray(row_counts)
-    if not 0 <= count <= counts.size:
-        raise ValueError(f"expected 0 <= count <= {counts.size} rows, found {count}")
-    if count == 0:
-        return np.empty(0, np.int64)
-    threshold = np.partition(counts, counts.size - count)[counts.size - count]
-    above = np.flatnonzero(counts > threshold)
-    tied = np.flatnonzero(counts == threshold)[: count - above.size]
-    return np.concatenate([above[np.argsort(-counts[above].astype(np.int64), kind="stable")], tied])
-
-
 def _sorted_distinct(values: NDArray[np.integer[Any]]) -> Int64:
     """Sort and drop duplicates: three times as fast as np.unique, which goes through a hash table."""
     ordered = np.sort(values.astype(np.int64))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from slipstream.ops.split import hash_positions
 
@@ -36,3 +37,31 @@ def sample_positions(start: int, stop: int, *, ratio: float, seed: int) -> np.nd
     """
     draws = hash_positions(start, stop, seed=seed) % np.uint64(_DRAWS)
     return draws < np.uint64(round(ratio * _DRAWS))
+
+
+def most_frequent_rows(row_counts: ArrayLike, count: int) -> np.ndarray:
+    """Pick the rows to warm a cache with: the most used first, ties by row number.
+
+    Args:
+        row_counts: Accesses per row, shape (N,), integer, >= 0.
+        count: How many, in [0, N].
+
+    Returns:
+        Row numbers, shape (count,), int64.
+
+    Raises:
+        ValueError: There are not so many rows.
+
+    Example:
+        >>> most_frequent_rows([5, 0, 9, 5], 3)
+        array([2, 0, 3])
+    """
+    counts = np.asarray(row_counts)
+    if not 0 <= count <= counts.size:
+        raise ValueError(f"expected 0 <= count <= {counts.size} rows, found {count}")
+    if count == 0:
+        return np.empty(0, np.int64)
+    threshold = np.partition(counts, counts.size - count)[counts.size - count]
+    above = np.flatnonzero(counts > threshold)
+    tied = np.flatnonzero(counts == threshold)[: count - above.size]
+    return np.concatenate([above[np.argsort(-counts[above].astype(np.int64), kind="stable")], tied])

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slipstream.embedding.row_cache import CachePlan, RowCache, most_frequent_rows
+from slipstream.embedding.row_cache import CachePlan, RowCache
 from slipstream.errors import CapacityError
 
 POLICIES = ["lfu", "rank"]
@@ -309,13 +309,6 @@ def test_warming_leaves_out_what_is_there_and_what_has_no_room() -> None:
         cache.warm([1, 1])
 
 
-@given(st.lists(st.integers(0, 4), min_size=1, max_size=12), st.data())
-def test_the_most_frequent_rows_are_a_prefix_of_the_ranking(counts: list[int], data: st.DataObject) -> None:
-    count = data.draw(st.integers(0, len(counts)))
-    ranking = sorted(range(len(counts)), key=lambda row: (-counts[row], row))
-    assert most_frequent_rows(counts, count).tolist() == ranking[:count]
-
-
 @pytest.mark.parametrize("rows", [[-1], [10], [3, 12], [0.5]])
 def test_rows_outside_the_table_are_refused(rows: list[float]) -> None:
     cache = RowCache(10, 3)
@@ -341,11 +334,6 @@ def test_rows_outside_the_table_are_refused(rows: list[float]) -> None:
 def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"row_counts|expected"):
         RowCache(**{"num_rows": 10, "capacity": 3, **options})
-
-
-def test_more_warm_rows_than_the_table_has_are_refused() -> None:
-    with pytest.raises(ValueError, match="expected 0 <= count"):
-        most_frequent_rows([1, 2], 3)
 
 
 def test_announced_lookups_count_once_unless_a_row_has_left() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import lookups
 
-from slipstream.ops.counting import count_accesses, sample_positions
+from slipstream.ops.counting import count_accesses, most_frequent_rows, sample_positions
 
 
 @given(lookups(), st.randoms(use_true_random=False), st.integers(1, 5))
@@ -46,3 +46,15 @@ def test_a_draw_takes_about_its_share_and_a_larger_one_contains_it(ratio: float)
 def test_seeds_draw_differently():
     first, second = (sample_positions(0, 10_000, ratio=0.5, seed=seed) for seed in (1, 2))
     assert 0.45 < (first == second).mean() < 0.55
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=12), st.data())
+def test_the_most_frequent_rows_are_a_prefix_of_the_ranking(counts: list[int], data: st.DataObject) -> None:
+    count = data.draw(st.integers(0, len(counts)))
+    ranking = sorted(range(len(counts)), key=lambda row: (-counts[row], row))
+    assert most_frequent_rows(counts, count).tolist() == ranking[:count]
+
+
+def test_more_warm_rows_than_the_table_has_are_refused() -> None:
+    with pytest.raises(ValueError, match="expected 0 <= count"):
+        most_frequent_rows([1, 2], 3)

@@ -26,9 +26,10 @@ from torch.nn import functional
 
 from slipstream.embedding.cached.host_tables import HostTables, Tables, index_on
 from slipstream.embedding.duplicates import sum_duplicates
-from slipstream.embedding.row_cache import CachePlan, RowCache, most_frequent_rows
+from slipstream.embedding.row_cache import CachePlan, RowCache
 from slipstream.embedding.rules import OPTIMIZERS
 from slipstream.errors import CapacityError
+from slipstream.ops.counting import most_frequent_rows
 
 Mode = Literal["sum", "mean", "max"]
 EvictStrategy = Literal["lfu", "dataset"]
