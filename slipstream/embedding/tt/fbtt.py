@@ -147,29 +147,36 @@ def tt_matrix_to_full(
     tt_q_shapes: Sequence[int],
     tt_ranks: Sequence[int],
     tt_cores: Sequence[Tensor],
-    permute: Sequence[int] | None = None,
+    tt_permute: Sequence[int] | None = None,
 ) -> Tensor:
     """Multiply cores out into the whole table, shape (prod(p), prod(q)).
 
     Args:
         tt_p_shapes: Row factors.
         tt_q_shapes: Column factors.
-        tt_ranks: Ranks with the outer ones, d + 1 integers.
-        tt_cores: Core k with its four axes in the order that `permute` undoes; or as FBTT stores it, shape
-            (1, p_k, r_k · q_k · r_{k+1}).
-        permute: Order that brings the axes of a core to (r_k, p_k, q_k, r_{k+1}); None for cores as they are stored.
+        tt_ranks: Inner ranks, or d + 1 integers with the outer ones.
+        tt_cores: One tensor a level, of one table.
+        tt_permute: Order of a core's axes among (r_k, p_k, q_k, r_{k+1}), one that undoes itself; `[1, 0, 2, 3]` for
+            the cores of a bag, which may come with their axes merged as FBTT stores them. None for cores of four axes
+            in the order (r_k, p_k, q_k, r_{k+1}).
 
     Raises:
-        ValueError: A core has another number of entries.
+        ValueError: A core has another number of entries or other axes, or the order does not undo itself.
     """
+    ranks = [1, *tt_ranks, 1] if len(tt_ranks) == len(tt_p_shapes) - 1 else list(tt_ranks)
+    order = list(range(4)) if tt_permute is None else list(tt_permute)
+    if sorted(order) != [0, 1, 2, 3] or any(order[axis] != at for at, axis in enumerate(order)):
+        raise ValueError(f"expected an order of four axes that undoes itself, as [1, 0, 2, 3] does, found {order}")
     cores = []
     for at, core in enumerate(tt_cores):
-        shape = (tt_p_shapes[at], tt_ranks[at], tt_q_shapes[at], tt_ranks[at + 1])
-        if core.numel() != torch.Size(shape).numel():
-            raise ValueError(f"expected core {at} of {shape} entries, found shape {tuple(core.shape)}")
-        if permute is not None:
-            core = core.permute(*permute).movedim(1, 0)
-        cores.append(core.reshape(shape))
+        sizes = (ranks[at], tt_p_shapes[at], tt_q_shapes[at], ranks[at + 1])
+        shape = tuple(sizes[axis] for axis in order)
+        is_unordered = tt_permute is None and tuple(core.shape) != shape
+        if is_unordered or core.numel() != torch.Size(shape).numel():
+            hint = "; for the cores of a bag, pass tt_permute=[1, 0, 2, 3]" if is_unordered else ""
+            raise ValueError(f"expected core {at} of {shape} entries, found shape {tuple(core.shape)}{hint}")
+        # back to (r, p, q, r'), then rows first: the order in which the cores of a bag lie
+        cores.append(core.reshape(shape).permute(order).transpose(0, 1))
     return tt_to_dense(cores)
 
 

@@ -103,19 +103,48 @@ def test_optimizers_that_the_original_takes_for_adagrad_are_refused(optimizer: O
         TTEmbeddingBag(50, 6, [2, 2], optimizer=optimizer)
 
 
-@pytest.mark.parametrize("permuted", [False, True])
-def test_cores_are_multiplied_out_from_either_order_of_their_axes(permuted: bool):
+P, Q, RANKS = [3, 4, 2], [2, 2, 2], [2, 3]
+
+
+def draw_cores() -> list[torch.Tensor]:
+    """Cores with axes (r, p, q, r')."""
+    outer, generator = [1, *RANKS, 1], torch.Generator().manual_seed(0)
+    return [torch.randn(outer[at], P[at], Q[at], outer[at + 1], generator=generator) for at in range(3)]
+
+
+@pytest.mark.parametrize("ranks", [RANKS, [1, *RANKS, 1]], ids=["inner ranks", "all ranks"])
+@pytest.mark.parametrize("order", [None, [0, 1, 2, 3], [1, 0, 2, 3], [3, 1, 2, 0]])
+@pytest.mark.parametrize("is_merged", [False, True])
+def test_cores_are_multiplied_out_from_any_order_of_their_axes(
+    ranks: list[int], order: list[int] | None, is_merged: bool
+):
+    cores = draw_cores()
+    expected = torch.einsum("apib,bqjc,crkd->pqrijk", *cores).reshape(24, 8)
+    if order is not None:
+        cores = [core.permute(order) for core in cores]
+        if is_merged:
+            cores = [core.reshape(1, core.shape[0], -1) for core in cores]
+    full = tt_matrix_to_full(P, Q, ranks, cores, tt_permute=order)
+    torch.testing.assert_close(full, expected)
+
+
+def test_the_cores_of_a_bag_give_its_table_and_take_gradients():
     bag = TTEmbeddingBag(27, 8, [2, 3], [3, 3, 3], [2, 2, 2])
-    cores = [core.detach()[0] for core in bag.tt_cores]
-    ranks = [1, 2, 3, 1]
-    if permuted:
-        cores = [core.permute(3, 0, 2, 1) for core in cores]  # (r', p, q, r); (r, p, q, r') again by (3, 1, 2, 0)
-        full = tt_matrix_to_full([3, 3, 3], [2, 2, 2], ranks, cores, [3, 1, 2, 0])
-    else:
-        full = tt_matrix_to_full([3, 3, 3], [2, 2, 2], ranks, [core.reshape(1, 3, -1) for core in cores])
-    torch.testing.assert_close(full, bag.full_weight().detach())
+    cores = [core.clone().detach().requires_grad_(True) for core in bag.tt_cores]
+    full = tt_matrix_to_full([3, 3, 3], [2, 2, 2], [2, 3], cores, [1, 0, 2, 3])
+    torch.testing.assert_close(full, bag.full_weight())
+    full.sum().backward()
+    assert all(core.grad is not None and core.grad.shape == core.shape for core in cores)
+
+
+def test_cores_that_could_be_read_in_another_order_are_refused():
+    cores = [core.transpose(0, 1) for core in draw_cores()]
+    with pytest.raises(ValueError, match=re.escape("pass tt_permute=[1, 0, 2, 3]")):
+        tt_matrix_to_full(P, Q, RANKS, cores)
+    with pytest.raises(ValueError, match="undoes itself"):
+        tt_matrix_to_full(P, Q, RANKS, cores, [1, 2, 0, 3])
     with pytest.raises(ValueError, match="expected core 0"):
-        tt_matrix_to_full([9, 3, 3], [2, 2, 2], ranks, cores)
+        tt_matrix_to_full([9, 4, 2], Q, RANKS, cores, [1, 0, 2, 3])
 
 
 def test_shapes_are_suggested():
