@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slipstream.config import load_pipeline
-from slipstream.errors import ArtifactError
+from slipstream.errors import ArtifactError, ConfigError
 from slipstream.pipeline import RunResult, run_pipeline
 from slipstream.progress import Silent
 from slipstream.shipped import find_pipeline
@@ -127,7 +128,8 @@ def run(
 
     Args:
         pipeline: Pipeline file, or the name of a shipped one.
-        overrides: `{"train.mode": "resident"}`, or `["train.mode=resident"]` as for `--set`.
+        overrides: `{"train.mode": "resident"}`, or `["train.mode=resident"]` as for `--set`. A value may itself be a
+            mapping, for a whole section.
         runs: Folder that holds run folders.
         stages: Only these, whose inputs must be there; None for all.
         force: Run even what is up to date.
@@ -138,8 +140,12 @@ def run(
     Raises:
         SlipstreamError: Whatever the command line reports with exit code 1 or 2.
     """
+    if isinstance(overrides, str):
+        raise ConfigError(
+            f"expected overrides as a mapping or a list, found the text {overrides!r}", hint="put it in [ ]"
+        )
     if isinstance(overrides, Mapping):
-        overrides = [f"{key}={_as_toml(value)}" for key, value in overrides.items()]
+        overrides = [f"{key}={_as_toml(key, value)}" for key, value in overrides.items()]
     config = load_pipeline(find_pipeline(str(pipeline)), overrides)
     result = run_pipeline(config, Path(runs), stages=stages, force=force)
     return Result(result, pipeline=str(pipeline), overrides=tuple(overrides))
@@ -163,10 +169,24 @@ def load(folder: str | Path) -> ServedModel:
     return ServedModel(Path(folder))
 
 
-def _as_toml(value: Any) -> str:
+def _as_toml(key: str, value: Any) -> str:
     """A value as it would stand in a pipeline file."""
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, Real):
+        return str(value)
+    if isinstance(value, str | Path):
+        return _quoted(str(value))
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_quoted(str(name))} = {_as_toml(key, of)}" for name, of in value.items()) + "}"
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(_as_toml, value)) + "]"
-    return json.dumps(str(value)) if isinstance(value, str | Path) else str(value)
+        return "[" + ", ".join(_as_toml(key, each) for each in value) + "]"
+    raise ConfigError(
+        f"expected text, a number, a truth value, a list or a mapping for `{key}`, found {value!r}",
+        hint="leave the key out to keep what the pipeline says",
+    )
+
+
+def _quoted(text: str) -> str:
+    """A basic string of TOML: JSON's, but every character beyond ASCII as it is, since pairs of surrogates are none."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

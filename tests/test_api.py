@@ -80,6 +80,28 @@ def test_overrides_may_be_those_of_the_command_line(result: Result, tmp_path: Pa
         slipstream.run("tiny", {"train.batch_sise": 3})
 
 
+@pytest.mark.parametrize("name", ["clicks.tsv", "tägliche klicks.tsv", "😀.tsv", 'a "b"\\c.tsv', "\x7f\t.tsv"])
+def test_a_path_of_any_name_arrives_unchanged(tmp_path: Path, name: str):
+    for raw in (tmp_path / name, str(tmp_path / name)):
+        planned = slipstream.run("tiny", {"dataset.raw": raw}, runs=tmp_path, stages=[])
+        assert planned.run.config.dataset.raw == (str(tmp_path / name),)
+
+
+def test_an_override_may_be_a_whole_section(tmp_path: Path):
+    tables = {"representation": "int4", "overrides": {"cat_2": {"representation": "tt", "tt_ranks": [4, 4]}}}
+    overrides = {"tables": tables, "train.lr": np.float64(0.5)}
+    config = slipstream.run("tiny", overrides, runs=tmp_path, stages=[]).run.config
+    assert config.tables.representation == "int4" and config.tables.overrides["cat_2"].tt_ranks == (4, 4)
+    assert config.train.lr == 0.5
+
+
+def test_overrides_that_are_none_are_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"for `train\.mode`, found None"):
+        slipstream.run("tiny", {"train.mode": None}, runs=tmp_path)
+    with pytest.raises(ConfigError, match=r"a mapping or a list, found the text 'train\.mode=resident'"):
+        slipstream.run("tiny", "train.mode=resident", runs=tmp_path)
+
+
 def test_a_loaded_model_is_a_module_that_predicts_what_training_predicted(result: Result):
     model = slipstream.load(result.model)
     assert isinstance(model, nn.Module) and model.description["encoding"]["source"] == "criteo"
