@@ -11,7 +11,7 @@ from after its imports to its last byte on disk:
     torch        the model on encoded samples, batch by batch
     onnx         its ONNX export in ONNX Runtime on the same samples, one thread like torch
 
-`--memory` scores logs of --rows and five times as many lines: peak memory may not grow with lines, but for the 5 bytes
+`--memory` scores logs of --rows and five times as many lines: peak memory may not grow with lines, but for the 4 bytes
 a line that measuring quality takes. What it does not show: a large network, whose products would outweigh everything.
 """
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, log_loss, roc_auc_score
 
-from slipstream.ops.metrics import area_under_roc, measure_quality
+from slipstream.ops.metrics import QualityCounter, area_under_roc, measure_quality
 
 # few distinct values, so that most draws have ties
 _PROBABILITIES = st.one_of(st.sampled_from([0.1, 0.25, 0.5, 0.75]), st.floats(0.001, 0.999))
@@ -70,3 +71,17 @@ def test_one_class_has_no_auc_and_everything_else_stays_sound(label: int):
 
 def test_certain_and_wrong_predictions_cost_a_finite_loss():
     assert measure_quality(np.array([0, 1]), np.array([1.0, 0.0])).logloss == pytest.approx(-math.log(1e-7))
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 1), st.integers(0, 20)), min_size=1, max_size=60),
+    st.integers(1, 7),
+)
+def test_metrics_counted_in_pieces_are_those_of_the_whole(pairs: list[tuple[int, int]], num_pieces: int):
+    labels, levels = np.array(pairs).T
+    probabilities = (levels / 20).astype(np.float32)
+    counter = QualityCounter()
+    for part in np.array_split(np.arange(len(labels)), num_pieces):
+        counter.add(labels[part], probabilities[part])
+    found, expected = dataclasses.astuple(counter.result()), dataclasses.astuple(measure_quality(labels, probabilities))
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
