@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -14,8 +15,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from slipstream.config import build_pipeline
 from slipstream.embedding.rules import OPTIMIZERS, RowOptimizer
+from slipstream.errors import ConfigError
+from slipstream.pipeline import run_pipeline
 
+TREE = {
+    "name": "toy",
+    "dataset": {"source": "synthetic", "num_samples": 2000},
+    "segregate": {"hot_budget": "30%"},
+    "model": {"embedding_dim": 4, "bottom_mlp": [4], "top_mlp": [1]},
+}
 N, D, LR = 9, 3, 0.1
 STEPS = torch.zeros((), dtype=torch.float64)
 
@@ -164,3 +174,24 @@ def test_a_rule_with_state_per_row_must_say_what_becomes_of_layers():
 def test_optimizers_are_known_without_torch():
     code = "import slipstream.embedding.rules, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+class SignSGD(RowOptimizer):
+    """The sign of the gradient: an optimizer of one's own."""
+
+    def direction(self, gradients: Tensor, *args: object, **options: object) -> Tensor:
+        return gradients.sign()
+
+
+def test_an_optimizer_of_ones_own_trains_the_same_rows_in_every_mode_through_the_registry_alone(tmp_path: Path):
+    models = []
+    with OPTIMIZERS.registered("sign_sgd", SignSGD):
+        for name in ("sign_sgd", "sgd"):
+            for mode in ("resident", "slipstream"):
+                train = {"mode": mode, "optimizer": name, "batch_size": 64, "lr": 0.001, "num_threads": 1}
+                skip = {"criterion": "none"}
+                result = run_pipeline(build_pipeline(TREE | {"train": train, "skip": skip}), tmp_path)
+                models.append((result.stages["train"].artifact.path / "model.safetensors").read_bytes())
+    assert models[0] == models[1] != models[2] == models[3]
+    with pytest.raises(ConfigError, match=r"`train\.optimizer` must be one of sgd, .* found 'sign_sgd'"):
+        build_pipeline(TREE | {"train": {"optimizer": "sign_sgd"}})

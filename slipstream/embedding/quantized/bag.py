@@ -42,9 +42,12 @@ from slipstream.embedding.quantized.numbers import (
     stochastic_round,
 )
 from slipstream.embedding.quantized.packed import PackedEmbeddingBag
+from slipstream.embedding.rules import OPTIMIZERS, RowOptimizer
 
 MasterDtype = Literal["float32", "int8"]
-UpdateRule = Literal["sgd", "rowwise_adagrad"]
+
+_STATE = "optimizer_"
+"""Begins the names of buffers that hold what a rule keeps of the rows."""
 
 SWEEP_ROWS_PER_STEP = 1024
 """Rows re-read per training step, on average, for max|w|: half the lookups of a batch of 2048."""
@@ -119,7 +122,7 @@ class QuantizedEmbeddingBag(Bag):
     weight: nn.Parameter | None
     master: Tensor | None
     exponent: Tensor | None
-    adagrad_sum: Tensor | None
+    num_updates: Tensor
     num_steps: Tensor
     _powers: Tensor | None
 
@@ -179,7 +182,7 @@ class QuantizedEmbeddingBag(Bag):
             "exponent",
             torch.full((n,), SMALLEST_EXPONENT, dtype=torch.int8, device=device) if is_int8 else None,
         )
-        self.register_buffer("adagrad_sum", None)
+        self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64, device=device) if is_int8 else None)
         powers = torch.tensor([2.0**e for e in range(SMALLEST_EXPONENT, LARGEST_EXPONENT + 1)], device=device)
         self.register_buffer("_powers", powers if is_int8 else None, persistent=False)
         if not is_int8:
@@ -360,25 +363,22 @@ class QuantizedEmbeddingBag(Bag):
                 tracker.read_noted(self.master_rows, self._weight_version())
 
     @torch.no_grad()
-    def apply_gradients(self, *, lr: float, rule: UpdateRule = "sgd", eps: float = 1e-8) -> None:
+    def apply_gradients(self, *, lr: float, rule: str = "sgd", eps: float = 1e-8) -> None:
         """Update an int8 master from the gradients of the backward passes since the last call.
 
-        Gradients of a row looked up in several forwards are summed first. Row-wise Adagrad keeps one float32
-        sum per row: sum += mean_j g_j^2, then w -= lr * g / (sqrt(sum) + eps); it adds 4 bytes per row at its
-        first use.
+        Gradients of a row looked up in several forwards are summed first. What a rule keeps of the rows is float32 and
+        is there from its first use on.
 
         Args:
             lr: Learning rate.
-            rule: "sgd" or "rowwise_adagrad".
-            eps: Small number in Adagrad's denominator.
+            rule: A name in `slipstream.embedding.rules.OPTIMIZERS`, where the formulas stand; the same at every call.
+            eps: Small number in the denominator of Adagrad and Adam.
 
         Raises:
             ValueError: The master is not int8, the rule is unknown, or a gradient is NaN or infinite; the
                 master is unchanged then.
-
-        Source: row-wise Adagrad as in FBGEMM's fused optimizers.
         """
-        check_choice("rule", rule, ("sgd", "rowwise_adagrad"))
+        check_choice("rule", rule, OPTIMIZERS.names())
         if self.weight is not None:
             raise ValueError(
                 "apply_gradients: expected an int8 master, found a float one; use a torch optimizer on "
@@ -391,15 +391,24 @@ class QuantizedEmbeddingBag(Bag):
         grad = sum_duplicates(grads, inverse, rows.shape[0])
         self._gradients.clear()
         check_finite(grad, "gradient")
-        if rule == "sgd":
-            delta = grad * -lr
-        else:
-            if self.adagrad_sum is None:
-                self.adagrad_sum = torch.zeros(self.num_embeddings, dtype=torch.float32, device=grad.device)
-            self.adagrad_sum.index_add_(0, rows, grad.square().mean(1).to(torch.float32))
-            root = self.adagrad_sum.index_select(0, rows).sqrt_().add_(eps)
-            delta = grad * (-lr / root).unsqueeze(1)
-        self._add_to_master(rows, delta)
+        optimizer = OPTIMIZERS.get(rule)(eps=eps)
+        state = self._state_of(optimizer)
+        self.num_updates += 1
+        directions = optimizer.row_directions(
+            state, rows, grad.float() if state else grad, num_steps=self.num_updates.double()
+        )
+        self._add_to_master(rows, directions.to(grad.dtype) * -lr)
+
+    def _state_of(self, optimizer: RowOptimizer) -> list[Tensor]:
+        """What a rule keeps, made when it is first asked for."""
+        shapes = optimizer.state_shapes((self.num_embeddings, self.embedding_dim))
+        for name, shape in shapes.items():
+            key = _STATE + name
+            if key not in self._buffers:
+                self.register_buffer(key, torch.zeros(shape, dtype=torch.float32, device=self._table().device))
+            elif self.get_buffer(key).shape != shape:
+                raise ValueError("expected the rule of the calls before, found another: keep to one")
+        return [self.get_buffer(_STATE + name) for name in shapes]
 
     # -- storage ------------------------------------------------------------------------------------------
 
@@ -409,7 +418,8 @@ class QuantizedEmbeddingBag(Bag):
         Returns:
             Bytes; gradients and the state of a torch optimizer are not in it.
         """
-        kept = (self.weight, self.master, self.exponent, self.adagrad_sum, getattr(self, "scale", None))
+        state = [buffer for name, buffer in self._buffers.items() if name.startswith(_STATE)]
+        kept = (self.weight, self.master, self.exponent, *state, getattr(self, "scale", None))
         return sum(t.numel() * t.element_size() for t in kept if t is not None)
 
     def pack(self) -> "PackedEmbeddingBag":
@@ -441,8 +451,10 @@ class QuantizedEmbeddingBag(Bag):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        if self.adagrad_sum is None and prefix + "adagrad_sum" in state_dict and self.weight is None:
-            self.adagrad_sum = torch.zeros(self.num_embeddings, dtype=torch.float32, device=self._table().device)
+        for key, value in state_dict.items():  # what a rule keeps is there from its first use on only
+            name = key.removeprefix(prefix)
+            if key.startswith(prefix + _STATE) and name not in self._buffers and self.weight is None:
+                self.register_buffer(name, torch.zeros_like(value, device=self._table().device))
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._steps_taken = int(self.num_steps)
         self._tracker = None
