@@ -470,3 +470,71 @@ def test_a_budget_in_bytes_depends_on_what_a_row_weighs_and_a_share_does_not(tmp
 def test_triton_is_refused_for_an_optimizer_without_a_kernel():
     with pytest.raises(ConfigError, match=r"`train\.optimizer` = 'adam' has no Triton kernel; sgd and rowwise_adagrad"):
         tiny_config(train__optimizer="adam", train__kernels="triton")
+
+
+# --- how tables are held -------------------------------------------------------------------------------------
+
+
+def test_the_largest_rule_that_fits_holds_and_overrides_win():
+    tables = tiny_config(
+        tables={
+            "period": 50,
+            "rules": [
+                {"min_rows": 1000, "representation": "tt", "tt_ranks": [8, 8]},
+                {"min_rows": 10, "representation": "int8", "period": 5},
+            ],
+            "overrides": {"cat_2": {"representation": "int4"}},
+        }
+    ).tables
+    chosen = {(name, size): tables.choice_for(name, size) for name in ("cat_1", "cat_2") for size in (9, 10, 1000)}
+    assert [chosen["cat_1", size].representation for size in (9, 10, 1000)] == ["dense", "int8", "tt"]
+    assert [chosen["cat_2", size].representation for size in (9, 10, 1000)] == ["int4"] * 3
+    assert [chosen["cat_2", size].period for size in (9, 10, 1000)] == [50, 5, 50]
+    assert chosen["cat_1", 1000].tt_ranks == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"tables": {"representation": "in4"}}, "tables.representation` must be one of dense, int8, int4, tt"),
+        ({"tables": {"rules": [{"representation": "tt"}]}}, "missing key `tables.rules\\[0\\].min_rows`"),
+        ({"tables": {"rules": [{"min_rows": 1, "rank": 2}]}}, "unknown key `tables.rules\\[0\\].rank`"),
+        ({"tables": {"period": 0}}, "`tables.period` must be at least 1"),
+        ({"tables": {"overrides": {"cat_1": {"representation": 4}}}}, "cat_1.representation` must be one of"),
+        ({"tables": {"tt_ranks": []}}, "one to three ranks"),
+        ({"tables": {"quantize_linears": 3}}, "must be 0, 4 or 8"),
+        (
+            {"tables": {"representation": "int4"}, "model__embedding_dim": 3, "model__bottom_mlp": [3]},
+            "`model.embedding_dim` must make rows of even width for int4 tables",
+        ),
+        (
+            {"tables": {"representation": "tt"}, "train__faithful": True, "train__mode": "fae"},
+            "`train.faithful` does not go with tt",
+        ),
+    ],
+)
+def test_tables_that_cannot_be_held_so_are_refused(overrides: dict[str, Any], message: str):
+    with pytest.raises(ConfigError, match=message):
+        tiny_config(**overrides)
+
+
+def test_a_section_that_says_nothing_keeps_what_is_trained(tmp_path: Path):
+    def fingerprint(**overrides: Any) -> str:
+        return plan_pipeline(tiny_config(**overrides), tmp_path)[-1].key.fingerprint
+
+    assert fingerprint() == fingerprint(tables={"period": 9, "rules": [{"min_rows": 5, "representation": "dense"}]})
+    assert fingerprint() != fingerprint(tables={"representation": "int4"})
+    assert fingerprint() != fingerprint(tables={"quantize_linears": 8})
+
+
+def test_rules_are_written_as_arrays_of_tables(tmp_path: Path):
+    path = tmp_path / "pipeline.toml"
+    path.write_text(
+        'name = "x"\n[dataset]\nsource = "synthetic"\n[tables]\nrepresentation = "dense"\n'
+        '[[tables.rules]]\nmin_rows = 1_000_000\nrepresentation = "tt"\ntt_ranks = [16, 16]\n'
+        '[tables.overrides.cat_2]\nrepresentation = "int4"\n'
+    )
+    tables = load_pipeline(path, ["tables.overrides.cat_3.representation=int8"]).tables
+    assert tables.choice_for("cat_0", 10**6).representation == "tt"
+    assert tables.choice_for("cat_2", 10**6).representation == "int4"
+    assert tables.choice_for("cat_3", 5).representation == "int8"

@@ -5,48 +5,23 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, log_loss, roc_auc_score
-from strategies import tiny_config
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, linear
+from trained import HELD, artifact_of, assert_same_training, losses_of, model_of, predictions_of, train
 
 from slipstream.embedding.tiers.lookahead import Batch, LookAhead
-from slipstream.errors import CapacityError, ConfigError, TrainingError
-from slipstream.io.artifacts import Artifact
 from slipstream.io.samples import Samples, concat_samples, read_shard
-from slipstream.pipeline import RunResult, run_pipeline
+from slipstream.pipeline import RunResult
 from slipstream.schema import table_name
 
 TABLES = [table_name(index) for index in range(26)]
-
-
-def train(runs: Path, **overrides: Any) -> RunResult:
-    return run_pipeline(tiny_config(**overrides), runs)
-
-
-def artifact_of(result: RunResult) -> Artifact:
-    return result.stages["train"].artifact
-
-
-def losses_of(result: RunResult) -> list[float]:
-    losses: list[float] = json.loads((artifact_of(result).path / "losses.json").read_text())
-    return losses
-
-
-def model_of(result: RunResult) -> dict[str, Tensor]:
-    return load_file(artifact_of(result).path / "model.safetensors")
-
-
-def predictions_of(result: RunResult, split: str) -> np.ndarray:
-    return np.load(artifact_of(result).path / f"predictions_{split}.npy", allow_pickle=False)
 
 
 def samples_of(result: RunResult, group: str) -> Samples:
@@ -58,16 +33,6 @@ def slot_maps_of(result: RunResult) -> list[np.ndarray]:
         return [arrays[name] for name in TABLES]
 
 
-def assert_same_model(first: RunResult, second: RunResult) -> None:
-    for split in ("val", "test"):
-        assert np.array_equal(predictions_of(first, split), predictions_of(second, split))
-    ours, theirs = model_of(first), model_of(second)
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        assert torch.equal(tensor, theirs[name]), name
-    assert losses_of(first) == losses_of(second)
-
-
 @pytest.fixture(scope="module")
 def fae(tiny_runs: Path) -> RunResult:
     return train(tiny_runs, train__mode="fae", train__log_every=10)
@@ -76,25 +41,38 @@ def fae(tiny_runs: Path) -> RunResult:
 # --- the same model, wherever rows live ----------------------------------------------------------------------
 
 
+PLACES: list[dict[str, Any]] = [
+    {"train__mode": "resident"},
+    {"train__mode": "baseline"},
+    {"train__mode": "cached", "train__cache_ratio": 0.9},
+    {"train__mode": "fae", "train__chunk_batches": 50, "train__staging_rows": 900},
+]
+NOTHING_SKIPPED: list[dict[str, Any]] = [
+    {"train__mode": "fae", "train__chunk_batches": 1},
+    {"train__mode": "slipstream", "skip__target_drop": 0.0},
+    {"train__mode": "slipstream", "skip__threshold": 0.0},
+    {"train__mode": "slipstream", "skip__criterion": "none"},
+    {"train__mode": "slipstream", "skip__criterion": "random", "skip__target_drop": 0.0},
+]
+
+
 @pytest.mark.parametrize(
-    "overrides",
+    ("held", "overrides"),
     [
-        {"train__mode": "resident"},
-        {"train__mode": "baseline"},
-        {"train__mode": "fae", "train__chunk_batches": 1},
-        {"train__mode": "fae", "train__chunk_batches": 50, "train__staging_rows": 900},
-        {"train__mode": "slipstream", "skip__target_drop": 0.0},
-        {"train__mode": "slipstream", "skip__threshold": 0.0},
-        {"train__mode": "slipstream", "skip__criterion": "none"},
-        {"train__mode": "slipstream", "skip__criterion": "random", "skip__target_drop": 0.0},
+        *(("dense", overrides) for overrides in PLACES + NOTHING_SKIPPED),
+        *((held, overrides) for held in ("int4", "mixed") for overrides in PLACES),
+        *((held, PLACES[1]) for held in ("int8", "tt")),
     ],
-    ids=lambda overrides: " ".join(f"{key.split('__')[1]}={value}" for key, value in overrides.items()),
+    ids=lambda value: (
+        value if isinstance(value, str) else " ".join(f"{k.split('__')[1]}={v}" for k, v in value.items())
+    ),
 )
-def test_every_exact_mode_gives_the_same_model_to_the_bit(tiny_runs: Path, fae: RunResult, overrides: dict[str, Any]):
-    other = train(tiny_runs, train__log_every=10, **overrides)
-    assert artifact_of(other).path != artifact_of(fae).path
-    assert other.stages["segregate"].artifact.path == fae.stages["segregate"].artifact.path
-    assert_same_model(fae, other)
+def test_every_exact_mode_gives_the_same_model_to_the_bit(tiny_runs: Path, held: str, overrides: dict[str, Any]):
+    first = train(tiny_runs, train__mode="fae", tables=HELD[held])
+    other = train(tiny_runs, tables=HELD[held], **overrides)
+    assert artifact_of(other).path != artifact_of(first).path
+    assert other.stages["segregate"].artifact.path == first.stages["segregate"].artifact.path
+    assert_same_training(first, other)
 
 
 @pytest.mark.parametrize("policy", ["rank", "lfu"])
@@ -102,7 +80,7 @@ def test_a_cache_gives_the_same_model_to_the_bit(tiny_runs: Path, fae: RunResult
     cached = train(
         tiny_runs, train__mode="cached", train__cache_policy=policy, train__cache_ratio=0.5, train__log_every=10
     )
-    assert_same_model(fae, cached)
+    assert_same_training(fae, cached)
     assert 0 < cached.counts("train")["hit_ratio"] < 1
 
 
@@ -113,13 +91,13 @@ def test_adam_gives_the_same_model_wherever_rows_live(tiny_runs: Path, held: str
         options["tables__rules"] = [{"min_rows": 60, "representation": held}]
     first = train(tiny_runs, train__mode="fae", **options)
     for mode in ({"train__mode": "resident"}, {"train__mode": "baseline"}, {"train__mode": "cached"}):
-        assert_same_model(first, train(tiny_runs, **options, **mode))
-    assert_same_model(first, train(tiny_runs, train__mode="slipstream", skip__threshold=0.0, **options))
+        assert_same_training(first, train(tiny_runs, **options, **mode))
+    assert_same_training(first, train(tiny_runs, train__mode="slipstream", skip__threshold=0.0, **options))
 
 
 def test_a_cache_too_small_for_a_batch_is_made_larger_and_says_so(tiny_runs: Path, fae: RunResult):
     cached = train(tiny_runs, train__mode="cached", train__cache_ratio=0.001, train__log_every=10)
-    assert_same_model(fae, cached)
+    assert_same_training(fae, cached)
     [warning] = cached.counts("train")["warnings"]
     assert "`train.cache_ratio` = 0.001" in warning and "two batches of" in warning
     rows = cached.counts("segregate")["rows"]
@@ -130,7 +108,7 @@ def test_a_cache_too_small_for_a_batch_is_made_larger_and_says_so(tiny_runs: Pat
 
 def test_the_same_run_twice_gives_the_same_model(tmp_path: Path, tiny_runs: Path):
     overrides = {"train__mode": "slipstream", "skip__target_drop": 0.3, "train__log_every": 10}
-    assert_same_model(train(tiny_runs, **overrides), train(tmp_path, **overrides))
+    assert_same_training(train(tiny_runs, **overrides), train(tmp_path, **overrides))
 
 
 def test_the_seed_of_training_changes_the_model(tiny_runs: Path, fae: RunResult):
@@ -374,94 +352,20 @@ def test_bytes_per_tier_are_those_of_the_placement(tiny_runs: Path, fae: RunResu
     assert fae.counts("train")["hit_ratio"] == pytest.approx(fae.counts("segregate")["hit_ratio"])
 
 
+@pytest.mark.parametrize("held", ["dense", "mixed"])
 @pytest.mark.parametrize("criterion", ["stale", "random", "negative", "importance"])
-def test_samples_seen_and_dropped_add_up(tiny_runs: Path, criterion: str):
+def test_samples_seen_and_dropped_add_up(tiny_runs: Path, criterion: str, held: str):
     result = train(
         tiny_runs,
         train__mode="slipstream",
         skip__criterion=criterion,
         skip__target_drop=0.4,
+        skip__refresh_steps=15,
         segregate__hot_budget="50%",
         train__batch_size=32,
+        tables=HELD[held],
     )
     counts = result.counts("train")
+    assert counts["samples_dropped"] > 0
     assert counts["samples_seen"] + counts["samples_dropped"] == result.counts("preprocess")["samples"]["train"]
     assert counts["drop_asked"] == 0.4
-    if criterion == "stale":  # a few dozen hot samples a segment: many have a row that was not looked up in it
-        assert 0.1 < counts["drop_achieved"] < 0.45
-    else:
-        assert counts["drop_achieved"] == pytest.approx(0.4, abs=0.001)
-    assert (counts["threshold"] is not None) == (criterion == "stale")
-    assert 0 < counts["samples_classified"] <= result.counts("segregate")["samples"]["hot"]
-    checks = json.loads((artifact_of(result).path / "staleness.json").read_text())
-    assert len(checks) >= 5 if criterion == "stale" else checks == []
-
-
-# --- what can go wrong ---------------------------------------------------------------------------------------
-
-
-def test_cuda_that_is_not_there_is_a_configuration_error(tiny_runs: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match="finds no CUDA device"):
-        train(tiny_runs, train__device="cuda")
-
-
-def test_triton_kernels_without_a_gpu_are_a_configuration_error(tiny_runs: Path):
-    with pytest.raises(ConfigError, match="training runs on the CPU"):
-        train(tiny_runs, train__device="cpu", train__kernels="triton")
-
-
-def test_staging_that_is_too_small_says_how_much_it_takes(tiny_runs: Path):
-    with pytest.raises(CapacityError, match="cold rows") as caught:
-        train(tiny_runs, train__mode="fae", train__staging_rows=10)
-    assert "train.staging_rows" in str(caught.value.hint)
-
-
-def exhausted(*args: object, **options: object) -> None:
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
-
-def test_a_device_too_small_for_the_rows_says_what_to_lower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("slipstream.training.assemble.TieredRows", exhausted)
-    with pytest.raises(CapacityError, match=r"no room for .* hot rows and .* staged rows .*2\.00 GiB") as caught:
-        train(tmp_path)
-    assert "segregate.hot_budget" in str(caught.value.hint)
-
-
-@pytest.mark.parametrize(
-    ("place", "found"),
-    [
-        ("slipstream.training.loop.make_tracker", "no room for what watches the hot rows move"),
-        ("slipstream.training.step.TrainStep._look_up", "no room for step 1, of 64 samples"),
-        ("slipstream.stages.train.predict", "no room for evaluation in batches of"),
-    ],
-)
-def test_a_device_that_runs_out_of_memory_says_when(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, found: str
-):
-    monkeypatch.setattr(place, exhausted)
-    with pytest.raises(CapacityError, match=found) as caught:
-        train(tmp_path)
-    assert "lower `" in str(caught.value.hint)
-    assert not list(tmp_path.glob("*/train/[0-9a-f]*"))
-
-
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_a_loss_that_is_no_number_ends_training(tiny_runs: Path):
-    with pytest.raises(TrainingError, match="the loss became") as caught:
-        train(tiny_runs, train__mode="fae", train__optimizer="sgd", train__lr=1e30)
-    assert "lower `train.lr`" in str(caught.value.hint)
-
-
-# --- golden --------------------------------------------------------------------------------------------------
-
-
-def test_golden_losses_of_a_tiny_run(tmp_path: Path, golden_path: Callable[[str], Path], renews_golden: bool):
-    result = train(tmp_path, train__log_every=5, segregate__hot_budget="50%", segregate__policy="sample-aware")
-    path = golden_path("tiny_losses.txt")
-    if renews_golden:
-        path.write_text("".join(f"{loss:.7f}\n" for loss in losses_of(result)))
-    expected = [float(line) for line in path.read_text().split()]
-    np.testing.assert_allclose(losses_of(result), expected, rtol=1e-4, err_msg="if that is meant: make golden")
-    assert len(expected) == -(-result.counts("train")["steps"] // 5)
-    assert all(a != b for a, b in pairwise(expected))

@@ -4,6 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from trained import HELD, artifact_of, predictions_from_disk, predictions_of, train
 
 from slipstream.config import build_pipeline
 from slipstream.errors import ConfigError
@@ -150,3 +151,9 @@ def test_the_published_numbers_are_keys(tmp_path: Path, p: float, monkeypatch: p
     window = round(p * num_batches) + 1
     assert drawn == [int(0.1 * num_hot)]
     assert result.counts("train")["samples_classified"] == num_hot - 64 * (3 + window)
+
+
+def test_the_published_order_rounds_tables_on_few_bits_too(tiny_runs: Path) -> None:
+    result = train(tiny_runs, train__mode="fae", train__faithful=True, train__chunk_batches=16, tables=HELD["int4"])
+    from_disk = predictions_from_disk(artifact_of(result).path, result, "test")
+    assert np.array_equal(predictions_of(result, "test"), from_disk)

@@ -1,0 +1,61 @@
+"""Scales of rows in tiers: when they follow the weights, and what passes through."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from slipstream.embedding.quantized.grids import RowGrids
+
+
+def make_grids(**options: Any) -> RowGrids:
+    return RowGrids(**{"bits": [4], "periods": [3], "table_of_column": [0], "device": torch.device("cpu")} | options)
+
+
+def test_a_scale_follows_the_largest_weight_seen_every_period():
+    grids = make_grids(periods=[6])
+    grids.set_abs_max(torch.tensor([0.7]))
+    used = []
+    for largest in (1.4, 0.1, 2.8, 0.1, 0.1, 5.6, 11.2, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1):
+        grids.begin_step()
+        used.append(round(float(grids.scale), 6))
+        grids.train(torch.tensor([[[largest, -0.1]]]))
+    # before steps 1, 2, 4, 6 and 12; what a step looks up counts from the next refresh, and is not forgotten
+    assert used == [0.1, 0.2, 0.2, 0.2, 0.4, 0.4, 0.8, 0.8, 0.8, 0.8, 0.8, 0.8, 1.6]
+
+
+def test_predicting_changes_no_scale():
+    grids = make_grids(periods=[1])
+    grids.set_abs_max(torch.tensor([0.7]))
+    grids.round(torch.full((2, 1, 4), 50.0))
+    grids.begin_step()
+    grids.begin_step()
+    assert float(grids.peak) == pytest.approx(0.7) and float(grids.scale) == pytest.approx(0.1)
+
+
+def test_the_gradient_passes_straight_through_also_where_values_saturate():
+    grids = make_grids()
+    grids.set_abs_max(torch.tensor([0.7]))
+    rows = torch.tensor([[[0.26, 9.0]], [[-9.0, 0.0]]], requires_grad=True)
+    rounded = grids.train(rows)
+    torch.testing.assert_close(rounded, torch.tensor([[[0.3, 0.7]], [[-0.8, 0.0]]]))
+    gradient = torch.randn(2, 1, 2)
+    rounded.backward(gradient)
+    assert torch.equal(rows.grad, gradient)
+
+
+def test_columns_of_one_table_share_its_scale():
+    grids = make_grids(bits=[4, 0, 8], periods=[1, 1, 1], table_of_column=[0, 1, 2, 0])
+    looked_up = torch.tensor([[[0.5], [0.123], [1.27], [-1.4]]])
+    grids.begin_step()
+    grids.train(looked_up)
+    grids.begin_step()
+    torch.testing.assert_close(grids.scale[[0, 2]], torch.tensor([0.2, 0.01]))
+    torch.testing.assert_close(grids.round(looked_up), torch.tensor([[[0.4], [0.123], [1.27], [-1.4]]]))
+
+
+def test_periods_below_one_are_refused():
+    with pytest.raises(ValueError, match="at least 1 step"):
+        make_grids(periods=[0])
