@@ -202,6 +202,45 @@ def test_a_function_fits_a_page(path: Path):
             assert num_lines <= MOST_LINES_OF_A_FUNCTION, f"`{node.name}` has {num_lines} lines"
 
 
+# --- tests ---------------------------------------------------------------------------------------------------
+
+ACROSS_MODULES = {
+    "benchmarks/test_bench_stages.py": "the benchmarks of every stage run",
+    "embedding/tiers/test_stream_order.py": "work of two streams, in lookahead, rows and pinned",
+    "io/test_compressed.py": "every reader of compressed files",
+    "io/test_durability.py": "every writer, on a pretended disk that loses power",
+    "pipelines/test_real_criteo.py": "a whole run on the real log",
+    "pipelines/test_shipped.py": "the pipelines that are shipped",
+    "report/test_html.py": "the HTML pages, from facts to charts",
+    "stages/test_altered_inputs.py": "every stage refuses altered files",
+    "stages/test_hostile_input.py": "every stage names what is wrong with a log",
+    "stages/test_resume.py": "killed stages go on",
+    "test_docs.py": "the documents",
+    "test_gpu_marker.py": "the marker that chooses tests",
+    "test_structure.py": "the architecture",
+    "training/skipping/test_stale_rule.py": "the staleness rule, against a plain loop",
+    "training/test_capture.py": "steps as CUDA graphs",
+    "training/test_on_cuda.py": "whole trainings on a device",
+}
+"""Test modules that mirror no module, and what they are for."""
+TESTS = sorted(path.relative_to(ROOT / "tests").as_posix() for path in (ROOT / "tests").rglob("test_*.py"))
+
+
+@pytest.mark.parametrize("name", [name for name in TESTS if name not in ACROSS_MODULES])
+def test_a_test_module_mirrors_a_module(name: str):
+    """`tests/io/test_raw.py` is for `slipstream/io/raw.py`; `test_raw_remote.py` would be for one side of it."""
+    folder, own = Path(name).parent, Path(name).stem.removeprefix("test_")
+    # tests/benchmarks mirrors benchmarks/, all else the package
+    mirrored = ROOT / folder if folder.name == "benchmarks" else PACKAGE / folder
+    assert any(own == path.stem or own.startswith(f"{path.stem}_") for path in mirrored.glob("*.py")), (
+        f"there is no {own}.py in {mirrored.relative_to(ROOT)}: move these tests, or name them in ACROSS_MODULES"
+    )
+
+
+def test_what_is_named_as_across_modules_is_there():
+    assert ACROSS_MODULES.keys() <= set(TESTS)
+
+
 # --- starting fast -------------------------------------------------------------------------------------------
 
 _START = """

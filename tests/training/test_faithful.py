@@ -4,7 +4,8 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from trained import HELD, artifact_of, predictions_from_disk, predictions_of, train
+from strategies import tiny_config
+from trained import HELD, artifact_of, predictions_from_disk, predictions_of
 
 from slipstream.config import build_pipeline
 from slipstream.errors import ConfigError
@@ -154,6 +155,7 @@ def test_the_published_numbers_are_keys(tmp_path: Path, p: float, monkeypatch: p
 
 
 def test_the_published_order_rounds_tables_on_few_bits_too(tiny_runs: Path) -> None:
-    result = train(tiny_runs, train__mode="fae", train__faithful=True, train__chunk_batches=16, tables=HELD["int4"])
+    options = {"train__mode": "fae", "train__faithful": True, "train__chunk_batches": 16, "tables": HELD["int4"]}
+    result = run_pipeline(tiny_config(**options), tiny_runs)
     from_disk = predictions_from_disk(artifact_of(result).path, result, "test")
     assert np.array_equal(predictions_of(result, "test"), from_disk)
