@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from slipstream.config import load_pipeline
 from slipstream.errors import ArtifactError, ConfigError
+from slipstream.io.processors import wait_without_spinning
 from slipstream.pipeline import RunResult, run_pipeline
 from slipstream.progress import Silent
 from slipstream.shipped import find_pipeline
@@ -146,6 +148,7 @@ def run(
         )
     if isinstance(overrides, Mapping):
         overrides = [f"{key}={_as_toml(key, value)}" for key, value in overrides.items()]
+    wait_without_spinning(os.environ)
     config = load_pipeline(find_pipeline(str(pipeline)), overrides)
     result = run_pipeline(config, Path(runs), stages=stages, force=force)
     return Result(result, pipeline=str(pipeline), overrides=tuple(overrides))
@@ -164,6 +167,7 @@ def load(folder: str | Path) -> ServedModel:
     Raises:
         ArtifactError: The folder holds no whole model.
     """
+    wait_without_spinning(os.environ)
     from slipstream.serving.model import ServedModel
 
     return ServedModel(Path(folder))

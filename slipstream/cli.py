@@ -21,6 +21,7 @@ import typer.core
 
 from slipstream import __version__
 from slipstream.errors import ArtifactError, SlipstreamError
+from slipstream.io.processors import wait_without_spinning
 from slipstream.pipeline import STAGES
 from slipstream.shipped import find_pipeline, shipped_pipelines
 
@@ -424,6 +425,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("slipstream").setLevel(logging.INFO)
+    wait_without_spinning(os.environ)
     app()
 
 

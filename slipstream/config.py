@@ -104,7 +104,7 @@ class PreprocessConfig:
     chunk_bytes: str | int = speed_only("24MiB")
     """Raw text parsed at once; memory grows with it, results do not change."""
     num_threads: int = speed_only(0)
-    """Chunks worked on at once; 0 takes one more than cores."""
+    """Chunks worked on at once; 0 takes one more than cores that the process may use."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -329,7 +329,7 @@ class TrainConfig:
     eval_batch_size: int = 16_384
     """Samples per evaluation step."""
     num_threads: int = speed_only(0)
-    """CPU threads of torch; 0 takes torch's default."""
+    """CPU threads of torch; 0: one for every 2 GFLOP of a step, within affinity, quota and OMP_NUM_THREADS."""
 
     def __post_init__(self) -> None:
         """Check ranges."""

@@ -28,7 +28,7 @@ COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 MAY_IMPORT = {
     "__main__": {"cli"},
-    "api": {"pipeline", "report", "serving", "config", "shipped", "errors", "progress"},
+    "api": {"pipeline", "report", "serving", "config", "shipped", "io", "errors", "progress"},
     "cli": {
         "shipped",
         "forecast",

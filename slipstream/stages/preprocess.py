@@ -15,7 +15,6 @@ files and the source alone; they stay in the run folder, and another vocabulary 
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from slipstream.io.capacity import require_disk, require_memory
 from slipstream.io.figures import PreprocessFigures
 from slipstream.io.lookups import lookup_path, write_lookup
 from slipstream.io.parsed import dictionary_of
+from slipstream.io.processors import usable_cores
 from slipstream.io.raw import estimate_text_bytes, find_raw_files, find_twins, is_parquet
 from slipstream.io.samples import write_parquet
 from slipstream.io.split_layout import Piece, SplitLayout
@@ -132,7 +132,7 @@ def run(
     _check_table_names(config, source)
     _check_columns(files, source)
     # one more than cores: there is always one that waits for the disk or for its turn in Python
-    workers = config.num_threads or (os.cpu_count() or 1) + 1
+    workers = config.num_threads or usable_cores() + 1
     parsed_dir = parsed_dir or scratch / "work"
     _check_capacity(config, files, (scratch, parsed_dir), workers)
     parsed = _parse(config, source, files, parsed_dir, workers=workers, progress=progress)

@@ -9,7 +9,6 @@ Costs   one pass over the training rows for the counts, and one for each budget 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from itertools import product
@@ -22,6 +21,7 @@ from slipstream.config import ProfileConfig
 from slipstream.io.artifacts import Artifact, write_atomically
 from slipstream.io.counts import write_counts
 from slipstream.io.figures import CurveFigures, PreprocessFigures, ProfileFigures
+from slipstream.io.processors import usable_cores
 from slipstream.io.samples import column_offsets, count_samples, read_rows
 from slipstream.ops.counting import count_accesses, sample_positions
 from slipstream.ops.hot_set import choose_hot_rows, measure_hot_set, table_offsets
@@ -141,4 +141,4 @@ def _in_blocks(rows: np.ndarray) -> _Blocks:
 
 def _affordable_workers(num_rows: int) -> int:
     fitting = _CURVE_BYTES // (_WORKER_BYTES + _WORKER_BYTES_PER_ROW * num_rows)
-    return max(1, min(os.cpu_count() or 1, _MOST_WORKERS, fitting))
+    return max(1, min(usable_cores(), _MOST_WORKERS, fitting))

@@ -9,16 +9,13 @@ Costs   one pass over the text; memory for the stored tables and the blocks in f
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from slipstream.io.artifacts import hash_file
+from slipstream.io.processors import usable_cores
 from slipstream.io.raw import STDIN, RawBlock, find_raw_files, fingerprint_raw, raw_size, read_blocks
 from slipstream.ops.metrics import QualityCounter
 from slipstream.ops.parallel import in_order
@@ -27,6 +24,7 @@ from slipstream.serving.line_scorer import LineScorer, ScoredLines
 from slipstream.serving.model import ServedModel
 from slipstream.serving.score_file import ScoredBlock, ScoreFile
 from slipstream.training.model_file import FILES
+from slipstream.training.threads import torch_threads
 
 _BLOCK_BYTES = 8 << 20
 """Text scored at once; memory grows with it."""
@@ -62,7 +60,7 @@ def run(
     scores = ScoreFile(out, key=_key(model, files, keep))
     # without a size nobody knows how much of standard input is left
     total = None if STDIN in files else sum(map(raw_size, files))
-    with progress.task("score", total, "B") as advance, _one_thread_a_block():
+    with progress.task("score", total, "B") as advance, torch_threads(1):
         blocks = [
             block
             for index, file in enumerate(files)
@@ -96,7 +94,7 @@ def _score_file(
 
     read = 0
     # one more than cores: there is always one that waits for the disk or for its turn in Python
-    for block, scored in in_order(score, _chain(first, blocks), (os.cpu_count() or 1) + 1):
+    for block, scored in in_order(score, _chain(first, blocks), usable_cores() + 1):
         whole = ScoredBlock(
             file_index=file_index,
             block_index=block.block_index,
@@ -135,14 +133,3 @@ def _measure(scores: ScoreFile) -> dict[str, float]:
         scored = part.drop_nulls()
         counter.add(scored.get_column("_label").to_numpy(), scored.get_column("probability").to_numpy())
     return asdict(counter.result())
-
-
-@contextmanager
-def _one_thread_a_block() -> Iterator[None]:
-    """Let torch compute each block in the thread that scores it: the blocks in flight keep the cores busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -27,6 +27,7 @@ from slipstream.io.capacity import require_disk, require_memory
 from slipstream.io.costs import train_disk_bytes, train_memory_bytes
 from slipstream.io.counts import read_counts
 from slipstream.io.figures import SegregateFigures, TrainFigures
+from slipstream.io.processors import usable_cores
 from slipstream.ops.learning_rate import learning_rate
 from slipstream.ops.metrics import Quality, measure_quality
 from slipstream.ops.plausibility import doubt_quality
@@ -48,6 +49,7 @@ from slipstream.training.skipping.criterion import SkipRule
 from slipstream.training.skipping.registry import CRITERIA
 from slipstream.training.skipping.skipper import Skipper
 from slipstream.training.slot_layout import SlotLayout
+from slipstream.training.threads import choose_threads, step_flop, torch_threads
 
 _ROUND_SAMPLES = 1_000_000
 """Most samples of a round."""
@@ -71,7 +73,7 @@ def run_stage(job: StageJob) -> TrainFigures:
         every_steps=config.train.checkpoint_steps,
         every_minutes=config.train.checkpoint_minutes,
     )
-    with SummaryWriter(str(scratch / "events")) as events, checkpoints:
+    with SummaryWriter(str(scratch / "events")) as events, checkpoints, torch_threads(_num_threads(config, parts)):
         with (
             shards.streams(seed=config.train_seed) as open_streams,
             job.progress.task("train", shards.figures.num_train * config.train.epochs, "samples") as advance,
@@ -93,10 +95,16 @@ def run_stage(job: StageJob) -> TrainFigures:
     return _sum_up(config, parts, trainer, quality)
 
 
+def _num_threads(config: PipelineConfig, parts: Assembly) -> int:
+    """CPU threads of training; on another device they have too little to do to choose."""
+    if resolve_device(config.train.device).type != "cpu":
+        return config.train.num_threads or torch.get_num_threads()
+    flop = step_flop(parts.model, config.train.batch_size, backward=True)
+    return choose_threads(config.train.num_threads, flop=flop, cores=usable_cores(), default=torch.get_num_threads())
+
+
 def _open(config: PipelineConfig, segregated: Artifact, *, counts: np.ndarray, scratch: Path) -> Assembly:
     """Put together what trains."""
-    if config.train.num_threads:
-        torch.set_num_threads(config.train.num_threads)
     device = resolve_device(config.train.device)
     check_kernels(config.train.kernels, device)
     figures = SegregateFigures.of(segregated)
@@ -294,7 +302,13 @@ def _evaluate(config: PipelineConfig, parts: Assembly, shards: Shards, scratch: 
     quality = {}
     for split in ("test", "val"):
         with fitting_the_device(f"evaluation in batches of {batch_size:,}", lower="`train.eval_batch_size`"):
-            predicted, labels = predict(parts.model, parts.step.look_up, shards.split(split), batch_size=batch_size)
+            predicted, labels = predict(
+                parts.model,
+                parts.step.look_up,
+                shards.split(split),
+                batch_size=batch_size,
+                num_threads=config.train.num_threads,
+            )
         quality[split] = measure_quality(labels, predicted)
         with write_atomically(scratch / f"predictions_{split}.npy") as path, path.open("wb") as stream:
             np.save(stream, predicted)

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from slipstream.io.processors import usable_cores
 from slipstream.io.samples import Samples
+from slipstream.training.threads import choose_threads, step_flop, torch_threads
 
 _SAMPLES_MULTIPLE = 64
 """Samples at once are a multiple of this: what is left over is computed by other instructions."""
@@ -36,7 +38,12 @@ def click_probabilities(model: nn.Module, dense: Tensor, looked_up: Tensor) -> T
 
 
 def predict(
-    model: nn.Module, look_up: Callable[[np.ndarray], Tensor], shards: Iterable[Samples], *, batch_size: int
+    model: nn.Module,
+    look_up: Callable[[np.ndarray], Tensor],
+    shards: Iterable[Samples],
+    *,
+    batch_size: int,
+    num_threads: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Predict samples; changes nothing and evicts nothing.
 
@@ -45,6 +52,7 @@ def predict(
         look_up: Rows that a batch looks up, on the model's device: `X_cat` (B, T) -> (B, T, D).
         shards: Samples.
         batch_size: Samples at once.
+        num_threads: CPU threads; 0 takes as many as a batch is worth, the same for the same model and batch size.
 
     Returns:
         (probabilities (n,) float32, labels (n,) float32), in the order given.
@@ -52,7 +60,13 @@ def predict(
     was_training = model.training
     model.eval()
     probabilities, labels = [], []
-    with torch.inference_mode():
+    threads = choose_threads(
+        num_threads,
+        flop=step_flop(model, batch_size, backward=False),
+        cores=usable_cores(),
+        default=torch.get_num_threads(),
+    )
+    with torch.inference_mode(), torch_threads(threads):
         for samples in shards:
             for start in range(0, len(samples), batch_size):
                 piece = samples.take(slice(start, start + batch_size))

@@ -140,7 +140,7 @@ def test_no_part_outlives_its_count(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_fewer_budgets_are_measured_at_once_where_tables_are_large(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    monkeypatch.setattr(profile, "usable_cores", lambda: 64)
     assert [profile._affordable_workers(rows) for rows in (1000, 8_000_000, 10**9)] == [4, 2, 1]
 
 
