@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from slipstream.dataset_schema import DatasetConfig
 from slipstream.embedding.rules import check_kernels
 from slipstream.errors import ConfigError
 from slipstream.models.dlrm import DLRM
@@ -23,42 +24,6 @@ from slipstream.published import check_published_order
 from slipstream.registry import ChoiceOf
 from slipstream.training.skipping.criterion import Movement, Scope, SkipRule
 from slipstream.training.skipping.registry import CRITERIA
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DatasetConfig:
-    """Where samples come from."""
-
-    source: Annotated[str, ChoiceOf("slipstream.datasets.registry:SOURCES")]
-    """Format of the raw files."""
-    raw: tuple[str, ...] = ()
-    """Raw files: a path, a glob or a list of them, read in this order (globs in name order)."""
-    num_samples: int = 100_000
-    """Lines that `synthetic` writes."""
-    num_days: int = 7
-    """Days that `synthetic` spreads its lines over; popularity drifts from day to day."""
-    max_ind_range: int = 0
-    """Raw ids are taken modulo this number before they are counted, as DLRM does; 0 keeps them whole."""
-    negative_keep_ratio: float = 1.0
-    """Share of the training split's negatives that are kept, drawn by seed; test and validation stay whole."""
-    history_length: int = 20
-    """Past events in each sample of `taobao`; shorter histories are padded."""
-    points_per_user: int = 10
-    """Positive samples that `taobao` takes of one user at most; each has a negative beside it."""
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        require(self.num_samples >= 100, "dataset.num_samples", "at least 100", self.num_samples)
-        require(self.num_days >= 1, "dataset.num_days", "at least 1", self.num_days)
-        require(self.max_ind_range >= 0, "dataset.max_ind_range", "at least 0", self.max_ind_range)
-        require(0 < self.negative_keep_ratio <= 1, "dataset.negative_keep_ratio", "in (0, 1]", self.negative_keep_ratio)
-        require(self.history_length >= 1, "dataset.history_length", "at least 1", self.history_length)
-        require(self.points_per_user >= 1, "dataset.points_per_user", "at least 1", self.points_per_user)
-        if self.source != "synthetic" and not self.raw:
-            raise ConfigError(
-                f"`dataset.raw` must name the raw files of source `{self.source}`, found nothing",
-                hint="set it in the pipeline file, or pass --set dataset.raw=/path/to/train.txt",
-            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -137,6 +137,8 @@ def build(cls: type[_T], tree: Mapping[str, Any], prefix: str = "") -> _T:
     hints = get_type_hints(cls, include_extras=True)
     specs = {spec.name: spec for spec in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in tree:
+        if key in getattr(cls, "refused", {}):
+            raise ConfigError(f"`{prefix}{key}`: {cls.refused[key]}")  # type: ignore[attr-defined]
         if key not in specs:
             close = difflib.get_close_matches(key, specs, n=1, cutoff=0.5)
             known = f"did you mean `{prefix}{close[0]}`?" if close else f"known keys: {', '.join(specs)}"
@@ -202,7 +204,10 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         if len(present) == 1:
             return _convert(present[0], value, key)
         for option in present:
-            if _fits(option, value):
+            if dataclasses.is_dataclass(option):
+                if isinstance(value, Mapping):
+                    return build(typing.cast(type, option), value, f"{key}.")
+            elif _fits(option, value):
                 return option(value)
         names = " or ".join(option.__name__ for option in present)
         raise ConfigError(f"`{key}` must be {names}, found {type(value).__name__}: {value!r}")

@@ -67,6 +67,8 @@ def _preprocess_settings(config: PipelineConfig) -> dict[str, Any]:
     if dataset.source == "taobao":
         settings |= {"history_length": dataset.history_length, "points_per_user": dataset.points_per_user}
         settings |= {"users_brought_together": True}
+    if dataset.source == "table":
+        settings |= {"layout": dataset.layout.to_json()}
     if dataset.negative_keep_ratio < 1:
         settings |= {"negative_keep_ratio": dataset.negative_keep_ratio}
     return settings

@@ -64,6 +64,21 @@ def _pick(frame: pl.DataFrame, names: tuple[str, ...]) -> pl.Series:
     )
 
 
+def as_text(column: pl.Series) -> pl.Series:
+    """Write a column as text, whole floats as the integers they stand for; nulls and NaN stay missing.
+
+    Raises:
+        DataError: It holds neither numbers nor text.
+    """
+    column = column.fill_nan(None) if column.dtype.is_float() else column
+    _check_flat(column)
+    if column.dtype == pl.Binary:
+        return column.cast(pl.String, strict=False)
+    if column.dtype.is_float():
+        return _number_text(column)
+    return column.cast(pl.String)
+
+
 def _number_text(column: pl.Series) -> pl.Series:
     if not column.dtype.is_float():
         return _plain_text(column)
@@ -84,10 +99,14 @@ def _raw_id_text(column: pl.Series, format_raw_ids: Callable[[np.ndarray], pl.Se
 
 
 def _plain_text(column: pl.Series) -> pl.Series:
-    if column.dtype.is_nested():
-        raise DataError(f"expected numbers or text in Parquet column `{column.name}`, found {column.dtype}")
+    _check_flat(column)
     if column.dtype == pl.Boolean:
         column = column.cast(pl.UInt8)
     if column.dtype == pl.Binary:
         column = column.cast(pl.String, strict=False)
     return column.cast(pl.String).str.replace_all(r"[\t\r\n]", "\ufffd")
+
+
+def _check_flat(column: pl.Series) -> None:
+    if column.dtype.is_nested():
+        raise DataError(f"expected numbers or text in Parquet column `{column.name}`, found {column.dtype}")

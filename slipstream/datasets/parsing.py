@@ -225,7 +225,7 @@ def _parse_block(block: RawBlock, source: Source, store: ParsedStore) -> ParsedC
         day_counts=day_counts,
         stored=block.stored,
     )
-    store.write(chunk, parsed.samples, rejects, dense)
+    store.write(chunk, parsed.samples, rejects, dense, parsed.texts)
     return chunk
 
 

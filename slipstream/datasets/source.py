@@ -9,6 +9,8 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import polars as pl
 
+from slipstream.dataset_schema import TableLayout
+from slipstream.ops.delimited import read_fields
 from slipstream.schema import LABEL
 
 
@@ -17,12 +19,16 @@ class ParsedBlock:
     """The samples of a block, and the lines that are none."""
 
     samples: pl.DataFrame
-    """`label` UInt8; `int_*` Int32 or Int64, missing null; `cat_*` raw ids, integers within int64, missing null or
-    MISSING_ID. Also `day`, Int64, where the format tells one, for splits by time; and the source's extra columns."""
+    """`label` UInt8; `int_*` Int32, Int64 or Float32, missing null; `cat_*` raw ids, integers within int64, missing
+    null or MISSING_ID. Also `day`, Int64, where the format tells one, for splits by time; and the source's extra
+    columns."""
     rejected_lines: np.ndarray
     """Positions of rejected lines in the block, ascending. Shape (R,), int64."""
     num_lines: int
     """Lines read: samples and rejects."""
+    texts: pl.DataFrame | None = None
+    """What raw ids stand for that do not say it themselves: `column` (`cat_0`…), `raw_id` Int64, `text` String, each
+    pair once; None where `format_raw_ids` can write all of them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +45,8 @@ class SourceOptions:
     """Past events in a sample, for sources of sequences."""
     points_per_user: int = 10
     """Positive samples of one user at most, for sources of sequences."""
+    layout: TableLayout | None = None
+    """What the columns are, for sources that are told."""
 
 
 class Source(Protocol):
@@ -103,6 +111,15 @@ class Source(Protocol):
     def separator(self) -> str:
         """What stands between fields."""
         return "\t"
+
+    @property
+    def takes_fields_from_files(self) -> bool:
+        """Whether the files say what the fields are, so that a model must remember it."""
+        return False
+
+    def split(self, data: bytes) -> pl.DataFrame:
+        """The fields of whole lines as text, named by `fields`; missing ones null. One row a line."""
+        return read_fields(data, separator=self.separator, names=list(self.fields))[0]
 
     def lacks_label(self, line: bytes) -> bool:
         """Whether a line, the first of a file, shows that its lines are samples but for their label."""

@@ -129,6 +129,8 @@ class PreprocessFigures(TableFigures):
     """What columns such as `cat_3` are called where the data come from."""
     extra_columns: list[str] | None = None
     """Columns that are neither label, dense nor sparse."""
+    fields: list[str] | None = None
+    """Names of the fields of a line, in order, where the files say them."""
     dense_minima: list[int] | None = None
     """Smallest training value of each dense column, for the transform that shifts by it."""
     negatives_left_out: int | None = None

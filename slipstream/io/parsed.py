@@ -2,6 +2,7 @@
 
 00000-000000.arrow              samples, sparse columns dictionary-encoded (see README.md)
 00000-000000.rejects.parquet    rejected lines, only where there are any
+00000-000000.texts.parquet      what raw ids stand for, only where they do not say it themselves
 00000-000000.json               written last: the chunk is whole; holds the hashes of its files
 00000.json                      written after the file's last chunk: the file is whole
 
@@ -12,6 +13,7 @@ split goes on from them.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,7 +26,7 @@ from slipstream.errors import ArtifactError
 from slipstream.io.artifacts import hash_file, write_atomically, write_json
 from slipstream.schema import MISSING_ID
 
-_SAMPLES, _REJECTS = ".arrow", ".rejects.parquet"
+_SAMPLES, _REJECTS, _TEXTS = ".arrow", ".rejects.parquet", ".texts.parquet"
 _REJECT_SCHEMA = pa.schema({"position": pa.int64(), "reason": pa.string(), "content": pa.binary()})
 
 
@@ -57,6 +59,7 @@ class ParsedStore:
         samples: pl.DataFrame,
         rejects: list[tuple[int, str, bytes]],
         dense: list[str],
+        texts: pl.DataFrame | None = None,
     ) -> None:
         """Keep a chunk.
 
@@ -65,6 +68,7 @@ class ParsedStore:
             samples: Its samples; every column that starts with `cat_` is dictionary-encoded.
             rejects: (position in the chunk, reason, line) of each rejected line.
             dense: Dense columns; missing values become 0, in as few bytes as hold them.
+            texts: What raw ids stand for: see `ParsedBlock.texts`.
         """
         stem = self._stem(chunk.file_index, chunk.block_index)
         with write_atomically(stem.with_suffix(_SAMPLES)) as path:
@@ -78,7 +82,11 @@ class ParsedStore:
             ]
             with write_atomically(stem.with_suffix(_REJECTS)) as path:
                 pq.write_table(pa.Table.from_arrays(columns, schema=_REJECT_SCHEMA), path)
-        written = [stem.with_suffix(suffix) for suffix in (_SAMPLES, _REJECTS) if suffix == _SAMPLES or rejects]
+        if texts is not None:
+            with write_atomically(stem.with_suffix(_TEXTS)) as path:
+                texts.write_parquet(path, compression="zstd", statistics=False)
+        is_written = {_SAMPLES: True, _REJECTS: bool(rejects), _TEXTS: texts is not None}
+        written = [stem.with_suffix(suffix) for suffix, is_there in is_written.items() if is_there]
         hashes = {path.name: hash_file(path) for path in written}
         write_json(stem.with_suffix(".json"), {"chunk": asdict(chunk), "xxh3": hashes})
 
@@ -128,6 +136,16 @@ class ParsedStore:
         """Rejected lines of a chunk: position, reason, content."""
         path = self._stem(chunk.file_index, chunk.block_index).with_suffix(_REJECTS)
         return pl.from_arrow(pq.read_table(path))  # type: ignore[return-value]
+
+    def texts(self, chunks: Sequence[ParsedChunk], columns: Sequence[str]) -> pl.DataFrame:
+        """What raw ids of sparse columns stand for: `raw_id`, `text`, each pair once; empty where they say it."""
+        stems = [self._stem(chunk.file_index, chunk.block_index) for chunk in chunks]
+        paths = [path for path in (stem.with_suffix(_TEXTS) for stem in stems) if path.exists()]
+        found = pl.DataFrame(schema={"raw_id": pl.Int64, "text": pl.String})
+        for path in paths:
+            piece = pl.read_parquet(path).filter(pl.col("column").is_in(columns)).select("raw_id", "text")
+            found = pl.concat([found, piece]).unique()
+        return found
 
     def _stem(self, file_index: int, block_index: int) -> Path:
         return self._folder / f"{file_index:05d}-{block_index:06d}"

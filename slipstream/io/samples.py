@@ -164,7 +164,9 @@ def read_encoded(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The first samples of a Parquet part: (dense values (n, columns) float32, rows (n, columns) int32)."""
     table = pq.read_table(part, columns=[*dense, *tables]).slice(0, most)
-    X_int = np.stack([table.column(name).to_numpy() for name in dense], axis=1)
+    X_int = np.empty((table.num_rows, len(dense)), np.float32)
+    for index, name in enumerate(dense):
+        X_int[:, index] = table.column(name).to_numpy()
     return X_int, np.stack([table.column(name).to_numpy() for name in tables], axis=1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -21,8 +22,11 @@ def make_mlp(widths: Sequence[int], *, relu_last: bool, zero_bias: bool = False)
     """
     layers: list[nn.Module] = []
     for index, (width_in, width_out) in enumerate(pairwise(widths)):
-        linear = nn.Linear(width_in, width_out)
-        nn.init.normal_(linear.weight, std=(2.0 / (width_in + width_out)) ** 0.5)
+        with warnings.catch_warnings():
+            # without dense columns the first layer has no weights, and its bias is what is learnt
+            warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+            linear = nn.Linear(width_in, width_out)
+            nn.init.normal_(linear.weight, std=(2.0 / (width_in + width_out)) ** 0.5)
         if zero_bias:
             nn.init.zeros_(linear.bias)
         else:

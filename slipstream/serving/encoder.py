@@ -14,6 +14,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from slipstream.dataset_schema import TableLayout
 from slipstream.datasets.registry import SOURCES
 from slipstream.datasets.source import Source, SourceOptions
 from slipstream.errors import ArtifactError
@@ -45,10 +46,12 @@ class Encoding:
     """Tables whose raw ids are hashed, and into how many buckets."""
     columns: dict[str, str] = field(default_factory=dict)
     """What columns such as `cat_3` are called where the data come from."""
+    layout: dict[str, Any] | None = None
+    """How the lines of source `table` are read: see `TableLayout`, names of fields filled in."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for model.json."""
-        return asdict(self)
+        """Plain values for model.json; without a layout where there is none."""
+        return {name: value for name, value in asdict(self).items() if name != "layout" or value is not None}
 
 
 def describe_encoding(processed: Artifact) -> Encoding:
@@ -65,6 +68,7 @@ def describe_encoding(processed: Artifact) -> Encoding:
         dense_minima=encoded.dense_minima or [],
         num_buckets={name: number for name, number in buckets.items() if number},
         columns=encoded.columns or {},
+        layout=config["layout"] | {"names": encoded.fields} if "layout" in config else None,
     )
 
 
@@ -174,4 +178,6 @@ def _build_source(encoding: Encoding) -> Source:
     sequences = {
         name: value for name in ("history_length", "points_per_user") if (value := getattr(encoding, name)) is not None
     }
-    return SOURCES.get(encoding.source)(SourceOptions(max_ind_range=encoding.max_ind_range, **sequences))
+    layout = TableLayout.from_json(encoding.layout) if encoding.layout else None
+    options = SourceOptions(max_ind_range=encoding.max_ind_range, layout=layout, **sequences)
+    return SOURCES.get(encoding.source)(options)

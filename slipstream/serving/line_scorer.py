@@ -12,7 +12,6 @@ import polars as pl
 from slipstream.datasets.source import Source
 from slipstream.errors import ConfigError, DataError
 from slipstream.io.raw import RawBlock, find_raw_files, read_blocks
-from slipstream.ops.delimited import read_fields
 from slipstream.schema import LABEL
 from slipstream.serving.lines import has_labels, labelled_text
 
@@ -89,7 +88,7 @@ class LineScorer:
     def _kept_columns(self, text: bytes, is_labelled: bool) -> list[pl.Series]:
         if not self._keep:
             return []
-        fields, _ = read_fields(text, separator=self._source.separator, names=list(self._source.fields))
+        fields = self._source.split(text)
         if not is_labelled:  # the labels there were put in to be able to parse
             fields = fields.with_columns(pl.lit(None, pl.String).alias(self._source.label_field))
         return [fields.get_column(field).alias(name) for name, field in self._keep.items()]

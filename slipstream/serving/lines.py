@@ -6,13 +6,12 @@ import polars as pl
 
 from slipstream.datasets.source import ColumnarSource, Source
 from slipstream.errors import DataError
-from slipstream.schema import LABEL
 
 
 def has_labels(source: Source, data: bytes | pl.DataFrame) -> bool:
     """Say whether samples have labels, judged by the first line or by the columns."""
     if isinstance(data, pl.DataFrame):
-        return LABEL in data.columns
+        return source.label_field in data.columns
     return not source.lacks_label(data.partition(b"\n")[0].removesuffix(b"\r"))
 
 
@@ -32,4 +31,4 @@ def labelled_text(source: Source, data: bytes | pl.DataFrame, *, is_labelled: bo
         return text if is_labelled else source.add_label(text)
     if not isinstance(source, ColumnarSource):
         raise DataError("this model's source reads text only, found columns", hint="give its lines")
-    return source.to_lines(data if is_labelled else data.with_columns(pl.lit(0).alias(LABEL)))
+    return source.to_lines(data if is_labelled else data.with_columns(pl.lit(0).alias(source.label_field)))

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from slipstream.config import DatasetConfig
+from slipstream.dataset_schema import DatasetConfig
 from slipstream.datasets.synthetic import SyntheticSpec, write_log
 from slipstream.io.artifacts import write_atomically
 from slipstream.io.capacity import require_disk

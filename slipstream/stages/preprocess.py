@@ -76,6 +76,7 @@ def run_stage(job: StageJob) -> PreprocessFigures:
         max_ind_range=dataset.max_ind_range,
         history_length=dataset.history_length,
         points_per_user=dataset.points_per_user,
+        layout=dataset.layout,
     )
     source = SOURCES.get(dataset.source)(options)
     return run(
@@ -167,6 +168,7 @@ def run(
         files=[Path(file).name for file in files],
         columns=dict(source.column_names) or None,
         extra_columns=list(source.extra_columns) or None,
+        fields=list(source.fields) if source.takes_fields_from_files else None,
         table_of_column=list(source.table_of_column) if len(source.table_of_column) != source.num_tables else None,
         padding_rows=_find_padding(source, vocabularies),
         dense_minima=minima if config.dense_transform == "torchrec" else None,
@@ -211,7 +213,7 @@ def _check_columns(files: Sequence[str], source: Source) -> None:
         if is_parquet(file) and not isinstance(source, ColumnarSource):
             raise DataError(
                 f"`dataset.raw` names the Parquet file `{file}`, and this source reads text only",
-                hint="give the text files, or set `dataset.source` to one that reads Parquet: criteo",
+                hint="give the text files, or set `dataset.source` to one that reads Parquet: criteo, table",
             )
 
 
@@ -302,11 +304,10 @@ def _count_table(
         max_rows=limits.max_rows or 0,
         reserved=MISSING_ID if index in source.padded_tables else None,
     )
-    text = (
-        pl.Series(vocabulary.raw_ids).cast(pl.String)
-        if limits.num_buckets
-        else source.format_raw_ids(vocabulary.raw_ids)
-    )
+    if limits.num_buckets:
+        text = pl.Series(vocabulary.raw_ids).cast(pl.String)
+    else:
+        text = _write_raw_ids(vocabulary.raw_ids, source, layout.store.texts(layout.chunks, columns), name)
     frame = pl.DataFrame(
         {
             "raw_id": pl.concat([pl.Series([None], dtype=pl.String), text]),
@@ -321,12 +322,28 @@ def _count_table(
     return vocabulary
 
 
+def _write_raw_ids(raw_ids: np.ndarray, source: Source, texts: pl.DataFrame, table: str) -> pl.Series:
+    """Raw ids as the source wrote them: by themselves, or by the texts that the chunks kept."""
+    twice = texts.filter(pl.col("raw_id").is_duplicated()).sort("raw_id", "text").get_column("text").head(2).to_list()
+    if twice:
+        raise DataError(
+            f"two values of table `{table}`, {twice[0]!r} and {twice[1]!r}, have the same 63-bit hash",
+            hint="change one of them in the raw files; they would share a row",
+        )
+    written = source.format_raw_ids(raw_ids)
+    if texts.is_empty():
+        return written
+    asked = pl.DataFrame({"raw_id": raw_ids, "written": written})
+    found = asked.join(texts, on="raw_id", how="left", maintain_order="left")
+    return found.select(pl.coalesce("text", "written")).to_series()
+
+
 def _training_minimum(name: str, layout: SplitLayout) -> int:
     least = 0
     for chunk_index, chunk in enumerate(layout.chunks):
         values = layout.store.open(chunk, [name]).column(name).to_numpy()
         used = values[layout.members(chunk_index, splits.TRAIN)]
-        least = min(least, int(used.min())) if used.size else least
+        least = min(least, int(np.floor(used.min()))) if used.size else least
     return least
 
 
