@@ -233,7 +233,7 @@ def open_run(config: PipelineConfig, runs_dir: Path, progress: Progress) -> Iter
         DataError: A raw file is missing.
     """
     run = Run(config, runs_dir, progress)
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as locks:
         found = {plan.stage: plan.artifact for plan in run.plan() if plan.artifact is not None}
         if not found:
             raise ArtifactError(
@@ -242,8 +242,8 @@ def open_run(config: PipelineConfig, runs_dir: Path, progress: Progress) -> Iter
             )
         artifacts = {}
         for stage, artifact in found.items():
-            held.enter_context(hold_artifact(artifact.path, shared=True))
-            artifacts[stage] = open_artifact(artifact.path)  # nobody took it away before it was held
+            locks.enter_context(hold_artifact(artifact.path, shared=True))
+            artifacts[stage] = open_artifact(artifact.path)  # nobody took it away before it was locked
             if altered := artifact.find_altered():
                 raise ArtifactError(describe_altered(artifact.path, altered), hint=artifact.remedy)
         yield RunFacts(config=config, run_dir=run.run_dir, artifacts=artifacts)
