@@ -104,7 +104,20 @@ def run(
     quiet: _Quiet = False,
 ) -> None:
     """Run every stage that needs it, from raw log to trained model."""
-    _run(pipeline, runs, overrides, stages=None, force=force, as_json=as_json, quiet=quiet)
+    _run(pipeline, runs, overrides, None, force=force, as_json=as_json, quiet=quiet)
+
+
+@app.command(epilog="Example: slipstream init ratings.csv --label rating")
+def init(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="CSV, compressed or not, or Parquet.")],
+    label: Annotated[str, typer.Option("--label", metavar="COLUMN", help="Its label; guessed if left out.")] = "",
+    out: Annotated[Path | None, typer.Option("--out", metavar="PIPELINE", help="Pipeline file to write.")] = None,
+) -> None:
+    """Look at a table and write a commented pipeline for it."""
+    from slipstream.init import write_pipeline
+    from slipstream.report import guess_table
+
+    _answer(guess_table(write_pipeline(file, label=label, out=out)))
 
 
 @app.command(epilog="Example: slipstream plan tiny --set preprocess.freq_threshold=5")
@@ -301,7 +314,7 @@ def _stage_command(stage: str, summary: str) -> None:
         as_json: _Json = False,
         quiet: _Quiet = False,
     ) -> None:
-        _run(pipeline, runs, overrides, stages=[stage], force=force, as_json=as_json, quiet=quiet)
+        _run(pipeline, runs, overrides, [stage], force=force, as_json=as_json, quiet=quiet)
 
     example = f"Example: slipstream {stage} tiny --force"
     app.command(stage, help=summary, epilog=example)(command)
@@ -430,14 +443,7 @@ def main() -> None:
 
 
 def _run(
-    pipeline: str,
-    runs: Path,
-    overrides: list[str],
-    *,
-    stages: list[str] | None,
-    force: bool,
-    as_json: bool,
-    quiet: bool,
+    pipeline: str, runs: Path, overrides: list[str], only: list[str] | None, *, force: bool, as_json: bool, quiet: bool
 ) -> None:
     config = _load(pipeline, overrides)
     from rich.console import Console
@@ -451,7 +457,7 @@ def _run(
     result = run_pipeline(
         config,
         runs,
-        stages=stages,
+        stages=only,
         force=force,
         progress=Silent() if quiet else RichProgress(console),
         on_stage=lambda stage: None if quiet else console.print(stage_line(stage)),
@@ -459,7 +465,7 @@ def _run(
     if as_json:
         typer.echo(json.dumps(run_document(result), indent=1, allow_nan=False))
     elif not quiet:
-        if stages == ["profile"]:
+        if only == ["profile"]:
             _answer(curve_table(result.counts("profile")["curve"]))
         _answer(run_table(result))
     if as_json or quiet:

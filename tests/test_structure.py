@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "__main__": {"cli"},
     "api": {"pipeline", "report", "serving", "config", "shipped", "io", "errors", "progress"},
     "cli": {
+        "init",
         "shipped",
         "forecast",
         "compare",
@@ -44,10 +45,11 @@ MAY_IMPORT = {
         "schema",
     },
     "report": {
-        *("report", "compare", "stage", "pipeline", "config", "options"),
+        *("report", "init", "compare", "stage", "pipeline", "config", "options"),
         *("io", "ops", "errors", "progress", "schema"),
     },
     "compare": {"pipeline", "training", "config", "errors", "io", "progress", "schema"},
+    "init": {"datasets", "io", "ops", "registry", "errors"},
     "forecast": {"pipeline", "stage", "config", "io", "errors"},
     "pipeline": {
         "stage",

@@ -25,6 +25,7 @@ from rich.text import Text
 
 from slipstream.compare import ComparedVariant, Spread
 from slipstream.config import PipelineConfig
+from slipstream.init import PipelineGuess
 from slipstream.io.costs import Forecast
 from slipstream.io.figures import GenerateFigures, PreprocessFigures, SegregateFigures, TrainFigures
 from slipstream.pipeline import RunResult, StagePlan, StageResult
@@ -219,6 +220,17 @@ def score_table(summary: Mapping[str, Any]) -> Table:
         table.add_row("quality", _show_quality(quality))
     table.add_row("written", summary["output"])
     return table
+
+
+def guess_table(guess: PipelineGuess) -> RenderableType:
+    """What each column of a table is taken for, and the command to run next."""
+    table = Table(box=None, title=f"guessed from {guess.num_lines:,} lines", title_justify="left")
+    for name in ("column", "taken for", "values", "because"):
+        table.add_column(name, justify="right" if name == "values" else "left")
+    for column in guess.columns:
+        table.add_row(Text(column.name), column.kind, f"{column.num_distinct:,}", column.why)
+    split = f"split {guess.split}; written {guess.path}; look it over, then"
+    return Group(table, Text(split), Text(f"    slipstream run {guess.path}", style="bold"))
 
 
 def _show_quality(quality: Mapping[str, float], beside: str = "") -> str:
