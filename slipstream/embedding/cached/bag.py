@@ -9,13 +9,11 @@ Keeps   a row never leaves between its forward and the optimizer step that updat
         evaluation moves nothing: absent rows are read from the host table
 Costs   on a device, no synchronisation but a wait for the previous copy out of (or into) the same host buffer
 
-Shapes: N rows of the table, S positions of the cache, D embedding_dim, L lookups of a batch, U distinct rows
-in it.
+Shapes: N rows of the table, S positions of the cache, D embedding_dim, L lookups and U distinct rows of a batch.
 """
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -24,8 +22,9 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from slipstream.embedding.cached.checks import as_counts, check_choice, too_many_rows
 from slipstream.embedding.cached.host_tables import HostTables, Tables, index_on
-from slipstream.embedding.duplicates import sum_duplicates
+from slipstream.embedding.cached.pending import PendingForward, sum_gradients, update_dtype
 from slipstream.embedding.row_cache import CachePlan, RowCache
 from slipstream.embedding.rules import OPTIMIZERS
 from slipstream.errors import CapacityError
@@ -119,9 +118,9 @@ class CachedEmbeddingBag(nn.Module):
         _weight: Tensor | None = None,
     ) -> None:
         super().__init__()
-        _check_choice("mode", mode, ("sum", "mean", "max"))
-        _check_choice("evict_strategy", evict_strategy, ("lfu", "dataset"))
-        _check_choice("optimizer", optimizer, (None, *OPTIMIZERS.names()))
+        check_choice("mode", mode, ("sum", "mean", "max"))
+        check_choice("evict_strategy", evict_strategy, ("lfu", "dataset"))
+        check_choice("optimizer", optimizer, (None, *OPTIMIZERS.names()))
         if num_embeddings < 1 or embedding_dim < 1:
             raise ValueError(f"expected a table of at least 1 x 1, found {num_embeddings} x {embedding_dim}")
         if not 0.0 < cache_ratio <= 1.0 or not 0.0 <= warmup_ratio <= 1.0:
@@ -146,7 +145,7 @@ class CachedEmbeddingBag(nn.Module):
         self.lr = lr
         self.rule = None if optimizer is None else OPTIMIZERS.get(optimizer)(eps=eps, betas=betas)
         self._num_steps = torch.zeros((), dtype=torch.float64)
-        counts = _as_counts(ids_freq_mapping, num_embeddings)
+        counts = as_counts(ids_freq_mapping, num_embeddings)
         capacity = max(1, int(num_embeddings * cache_ratio))
         ranking = counts if evict_strategy == "dataset" else None
         self.row_cache = RowCache(
@@ -158,7 +157,7 @@ class CachedEmbeddingBag(nn.Module):
         )
         self._ranking_bytes = 0 if ranking is None else ranking.nbytes
         self._init_tables(_weight, pin_weight, dtype, torch.device("cpu" if device is None else device))
-        self._pending: list[_Pending] = []
+        self._pending: list[PendingForward] = []
         self._pending_admit = 0  # the admit that the first pending forward came from
         self._pending_version = 0  # of the cache tensor, at the first pending forward
         self._num_announced = 0
@@ -179,7 +178,7 @@ class CachedEmbeddingBag(nn.Module):
             raise ValueError(f"expected a floating dtype, found {weight.dtype}")
         tables = {"weight": weight}
         for name, state_shape in ({} if self.rule is None else self.rule.state_shapes(shape)).items():
-            tables[name] = torch.zeros(state_shape, dtype=_update_dtype(weight.dtype))
+            tables[name] = torch.zeros(state_shape, dtype=update_dtype(weight.dtype))
         if pin_weight and torch.cuda.is_available():
             tables = {name: table.pin_memory() for name, table in tables.items()}
         self._host = HostTables(tables, self.buffer_size)
@@ -289,7 +288,7 @@ class CachedEmbeddingBag(nn.Module):
         if not pending:
             return
         with torch.no_grad():
-            positions, gradient = self._sum_duplicates(pending)
+            positions, gradient = sum_gradients(pending, self._near()["weight"], self.row_cache)
             self._num_steps += 1
             self._update(self._near(), index_on(gradient.device, positions), gradient)
         self.row_cache.mark_dirty(positions)
@@ -310,7 +309,8 @@ class CachedEmbeddingBag(nn.Module):
         self._host.write_back(rows, positions, self._near())
         self._host.land()
         for pending in self._pending:  # their update is still to come
-            self._note_dirty(pending)
+            if self.optimizer is None:
+                self.row_cache.mark_dirty(pending.positions)
         if empty:
             self.row_cache.drop_all()
 
@@ -392,8 +392,9 @@ class CachedEmbeddingBag(nn.Module):
             if not self._pending:
                 self._pending_admit = self.row_cache.num_admits
                 self._pending_version = self.cache_weight._version
-            self._pending.append(_Pending(plan.distinct_positions, leaf))
-            self._note_dirty(self._pending[-1])
+            self._pending.append(PendingForward(plan.distinct_positions, leaf))
+            if self.optimizer is None:  # we do not see that update happen; step() marks its own
+                self.row_cache.mark_dirty(plan.distinct_positions)
         return plan.positions, weight
 
     def _frozen_view(self, rows: NDArray[np.integer[Any]]) -> tuple[NDArray[np.int32], Tensor]:
@@ -415,7 +416,13 @@ class CachedEmbeddingBag(nn.Module):
         try:
             plan = self.row_cache.admit(rows, keep_admits=self._keep_admits(), is_announced=is_announced)
         except CapacityError as error:
-            raise self._capacity_error(rows) from error
+            raise too_many_rows(
+                np.unique(rows).size,
+                capacity=self.row_cache.capacity,
+                num_embeddings=self.num_embeddings,
+                cache_ratio=self.cache_ratio,
+                num_waiting=len(self._pending),
+            ) from error
         if plan.fetch_rows.size:
             near = self._near()
             self._host.land()  # what is fetched may have been evicted by the admit before
@@ -423,52 +430,13 @@ class CachedEmbeddingBag(nn.Module):
             self._host.fetch(plan.fetch_rows, plan.fetch_positions, near)
         return plan
 
-    def _capacity_error(self, rows: NDArray[np.integer[Any]]) -> CapacityError:
-        num_distinct, capacity = np.unique(rows).size, self.row_cache.capacity
-        waiting = ""
-        hint = f"raise cache_ratio to at least {_round_up(num_distinct / self.num_embeddings)}"
-        if num_distinct <= capacity:
-            waiting = f", beside the rows of {len(self._pending)} forwards that wait for their optimizer step"
-            hint = "take that step, use no_grad or eval mode for what is not trained on, or raise cache_ratio"
-        else:
-            hint += ", or use a smaller batch"
-        return CapacityError(
-            f"expected a training batch of at most {capacity} distinct rows "
-            f"(cache_ratio {self.cache_ratio} of {self.num_embeddings}), found {num_distinct}{waiting}",
-            hint=hint,
-        )
-
     def _keep_admits(self) -> int:
         return self.row_cache.num_admits - self._pending_admit + 1 if self._pending else 0
-
-    def _note_dirty(self, pending: "_Pending") -> None:
-        if self.optimizer is None:  # we do not see that update happen; step() marks its own
-            self.row_cache.mark_dirty(pending.positions)
 
     def _forget_updated(self) -> None:
         """With an optimizer of yours: a new version of the cache tensor means that its step has been taken."""
         if self.optimizer is None and self.cache_weight._version != self._pending_version:
             self._pending.clear()
-
-    def _sum_duplicates(self, pending: "list[_Pending]") -> tuple[NDArray[np.int32], Tensor]:
-        """Sum gradients to one per position: positions, shape (U,), and gradients, shape (U, D)."""
-        positions = pending[0].positions
-        if len(pending) > 1:
-            positions, _ = self.row_cache.distinct(np.concatenate([p.positions for p in pending]))
-        weight = self._near()["weight"]
-        index = index_on(weight.device, positions)
-        place = torch.empty(weight.shape[0], dtype=torch.int64, device=weight.device)
-        place[index] = torch.arange(positions.size, device=weight.device)
-        dtype = _update_dtype(weight.dtype)
-        total = torch.zeros((positions.size, self.embedding_dim), dtype=dtype, device=weight.device)
-        for gradient in (p.leaf.grad for p in pending if p.leaf is not None):
-            if gradient is None:
-                continue
-            if gradient.is_sparse:
-                total += sum_duplicates(gradient._values().to(dtype), place[gradient._indices()[0]], positions.size)
-            else:
-                total += gradient.index_select(0, index)
-        return positions, total
 
     def _update(self, near: Tables, index: Tensor, gradient: Tensor) -> None:
         assert self.rule is not None
@@ -528,39 +496,5 @@ class CachedEmbeddingBag(nn.Module):
         self._host.fetch(rows, np.arange(rows.size), self._near())
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Pending:
-    """A training forward whose update is still to come."""
-
-    positions: NDArray[np.int32]
-    leaf: Tensor | None
-    """The alias of the cache tensor that its gradient arrives at; None when that is the parameter itself."""
-
-
-def _round_up(ratio: float) -> float:
-    """Round a ratio up to three digits, at most 1, for a person to type in."""
-    scale = 10.0 ** (2 - math.floor(math.log10(ratio)))
-    return min(1.0, math.ceil(ratio * scale) / scale)
-
-
-def _update_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _state_key(name: str) -> str:
     return name if name == "weight" else f"optimizer.{name}"
-
-
-def _as_counts(counts: ArrayLike | Tensor | None, num_rows: int) -> NDArray[np.integer[Any]] | None:
-    if counts is None:
-        return None
-    array = counts.detach().cpu().numpy() if isinstance(counts, Tensor) else np.asarray(counts)
-    if array.shape != (num_rows,) or not np.issubdtype(array.dtype, np.integer) or array.min() < 0:
-        found = f"shape {array.shape} of {array.dtype}"
-        raise ValueError(f"expected ids_freq_mapping: {num_rows} integers >= 0, one per row, found {found}")
-    return array
-
-
-def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"expected {name} in {', '.join(map(repr, choices))}, found {value!r}")
