@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 # Sizes that make a benchmark take seconds; one that is not listed runs at its own size.
+SMALL_bench_busy := --samples 4000 --rounds 1 --networks tiny
 SMALL_bench_cached := --rows 50000 --batch 128 --cache-ratio 0.2 --warmup-steps 4 --steps 8 --rounds 1
 SMALL_bench_preprocess := --rows 20000 --slow-rows 2000
 SMALL_bench_quantized := --rows 20000 --batch 256 --steps 4 --rounds 1 --tables 4
