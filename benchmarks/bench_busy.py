@@ -6,8 +6,8 @@
 Networks: the shipped `tiny`; layers and batch of `criteo_kaggle`; the same layers at batch 2,048; all on the same
 generated samples. Contenders: what slipstream does by itself; one thread (`OMP_NUM_THREADS=1`); all threads spinning,
 as torch does by itself; all threads sleeping while they wait. Each trains in a process of its own, in turn within each
-round, idle and beside busy loops that this script starts and ends. Medians of the rounds; `ratio` is to one thread in the same
-state. Load averages are printed: on a machine that others use, the figures called idle are not.
+round, idle and beside busy loops that this script starts and ends. Medians of the rounds; `ratio` is to one thread in
+the same state. Load averages are printed: on a machine that others use, the figures called idle are not.
 
 A table for people first, one JSON line last.
 """
@@ -78,7 +78,11 @@ def parse() -> argparse.Namespace:
 @contextmanager
 def busy_loops(count: int) -> Iterator[None]:
     """Keep this many cores busy with something else."""
-    loop = f"import time\nend = time.monotonic() + {_SECONDS_AT_MOST}\nwhile time.monotonic() < end: pass"
+    loop = (
+        "import os, time\n"
+        f"end = time.monotonic() + {_SECONDS_AT_MOST}\n"
+        f"while time.monotonic() < end and os.getppid() == {os.getpid()}: pass"
+    )
     loops = [subprocess.Popen([sys.executable, "-c", loop]) for _ in range(count)]
     try:
         yield
