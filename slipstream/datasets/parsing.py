@@ -59,7 +59,8 @@ class ParsedFiles:
             DataError: More than `max_ratio` of all lines are rejected, all are, or there are none.
         """
         lines, rejected = self.num_lines, sum(chunk.num_rejected for chunk in self.lines)
-        if rejected > max_ratio * lines or rejected == lines:
+        # divided, not multiplied: 29 of 100 lines are within a limit of .29, though .29 * 100 is less than 29
+        if rejected == lines or rejected / lines > max_ratio:
             found = f"{rejected:,} of {lines:,} lines are no samples" if lines else "the raw files are empty"
             raise DataError(
                 "\n  ".join(

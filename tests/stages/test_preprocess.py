@@ -212,6 +212,19 @@ def test_too_many_rejects_stop_the_run_with_examples(tmp_path: Path, lines: list
     assert read_rejects(tmp_path / "lenient")["content"].to_list() == [b"bad"] * 30
 
 
+@pytest.mark.parametrize(("rejected", "limit"), [(29, 0.29), (1, 0.01), (0, 0.0)])
+def test_as_many_rejects_as_the_limit_allows_are_allowed_and_one_more_is_not(
+    tmp_path: Path, lines: list[bytes], rejected: int, limit: float
+):
+    for num_bad in (rejected, rejected + 1):
+        path = write_raw(tmp_path / f"{num_bad}.tsv", [*lines[: 100 - num_bad], *[b"bad"] * num_bad])
+        if num_bad == rejected:
+            assert run_preprocess(tmp_path / "within", [path], max_reject_ratio=limit)["rejected"] == rejected
+        else:
+            with pytest.raises(DataError, match=f"{num_bad} of 100 lines are no samples"):
+                run_preprocess(tmp_path / "beyond", [path], max_reject_ratio=limit)
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
