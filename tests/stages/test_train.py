@@ -20,6 +20,9 @@ from slipstream.embedding.tiers.lookahead import Batch, LookAhead
 from slipstream.io.samples import Samples, concat_samples, read_shard
 from slipstream.pipeline import RunResult
 from slipstream.schema import table_name
+from slipstream.training import loop
+from slipstream.training.skipping.criteria.stale import PulledStale
+from slipstream.training.skipping.trackers import RowTracker
 
 TABLES = [table_name(index) for index in range(26)]
 
@@ -369,3 +372,32 @@ def test_samples_seen_and_dropped_add_up(tiny_runs: Path, criterion: str, held: 
     assert counts["samples_dropped"] > 0
     assert counts["samples_seen"] + counts["samples_dropped"] == result.counts("preprocess")["samples"]["train"]
     assert counts["drop_asked"] == 0.4
+
+
+@pytest.mark.parametrize("warmup", [0, 5])
+def test_rows_are_watched_from_the_end_of_the_warm_up_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warmup: int):
+    steps = 0
+    opened_at: list[int] = []
+    train_batch, make_tracker = loop.Trainer._train_batch, PulledStale.make_tracker
+
+    def count_step(self: loop.Trainer, *batch: Any) -> None:
+        nonlocal steps
+        steps += 1
+        train_batch(self, *batch)
+
+    def watch(*place: Any, **options: Any) -> RowTracker:
+        tracker = make_tracker(*place, **options)
+        open_window = tracker.open_window
+
+        def note_step() -> None:
+            opened_at.append(steps)
+            open_window()
+
+        monkeypatch.setattr(tracker, "open_window", note_step)
+        return tracker
+
+    monkeypatch.setattr(loop.Trainer, "_train_batch", count_step)
+    monkeypatch.setattr(PulledStale, "make_tracker", watch)
+    train(tmp_path, train__mode="slipstream", skip__warmup_steps=warmup, skip__refresh_steps=8)
+    assert opened_at[0] == warmup
+    assert len(opened_at) > 3

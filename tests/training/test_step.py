@@ -120,6 +120,23 @@ def test_a_sample_of_weight_w_leaves_the_accumulators_of_w_samples(weight: float
         assert once.sum() > 0
 
 
+def test_samples_of_unequal_weights_leave_their_gradient_by_the_weight_behind_it_in_dense_accumulators() -> None:
+    batch, model = make_batch(BATCH, 0, weighted=False, sorted_by_host=True), make_model()
+    weights = torch.tensor([1.0, 9.0, 1.0, 2.0, 1.0, 4.0, 1.0, 1.0])
+    step = make_step(TrainStep, model, make_rows("rowwise_adagrad"), kind="adagrad", kernels="torch")
+    assert batch.distinct is not None
+    rows = step.rows.buffer[batch.distinct.rows][batch.distinct.inverse].view(BATCH, TABLES, DIM)
+    losses = binary_cross_entropy_with_logits(model(batch.dense, rows), batch.labels, reduction="none")
+    gradients = torch.autograd.grad((weights * losses).mean(), list(model.parameters()))
+
+    step(dataclasses.replace(batch, weights=weights), 0.0)
+
+    behind = (1 + 81 + 1 + 4 + 1 + 16 + 1 + 1) / (1 + 9 + 1 + 2 + 1 + 4 + 1 + 1)  # sum of squares by sum; mean is 2.5
+    for accumulator, gradient in zip(step.dense_optimizer.state, gradients, strict=True):
+        torch.testing.assert_close(accumulator, gradient.square() / behind)
+    assert any(gradient.abs().max() > 1e-3 for gradient in gradients)
+
+
 def test_weights_of_one_row_in_several_samples_count_by_their_size() -> None:
     slots, weights = np.array([4, 7, 9, 4, 8, 9]), torch.tensor([1.0, 3.0])
     found = sort_lookups(slots)

@@ -143,6 +143,19 @@ def test_stale_per_label_makes_up_for_rows_it_knows_nothing_of(rng: np.random.Ge
     assert skipper.dropped == pytest.approx(0.3 * 600, abs=1)
 
 
+@pytest.mark.parametrize("measure", ["net", "per-label"])
+def test_what_earlier_rounds_could_not_drop_never_empties_a_round(rng: np.random.Generator, measure: str):
+    unknown, known = np.full(40, UNTOUCHED, np.float32), np.linspace(0.1, 1, 40).astype(np.float32)
+    if measure == "per-label":
+        unknown, known = np.zeros((2, 40), np.float32), pulls_of()
+    skipper = active("stale", unknown, target_drop=0.5, floor=0.01)
+    skipper.select(samples_of(5000), None, rng=rng, score=never)
+    assert skipper.dropped == 0  # half of 5000 is due from now on
+    skipper.check(step=20, movement=known)
+    selection, _ = skipper.select(samples_of(1000, seed=1), None, rng=rng, score=never)
+    assert np.count_nonzero(~selection.keep) == pytest.approx(950, abs=1)
+
+
 def test_a_pull_given_by_hand_is_the_threshold_and_zero_drops_none(rng: np.random.Generator):
     hot = samples_of(4000)
     for threshold in (0.0, 0.5):
