@@ -113,6 +113,8 @@ def _train_settings(config: PipelineConfig) -> dict[str, Any]:
         skip = {name: value for name, value in skip.items() if name not in PUBLISHED_KEYS}
     if CRITERIA.get(config.criterion).drops:
         skip["movement"] = config.skip_rule.movement
+        if config.skip_rule.movement == "net" and config.skip.alpha < 1:
+            skip["counts_padding"] = False  # it did once
     else:
         skip = {"refresh_steps": config.skip.refresh_steps}
     train = to_dict(config.train, execution=False) | {"seed": config.train_seed}

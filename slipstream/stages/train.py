@@ -233,6 +233,7 @@ def _make_trainer(
             skipper=Skipper(_skip_rule(config, parts), columns=parts.columns),
             schedule=schedule,
             log_every=train.log_every,
+            padding_slots=parts.padding_slots,
             on_report=on_report,
             between_chunks=checkpoints.between_chunks,
         )
@@ -263,6 +264,7 @@ def _make_faithful(config: PipelineConfig, parts: Assembly, *, num_hot: int) -> 
             batch_size=config.train.batch_size,
             lr=config.train.lr,
             seed=config.train_seed,
+            padding_slots=parts.padding_slots,
         )
 
 

@@ -62,6 +62,8 @@ class Assembly:
     representations: Representations
     model: nn.Module
     step: TrainStep
+    padding_slots: np.ndarray | None
+    """Hot slots that stand for no id; None for none. int64."""
 
     @property
     def columns(self) -> np.ndarray | None:
@@ -116,7 +118,15 @@ def assemble(
         representations=representations,
         model=model,
         step=step,
+        padding_slots=find_padding(layout, padding_rows),
     )
+
+
+def find_padding(layout: SlotLayout, padding_rows: Mapping[str, int]) -> np.ndarray | None:
+    """Find the hot slots of padding rows; None where there are none."""
+    slots = [layout.slot_maps[name][row] for name, row in padding_rows.items() if name in layout.inside]
+    hot = np.array([slot for slot in slots if slot < layout.num_hot], np.int64)
+    return hot if len(hot) else None
 
 
 def place_rows(

@@ -30,7 +30,7 @@ from slipstream.training.loop import LoopTotals, fit_figures
 from slipstream.training.order.batches import cut_batches
 from slipstream.training.order.rounds import OpenStreams
 from slipstream.training.order.stream import SampleStream
-from slipstream.training.skipping.staleness import bisect_threshold, sample_movement
+from slipstream.training.skipping.staleness import PADDING, bisect_threshold, sample_movement
 from slipstream.training.step import TrainStep
 
 
@@ -65,10 +65,20 @@ class FaithfulTrainer:
         batch_size: Samples per step.
         lr: Learning rate.
         seed: Draws the samples that T is searched on.
+        padding_slots: Hot slots that stand for no id: their lookups are not counted; None for none.
     """
 
     def __init__(
-        self, *, step: TrainStep, num_hot: int, rule: FaithfulRule, epochs: int, batch_size: int, lr: float, seed: int
+        self,
+        *,
+        step: TrainStep,
+        num_hot: int,
+        rule: FaithfulRule,
+        epochs: int,
+        batch_size: int,
+        lr: float,
+        seed: int,
+        padding_slots: np.ndarray | None = None,
     ) -> None:
         self.totals = LoopTotals()
         self.step = step
@@ -79,6 +89,7 @@ class FaithfulTrainer:
         """Bytes of the whole-table copies."""
         self.sync_seconds = 0.0
         self._rule, self._epochs, self._batch_size, self._lr, self._seed = rule, epochs, batch_size, lr, seed
+        self._padding_slots = padding_slots
         host = step.rows
         self._hot_rows = TieredRows(
             num_rows=num_hot,
@@ -139,6 +150,8 @@ class FaithfulTrainer:
         before = hot_rows.clone()
         self._run_hot(batches[rule.first_snapshot : end + 1])
         moved = (hot_rows - before).abs_().amax(dim=1).cpu().numpy()
+        if self._padding_slots is not None:
+            moved[self._padding_slots] = PADDING
         rest = batches[end + 1 :]
         if rest:
             self._run_hot(self._drop(rest, moved, epoch, num_hot_samples))

@@ -105,6 +105,7 @@ class Trainer:
         skipper: Leaves samples out.
         schedule: How epochs are cut.
         log_every: Steps between reports.
+        padding_slots: Hot slots that stand for no id, for criteria that watch rows; None for none.
         on_report: Hears reports.
         between_chunks: Called with the trainer whenever no row is moving, for checkpoints.
     """
@@ -118,6 +119,7 @@ class Trainer:
         skipper: Skipper,
         schedule: Schedule,
         log_every: int,
+        padding_slots: np.ndarray | None = None,
         on_report: Callable[[StepReport], None] = lambda report: None,
         between_chunks: Callable[[Trainer], None] = lambda trainer: None,
     ) -> None:
@@ -126,7 +128,8 @@ class Trainer:
         self._preparer: RoundPreparer | None = None
         self.step, self.lookahead, self.skipper = step, lookahead, skipper
         if skipper.criterion.watches_rows:
-            step.tracker = skipper.criterion.make_tracker(step.rows.buffer[: step.rows.num_hot])
+            hot_rows = step.rows.buffer[: step.rows.num_hot]
+            step.tracker = skipper.criterion.make_tracker(hot_rows, padding_slots=padding_slots)
         self._lr_schedule, self._schedule = lr_schedule, schedule
         self._log_every, self._on_report, self._between_chunks = log_every, on_report, between_chunks
         self._started, self._cpu_started = time.perf_counter(), time.process_time()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from slipstream.config import build_pipeline
+from slipstream.config import SkipConfig, build_pipeline
 from slipstream.datasets import parsing, taobao
 from slipstream.datasets.parsing import ParsedFiles, parse_files
 from slipstream.datasets.taobao import TaobaoSource, read_events
@@ -23,6 +24,7 @@ from slipstream.ops.split import latest_seventh
 from slipstream.pipeline import run_pipeline
 from slipstream.progress import Silent
 from slipstream.schema import MISSING_ID
+from slipstream.training.skipping.staleness import sample_movement
 
 LINE = b"1,2268318,2520377,pv,1511544070"
 HISTORY, POINTS = 3, 2
@@ -294,6 +296,27 @@ def test_every_mode_trains_and_padding_rows_stay_zero(log: Path, tmp_path: Path,
         assert tables[f"tables.{name}"].any(axis=1).sum() == len(tables[f"tables.{name}"]) - 1
     assert len(tables) > 3 and result.counts("train")["test"]["logloss"] > 0
     assert json.loads((folder / "model.json").read_text())["name"] == "tbsm"
+
+
+@pytest.mark.parametrize("order", ["faithful", "loop"])
+def test_padding_is_neither_stale_nor_changing(log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: str):
+    seen: list[np.ndarray] = []
+
+    def judge(movement: np.ndarray, slots: np.ndarray, *, alpha: float) -> np.ndarray:
+        seen.append(movement)
+        return sample_movement(movement, slots, alpha=alpha)
+
+    module = "slipstream.training." + {"faithful": "faithful", "loop": "skipping.criteria.stale"}[order]
+    monkeypatch.setattr(f"{module}.sample_movement", judge)
+    config = taobao_config(log, mode="slipstream")
+    config = replace(config, segregate=replace(config.segregate, hot_budget="90%"))
+    train = replace(config.train, faithful=order == "faithful")
+    done = run_pipeline(replace(config, train=train, skip=SkipConfig(movement="net", alpha=0.8)), tmp_path)
+    padding = done.counts("preprocess")["padding_rows"]
+    with np.load(done.stages["segregate"].artifact.path / "slots.npz", allow_pickle=False) as slot_maps:
+        expected = sorted(int(slot_maps[name][row]) for name, row in padding.items())
+    assert expected[-1] < len(seen[0]), "padding is hot"
+    assert all(np.flatnonzero(np.isnan(movement)).tolist() == expected for movement in seen)
 
 
 def test_modes_end_with_the_same_model(log: Path, tmp_path: Path):

@@ -56,6 +56,13 @@ def test_a_padding_row_starts_at_zero_and_no_other_does():
     assert [(table == 0).all(dim=1).nonzero().flatten().tolist() for table in tables] == [[], [2], []]
 
 
+def test_padding_is_found_where_it_is_hot():
+    parts = put_together(num_hot=NUM_ROWS)
+    assert parts.padding_slots is not None
+    assert parts.padding_slots.tolist() == [parts.layout.slot_maps["cat_1"][2]]
+    assert put_together(num_hot=int(parts.padding_slots[0])).padding_slots is None
+
+
 @pytest.mark.parametrize(
     ("train", "num_hot", "num_staged"),
     [

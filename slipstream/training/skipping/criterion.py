@@ -157,11 +157,12 @@ class Criterion(ABC):
         """Count the accelerator bytes that it keeps beside each hot row of `embedding_dim` values."""
         return 0
 
-    def make_tracker(self, hot_rows: Tensor) -> RowTracker:
+    def make_tracker(self, hot_rows: Tensor, *, padding_slots: np.ndarray | None = None) -> RowTracker:
         """Make what watches the hot tier; asked only where `watches_rows`.
 
         Args:
             hot_rows: View of the hot tier. Shape (H, D).
+            padding_slots: Hot rows that stand for no id, and never move; None for none. Integer.
         """
         raise NotImplementedError(f"`{type(self).__name__}` watches no rows")
 

@@ -11,9 +11,9 @@ Two measures of a row in a window of training:
 A row that was not looked up moved by nothing, which says nothing: it is untouched, not stale.
 
 By net movement a hot sample is dropped when at least a share α of its lookups are stale, that is when the ⌈α·T⌉-th
-smallest movement among its rows is below the threshold. So the threshold for a target drop D is the D-quantile of that
-statistic: exact, in one pass, without a search. Per label the statistic is the mean pull of the sample's rows under its
-own label, over the share α of them with the least.
+smallest movement among its rows is below the threshold, lookups of padding left out. So the threshold for a target
+drop D is the D-quantile of that statistic: exact, in one pass, without a search. Per label the statistic is the mean
+pull of the sample's rows under its own label, over the share α of them with the least.
 
 Source of net movement: Slipstream (arXiv 2404.04270), whose code searches T by bisection and takes untouched rows for
 stale.
@@ -27,6 +27,8 @@ import numpy as np
 
 UNTOUCHED = float("inf")
 """Movement of a row that was not looked up: above every threshold."""
+PADDING = float("nan")
+"""Net movement of a row that stands for no id: it never moves, and its lookups are not counted."""
 
 _PIECE = 16_384
 """Samples whose pulls are looked up at a time."""
@@ -69,19 +71,31 @@ def sample_movement(movement: np.ndarray, slots: np.ndarray, *, alpha: float) ->
     """The statistic of each hot sample by net movement: the ⌈α·T⌉-th smallest movement among its rows.
 
     Args:
-        movement: Per hot row; UNTOUCHED where unknown. Shape (H,), float32.
+        movement: Per hot row; UNTOUCHED where unknown, PADDING where no lookup counts. Shape (H,), float32.
         slots: Hot samples. Shape (n, T), integer.
-        alpha: Share of lookups that must be stale, in (0, 1].
+        alpha: Share of lookups that must be stale, in (0, 1]; of a sample's lookups that are not padding.
 
     Returns:
-        Shape (n,), float32. A sample is dropped when it is below the threshold.
+        UNTOUCHED where all lookups are padding. Shape (n,), float32. A sample is dropped when it is below the
+        threshold.
     """
+    if np.isnan(movement).any():
+        return _movement_beside_padding(movement[slots], alpha)
     num_tables = slots.shape[1]
     needed = math.ceil(alpha * num_tables - 1e-9)
     moved = movement[slots]
     if needed == num_tables:
         return moved.max(axis=1)  # type: ignore[no-any-return]
     return np.partition(moved, needed - 1, axis=1)[:, needed - 1]
+
+
+def _movement_beside_padding(moved: np.ndarray, alpha: float) -> np.ndarray:
+    """The same over the lookups of each sample that are not padding. Shape (n, T) to (n,)."""
+    num_counted = np.count_nonzero(~np.isnan(moved), axis=1)
+    needed = np.maximum(np.ceil(alpha * num_counted - 1e-9).astype(np.intp), 1)
+    # padding goes to the end of each sample's list, behind its slowest rows and beside untouched ones
+    least_first = np.sort(np.where(np.isnan(moved), np.float32(UNTOUCHED), moved), axis=1)
+    return np.take_along_axis(least_first, needed[:, None] - 1, axis=1)[:, 0]
 
 
 def find_threshold(statistic: np.ndarray, *, target_drop: float) -> float:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slipstream.training.skipping.staleness import UNTOUCHED
+from slipstream.training.skipping.staleness import PADDING, UNTOUCHED
 
 _NUM_BEYOND = 1024
 """Entries for what lies beyond the hot tier; on a GPU additions to a single one would wait for each other."""
@@ -51,10 +51,11 @@ class MovementTracker:
 
     Args:
         hot_rows: View of the hot tier. Shape (H, D).
+        padding_slots: Rows that stand for no id; None for none. Integer.
     """
 
-    def __init__(self, hot_rows: Tensor) -> None:
-        self._hot_rows = hot_rows
+    def __init__(self, hot_rows: Tensor, *, padding_slots: np.ndarray | None = None) -> None:
+        self._hot_rows, self._padding_slots = hot_rows, padding_slots
         self._snapshot: Tensor | None = None
         # more than there are rows: positions beyond the hot tier end there, and nobody has to be waited for
         self._touched = torch.zeros(len(hot_rows) + _NUM_BEYOND, dtype=torch.bool, device=hot_rows.device)
@@ -89,7 +90,9 @@ class MovementTracker:
         self._touched.index_fill_(0, _watched(rows, len(self._hot_rows)), True)
 
     def close_window(self) -> np.ndarray:
-        """Movement of each hot row since the window opened: max_j |w2 - w1|; UNTOUCHED where not looked up.
+        """Movement of each hot row since the window opened: max_j |w2 - w1|.
+
+        UNTOUCHED where not looked up, PADDING where the row stands for no id.
 
         Returns:
             Shape (H,), float32.
@@ -99,7 +102,10 @@ class MovementTracker:
         moved = (self._hot_rows - self._snapshot).abs_().amax(dim=1)
         moved[~self._touched[: len(moved)]] = UNTOUCHED
         self._snapshot = None
-        return moved.cpu().numpy()
+        movement: np.ndarray = moved.cpu().numpy()
+        if self._padding_slots is not None:
+            movement[self._padding_slots] = PADDING
+        return movement
 
 
 class PullTracker:

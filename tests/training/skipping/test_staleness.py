@@ -7,15 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slipstream.training.skipping.staleness import UNTOUCHED, find_threshold, sample_movement, sample_pull
+from slipstream.training.skipping.staleness import PADDING, UNTOUCHED, find_threshold, sample_movement, sample_pull
 
 _MOVES = st.one_of(st.sampled_from([0.0, 0.5, 1.0, UNTOUCHED]), st.floats(0, 4, width=32))
 
 
 @st.composite
 def hot_samples(draw: st.DrawFn):
-    """(movement of each hot row, slots of hot samples), with ties, zeros and untouched rows."""
-    movement = np.array(draw(st.lists(_MOVES, min_size=1, max_size=12)), np.float32)
+    """(movement of each hot row, slots of hot samples), with ties, zeros, untouched rows and padding."""
+    movement = np.array(draw(st.lists(st.one_of(_MOVES, st.just(PADDING)), min_size=1, max_size=12)), np.float32)
     num_samples, num_tables = draw(st.integers(1, 25)), draw(st.integers(1, 6))
     flat = draw(
         st.lists(
@@ -26,8 +26,9 @@ def hot_samples(draw: st.DrawFn):
 
 
 def plain_is_dropped(movement: np.ndarray, slots: np.ndarray, *, alpha: float, threshold: float) -> list[bool]:
-    """The definition: at least a share alpha of the lookups is stale."""
-    return [sum(movement[slot] < threshold for slot in sample) >= alpha * len(sample) - 1e-9 for sample in slots]
+    """The definition: of the lookups that are not padding, at least a share alpha is stale."""
+    counted = [[movement[slot] for slot in sample if not np.isnan(movement[slot])] for sample in slots]
+    return [bool(of) and sum(moved < threshold for moved in of) >= alpha * len(of) - 1e-9 for of in counted]
 
 
 @given(hot_samples(), st.sampled_from([0.01, 0.25, 0.5, 2 / 3, 0.75, 1.0]), st.floats(0, 5, width=32))
@@ -62,6 +63,13 @@ def test_a_sample_with_untouched_rows_alone_is_never_dropped(num_tables: int, nu
     statistic = sample_movement(movement, np.zeros((num_samples, num_tables), int), alpha=0.01)
     assert np.isinf(statistic).all()
     assert find_threshold(statistic, target_drop=0.9) == 0.0
+
+
+def test_a_short_history_is_judged_by_its_events_alone():
+    movement = np.array([0.0, 1.0, 2.0, PADDING], np.float32)
+    short, long = [3, 3, 3, 1, 2], [0, 0, 0, 1, 2]
+    statistic = sample_movement(movement, np.array([short, long, [3] * 5]), alpha=0.6)
+    assert statistic.tolist() == [2.0, 0.0, UNTOUCHED]
 
 
 def nearest_count(statistic: np.ndarray, wanted: int) -> int:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from slipstream.training.skipping.staleness import UNTOUCHED
+from slipstream.training.skipping.staleness import PADDING, UNTOUCHED
 from slipstream.training.skipping.trackers import MovementTracker, PullTracker, pulls_of_lookups
 
 # --- net movement --------------------------------------------------------------------------------------------
@@ -27,6 +27,13 @@ def test_movement_is_the_largest_change_of_a_coordinate_and_untouched_rows_have_
     look_up(tracker, [0, 1, 7])
     assert tracker.close_window().tolist() == [2.0, 0.0, UNTOUCHED, UNTOUCHED]
     assert not tracker.is_open
+
+
+def test_padding_has_no_movement_whether_it_was_looked_up_or_not():
+    tracker = MovementTracker(torch.zeros(4, 2), padding_slots=np.array([1, 3]))
+    tracker.open_window()
+    look_up(tracker, [0, 1])
+    assert tracker.close_window().tolist() == pytest.approx([0, PADDING, UNTOUCHED, PADDING], nan_ok=True)
 
 
 def test_a_window_forgets_what_came_before_it():

@@ -91,11 +91,11 @@ class NetStale(Stale):
         """Count a snapshot of the row, and one byte that says whether it was looked up."""
         return embedding_dim * 4 + 1
 
-    def make_tracker(self, hot_rows: Tensor) -> RowTracker:
+    def make_tracker(self, hot_rows: Tensor, *, padding_slots: np.ndarray | None = None) -> RowTracker:
         """Make what takes the snapshots."""
         from slipstream.training.skipping.trackers import MovementTracker
 
-        return MovementTracker(hot_rows)
+        return MovementTracker(hot_rows, padding_slots=padding_slots)
 
     def _decide(
         self, hot: Samples, slots: np.ndarray, num_drop: int, rng: np.random.Generator
@@ -123,8 +123,8 @@ class PulledStale(Stale):
         """Count two sums and two counts, one of each per label."""
         return 16
 
-    def make_tracker(self, hot_rows: Tensor) -> RowTracker:
-        """Make what sums the pulls."""
+    def make_tracker(self, hot_rows: Tensor, *, padding_slots: np.ndarray | None = None) -> RowTracker:
+        """Make what sums the pulls; no lookup pulls at padding, so that nothing is known of it."""
         from slipstream.training.skipping.trackers import PullTracker
 
         return PullTracker(len(hot_rows), device=hot_rows.device)
