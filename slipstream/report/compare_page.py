@@ -22,8 +22,8 @@ _FIGURES: dict[str, tuple[tuple[str, str, str, bool], ...]] = {
         ("test_calibration", "calibration, test", ".3f", False),
     ),
     "Cost": (
-        ("seconds", "wall seconds", ".3~s", True),
-        ("cpu_seconds", "processor seconds", ".3~s", True),
+        ("seconds", "wall seconds", "~g", True),
+        ("cpu_seconds", "processor seconds", "~g", True),
         ("samples_per_second", "samples/s", ".3~s", True),
         ("skipped_share", "samples skipped", ".1%", True),
         ("hit_ratio", "lookups served on the device", ".1%", True),

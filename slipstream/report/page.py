@@ -112,6 +112,8 @@ def render_page(page: Page) -> str:
         for number, section in enumerate(page.sections, 1)
     )
     highlights = "\n".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in page.highlights)
+    if highlights:
+        highlights = f'<dl class="highlights">\n{highlights}\n</dl>'
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -136,9 +138,7 @@ def render_page(page: Page) -> str:
 </ol>
 </nav>
 <main id="content">
-<dl class="highlights">
 {highlights}
-</dl>
 <noscript><p class="warning">Charts are drawn by JavaScript, which is off. The tables hold their figures.</p></noscript>
 {sections}
 </main>
