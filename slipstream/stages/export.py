@@ -31,7 +31,7 @@ from slipstream.errors import CapacityError, ConfigError
 from slipstream.io.artifacts import Artifact, hash_file, wrap_write_errors, write_atomically, write_json
 from slipstream.io.figures import PreprocessFigures
 from slipstream.io.samples import count_samples
-from slipstream.ops.dense import restore_counts
+from slipstream.ops.dense import restore_counts, transform_dense
 from slipstream.ops.npz import write_array
 from slipstream.progress import Progress
 from slipstream.schema import LABEL, SPLITS, dense_name, table_name
@@ -151,7 +151,15 @@ class _Parts:
         for values in self.dense_values(split):
             counts = np.empty(values.shape, np.int64)
             for index, minimum in enumerate(self.minima):
-                counts[:, index] = restore_counts(values[:, index], name=self.transform, minimum=minimum)
+                column = values[:, index]
+                counts[:, index] = restore_counts(column, name=self.transform, minimum=minimum)
+                # a count comes back as the value it was stored as; what lies between two counts does not
+                again = transform_dense(counts[:, index], name=self.transform, minimum=minimum)
+                if not np.allclose(again, column, rtol=1e-5, atol=1e-5):
+                    raise ConfigError(
+                        f"dlrm-npz holds whole numbers, and `{dense_name(index)}` has fractions",
+                        hint="export to torchrec-npy or parquet, which keep them",
+                    )
             yield np.clip(counts, 0, np.iinfo(np.int32).max).astype(np.int32)
 
     def rows(self, split: str) -> Iterator[np.ndarray]:

@@ -12,6 +12,7 @@ from strategies import tiny_config, tiny_tree, write_toml
 from typer.testing import CliRunner
 
 from slipstream.cli import app
+from slipstream.config import build_pipeline
 from slipstream.errors import ArtifactError, ConfigError
 from slipstream.io.artifacts import Artifact, hash_file
 from slipstream.ops.dense import restore_counts, transform_dense
@@ -185,6 +186,17 @@ def test_an_unknown_format_is_refused_before_any_work(tmp_path: Path):
         export_samples(tiny_config(), tmp_path, export_format="dlrm", out_dir=tmp_path / "out")
     assert caught.value.hint == "did you mean `dlrm-npz`?"
     assert not list(tmp_path.iterdir())
+
+
+def test_fractions_are_not_rounded_for_a_format_of_counts(tmp_path: Path):
+    raw = tmp_path / "prices.csv"
+    raw.write_text("clicked,price,shop\n" + "".join(f"{at % 2},{at + 0.5},{at % 9}\n" for at in range(400)))
+    tree = tiny_tree(dataset__source="table", dataset__raw=[str(raw)])
+    tree["dataset"]["columns"] = {"label": "clicked", "dense": ["price"], "sparse": ["shop"]}
+    processed = run_pipeline(build_pipeline(tree), tmp_path, stages=["preprocess"]).stages["preprocess"].artifact
+    with pytest.raises(ConfigError, match="`int_0` has fractions"):
+        write(processed, tmp_path / "out", "dlrm-npz")
+    write(processed, tmp_path / "out", "torchrec-npy")
 
 
 def test_an_export_can_be_imported_again(tiny_runs: Path, tmp_path: Path):
