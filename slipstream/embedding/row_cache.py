@@ -14,7 +14,7 @@ The two policies are one rule, "the lowest score leaves first", with two scores:
 
 Ties go to the larger row number: rows are ranked by popularity (the id contract), so that is the rarer one.
 
-Shapes: N rows of the table, S positions of the cache, L lookups of a request, U distinct rows in it.
+Shape suffixes: N rows of the table, S positions of the cache, L lookups of a request, U distinct rows in it.
 """
 
 import math

@@ -9,7 +9,7 @@ Keeps   a row never leaves between its forward and the optimizer step that updat
         evaluation moves nothing: absent rows are read from the host table
 Costs   on a device, no synchronisation but a wait for the previous copy out of (or into) the same host buffer
 
-Shapes: N rows of the table, S positions of the cache, D embedding_dim, L lookups and U distinct rows of a batch.
+Shape suffixes: N rows of the table, S positions of the cache, D embedding_dim, L lookups of a batch, U distinct rows.
 """
 
 import math

@@ -1,6 +1,6 @@
 """The host side of a cached table: rows at home, and the copies to the cache and back.
 
-Shapes: N rows of the table, S positions of the cache, D embedding_dim.
+Shape suffixes: N rows of the table, S positions of the cache, D embedding_dim.
 """
 
 from typing import Any

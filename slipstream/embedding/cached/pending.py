@@ -1,6 +1,6 @@
 """Forwards of a cached bag whose update is still to come, and the sum of their gradients.
 
-Shapes: S positions of the cache, D embedding_dim, U distinct positions looked up.
+Shape suffixes: S positions of the cache, D embedding_dim, U distinct positions looked up.
 """
 
 from __future__ import annotations

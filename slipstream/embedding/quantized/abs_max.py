@@ -1,6 +1,6 @@
 """The largest weight of a table that is too large to read again, and of rows at hand.
 
-Shapes: **N** rows of a table, **D** embedding_dim, **U** unique rows of a lookup.
+Shape suffixes: N rows of a table, D embedding_dim, U unique rows of a lookup.
 """
 
 from collections.abc import Callable

@@ -8,7 +8,7 @@ of many rows means the same in training and when packed; only looked-up rows are
 follows the table every `period` steps at a cost that does not grow with the table; per-row scales can be
 trained; an int8 master with stochastic rounding saves training memory, not only storage.
 
-Shapes: **N** rows of a table, **D** embedding_dim, **B** bags, **L** lookups, **U** unique rows among them.
+Shape suffixes: N rows of a table, D embedding_dim, B bags, L lookups, U unique rows among them.
 
 Source: DQRM (Zhou et al. 2024) for the scheme; ALPT (Li et al. 2022) for training in low precision.
 """

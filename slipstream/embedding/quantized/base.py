@@ -1,6 +1,6 @@
 """What bags of quantised rows share: the call of `nn.EmbeddingBag`, its checks, deduplication and pooling.
 
-Shapes: **N** rows of a table, **D** embedding_dim, **B** bags, **L** lookups, **U** unique rows among them.
+Shape suffixes: N rows of a table, D embedding_dim, B bags, L lookups, U unique rows among them.
 """
 
 from collections.abc import Iterator

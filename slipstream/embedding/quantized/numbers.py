@@ -6,7 +6,7 @@ One symmetric uniform quantiser serves the whole project: with n = 2^(bits-1) - 
 
 Everything here is a pure function on tensors.
 
-Shapes: **N** rows of a table, **D** embedding_dim, **U** unique rows of a lookup.
+Shape suffixes: N rows of a table, D embedding_dim, U unique rows of a lookup.
 
 Source: DQRM (Zhou et al., 2024), the quantiser of its released code; its article writes an asymmetric scale.
 """

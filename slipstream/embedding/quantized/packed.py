@@ -1,6 +1,6 @@
 """Tables for inference, stored on the bits they have: what training on a grid, or rounding afterwards, leaves.
 
-Shapes: **N** rows of a table, **D** embedding_dim, **U** unique rows of a lookup.
+Shape suffixes: N rows of a table, D embedding_dim, U unique rows of a lookup.
 """
 
 from collections.abc import Mapping
