@@ -213,6 +213,8 @@ class RowCache:
         """
         rows = self._checked_rows(rows)
         flat = rows.reshape(-1)
+        # Lookups are told apart into found and missing; each missing row is fetched once, into the place of a victim or
+        # a free one, and then every missing lookup finds the position that its row has now.
         # Indexing by int64, `take` and `compress` take half the time of int32 and masks in numpy.
         positions = self._position_of_row.take(flat).astype(np.int64)
         is_missing = positions < 0
@@ -263,7 +265,8 @@ class RowCache:
         Raises:
             ValueError: A row is out of range.
         """
-        is_seen = np.zeros(self.capacity, np.bool_)  # of the resident rows; absent ones are marked in the map
+        # distinct rows of all batches so far: resident ones are ticked off by position, absent ones marked in the map
+        is_seen = np.zeros(self.capacity, np.bool_)
         num_kept = 0
         if keep_admits:
             oldest_kept = self.num_admits + 1 - keep_admits
@@ -415,7 +418,11 @@ class RowCache:
         self._pool = np.flatnonzero(score <= self._pool_ceiling)
 
     def _replace(self, victims: Int64, rows: Int64) -> Int32:
-        """Put rows where the victims were and then into free positions; a new row's count is 0."""
+        """Put rows where the victims were and then into free positions; a new row's count is 0.
+
+        The two maps, row to position and position to row, are changed together: victims lose theirs first, since the
+        same position is given away again. Free positions are taken in order, so those in use are always a prefix.
+        """
         num_free_taken = rows.size - victims.size
         free = np.arange(self._num_used, self._num_used + num_free_taken)
         positions = np.concatenate([victims, free])

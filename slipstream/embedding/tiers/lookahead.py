@@ -294,6 +294,8 @@ class LookAhead:
         return _Chunk(plan, batches, forwarded, self._mover.mark_moved())
 
     def _request(self, offered: list[_Lookups]) -> Request:
+        # The rows of the chunk, each once, in the order in which the batches first ask for them; so the first so many
+        # of them are what the first so many batches need: as many as were first seen before those batches end.
         cold = [lookups.cold for lookups in offered]
         counts = [lookups.cold_counts for lookups in offered]
         chunk = sort_lookups(np.concatenate(cold))

@@ -205,6 +205,8 @@ class TTTables(nn.Module):
         trains_cores = torch.is_grad_enabled() and any(core.requires_grad for core in self.tt_cores)
         if trains_cores and self.cache_gradient == "cores":
             return self._contracted_rows(ids)
+        # Cached ids are ascending, so a search gives the slot where an id would stand: a hit if it does stand there.
+        # Contracted rows come first in the result and cached ones after them; `position` says where each id's row is.
         slots = torch.searchsorted(self.cache_ids, ids).clamp_(max=self.cache_size - 1)
         hit = self.cache_ids[slots] == ids
         self.cache_lookups += torch.stack([counts.sum(), (counts * hit).sum()])
@@ -273,6 +275,7 @@ class TTTables(nn.Module):
         """
         if self.counter is None:
             raise ValueError("expected a module with a cache, found use_cache=False: pass use_cache=True")
+        # rows that were cached before and still are keep what they learnt: they move to the slots of the new order
         ids = self.counter.top(self.cache_size)
         slots = torch.searchsorted(self.cache_ids, ids).clamp_(max=self.cache_size - 1)
         stays = self.cache_ids[slots] == ids
