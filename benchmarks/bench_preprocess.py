@@ -127,7 +127,7 @@ def measure_apart(args: argparse.Namespace, label: str, folder: Path) -> dict[st
 
 
 def run_slipstream(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """The preprocess stage as `slipstream preprocess` runs it."""
+    """Give the preprocess stage as `slipstream preprocess` runs it."""
     # stages are imported when they run; before the clock starts, as for the others
     import slipstream.datasets.criteo
     import slipstream.stages.preprocess  # noqa: F401

@@ -65,7 +65,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def table_sizes(rows: int, num_tables: int) -> list[int]:
-    """The large table, then sizes evenly spaced on a log scale from 4 to rows / 10."""
+    """Give the large table, then sizes evenly spaced on a log scale from 4 to rows / 10."""
     most = max(rows // 10, 4)
     small = num_tables - 1
     return [rows] + [round(4 * (most / 4) ** (k / max(small - 1, 1))) for k in range(small)]

@@ -76,7 +76,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> None:
 
 
 def find_preprocessed(folder: Path) -> Any:
-    """The published preprocess artifact."""
+    """Give the published preprocess artifact."""
     from slipstream.io.artifacts import open_artifact
 
     [path] = (folder / "runs" / "bench" / "preprocess").glob("[0-9a-f]*")
@@ -115,7 +115,7 @@ def run_slipstream(folder: Path) -> dict[str, Any]:
 
 
 def run_fae_loop(folder: Path) -> dict[str, Any]:
-    """The steps of FAE's input profiler, sample by sample, its files read and written.
+    """Give the steps of FAE's input profiler, sample by sample, its files read and written.
 
     Count the rows of a 5 % draw in one list of (table, row, count) per table; sort them all and keep the hottest;
     number those in a dictionary per table keyed (table, row); walk over the samples until a row is not hot; write hot
@@ -183,7 +183,7 @@ def run_copy(folder: Path) -> dict[str, Any]:
 
 
 def read_arrays(part: Path) -> dict[str, Any]:
-    """The arrays of a shard, from a Parquet part, rows left as they are."""
+    """Give the arrays of a shard, from a Parquet part, rows left as they are."""
     import numpy as np
     import pyarrow.parquet as pq
 

@@ -45,7 +45,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def contenders(options: argparse.Namespace) -> dict[str, list[str]]:
-    """Overrides of each."""
+    """Give overrides of each."""
     tt_rows, tt_rank = options.tt_rows, options.tt_rank
     every = {
         "fp32": [],
@@ -181,7 +181,7 @@ def time_steps(configs: dict[str, PipelineConfig], segregated: Artifact, *, step
 
 
 def make_step(config: PipelineConfig, segregated: Artifact) -> tuple[TrainStep, SlotLayout]:
-    """A step over rows that are all on the device."""
+    """Give a step over rows that are all on the device."""
     counts = segregated.counts
     specs = choose_tables(config.tables, counts["tables"], {})
     slot_maps = read_slot_maps(segregated)
@@ -207,7 +207,7 @@ def make_step(config: PipelineConfig, segregated: Artifact) -> tuple[TrainStep, 
 
 
 def stage(samples: Any, layout: SlotLayout) -> StagedBatch:
-    """A batch whose positions are its slots."""
+    """Give a batch whose positions are its slots."""
     lookups = sort_lookups(samples.X_cat[:, layout.columns].ravel())
     tierless = np.delete(samples.X_cat, layout.columns, axis=1).astype(np.int64)
     return StagedBatch(

@@ -129,7 +129,7 @@ def make_case(contender: str, args: argparse.Namespace) -> Case:
 
 
 def make_model(case: Case, device: torch.device) -> torch.nn.Module:
-    """The network of the configuration."""
+    """Give the network of the configuration."""
     torch.manual_seed(0)
     config = CONFIGS[case.args.config]
     model = DLRM(embedding_dim=config["dim"], bottom_mlp=config["bottom"], top_mlp=config["top"])
@@ -208,7 +208,7 @@ class FixedShapeCeilingStep(WithoutEmbeddings, FixedShapeStep):
 
 
 def make_step(case: Case, model: torch.nn.Module, rows: TieredRows) -> TrainStep:
-    """The step that training takes on this device, or what stands for it."""
+    """Give the step that training takes on this device, or what stands for it."""
     args = case.args
     # of plain rows, a step asks no more than how many there are
     slots = np.broadcast_to(np.int32(0), case.num_rows)
@@ -302,7 +302,7 @@ def make_engine(case: Case, device: torch.device) -> Pass:
 
 
 def make_plain(case: Case, device: torch.device, *, use_fbgemm: bool) -> Pass:
-    """A loop in the manner of DLRM's reference: one sparse EmbeddingBag a table, torch.optim.SGD."""
+    """Give a loop in the manner of DLRM's reference: one sparse EmbeddingBag a table, torch.optim.SGD."""
     args = case.args
     dim = CONFIGS[args.config]["dim"]
     model = make_model(case, device)
@@ -418,7 +418,7 @@ def medians(runs: list[dict[str, float]]) -> dict[str, float]:
 
 
 def show(results: dict[str, dict[str, float]], args: argparse.Namespace) -> Iterator[str]:
-    """The table."""
+    """Give the table."""
     yield (
         f"{'contender':<16}{'samples/s':>11}{'steps/s':>9}{'x ceiling':>10}{'x plain':>9}"
         f"{'tables on device':>18}{'host MiB':>10}"

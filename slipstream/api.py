@@ -60,7 +60,7 @@ class Result:
         return self._path("train")
 
     def curve(self) -> pl.DataFrame:
-        """What budgets buy: one row for each budget, policy and split, as profile wrote them."""
+        """Say what budgets buy: one row for each budget, policy and split, as profile wrote them."""
         import polars as pl
 
         return pl.read_parquet(self._path("profile") / "curve.parquet")
@@ -174,7 +174,7 @@ def load(folder: str | Path) -> ServedModel:
 
 
 def _as_toml(key: str, value: Any) -> str:
-    """A value as it would stand in a pipeline file."""
+    """Give a value as it would stand in a pipeline file."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, Real):
@@ -192,5 +192,5 @@ def _as_toml(key: str, value: Any) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A basic string of TOML: JSON's, but every character beyond ASCII as it is, since pairs of surrogates are none."""
+    """Give a basic string of TOML: JSON's, but characters beyond ASCII as they are: pairs of surrogates are none."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

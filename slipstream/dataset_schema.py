@@ -118,7 +118,7 @@ class TableLayout:
         return build(cls, plain, "layout.")
 
     def with_names(self, names: tuple[str, ...]) -> TableLayout:
-        """The same with names of fields that were found in files."""
+        """Give the same with names of fields that were found in files."""
         return dataclasses.replace(self, names=names)
 
 

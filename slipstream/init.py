@@ -104,7 +104,7 @@ def write_pipeline(file: str, *, label: str = "", out: Path | None = None) -> Pi
 
 
 def _read_table(file: str) -> tuple[pl.DataFrame, str, bool]:
-    """(the first lines as text, the separator, whether there is a header)."""
+    """Give (the first lines as text, the separator, whether there is a header)."""
     block = next(read_blocks(file, file_index=0, block_bytes=_MOST_BYTES), None)
     if block is None or (isinstance(block.data, bytes) and not block.data.strip()):
         raise DataError(f"`{file}` has no lines", hint="name a CSV or Parquet file with some")
@@ -131,7 +131,7 @@ def _read_table(file: str) -> tuple[pl.DataFrame, str, bool]:
 
 
 def _find_separator(data: bytes) -> str:
-    """The separator that cuts the first lines into the most fields, as many in each."""
+    """Give the separator that cuts the first lines into the most fields, as many in each."""
     lines = data[: 1 << 16].split(b"\n")[:20]
     most, best = 1, ","
     for separator in _SEPARATORS:
@@ -164,7 +164,7 @@ def _find_label(table: pl.DataFrame, asked: str) -> str:
 
 
 def _label_rule(column: pl.Series) -> float | None:
-    """The threshold that makes a label of numbers, where they are not 0 and 1 already."""
+    """Give the threshold that makes a label of numbers, where they are not 0 and 1 already."""
     if set(column.drop_nulls().unique().str.to_lowercase()) <= {"0", "1", "0.0", "1.0", "true", "false"}:
         return None
     values = column.cast(pl.Float64, strict=False).drop_nulls()
@@ -217,7 +217,7 @@ def _is_time(there: pl.Series) -> bool:
 
 
 def _find_period(table: pl.DataFrame, guesses: Sequence[ColumnGuess]) -> tuple[str, int]:
-    """(unit that shows at least three periods, or the finest; how many periods it shows)."""
+    """Give (unit that shows at least three periods, or the finest; how many periods it shows)."""
     times = [guess.name for guess in guesses if guess.kind == "time"]
     num_periods = 0
     for period in ("day", "hour", "minute") if times else ():
@@ -310,5 +310,5 @@ def _list_columns(key: str, columns: Sequence[ColumnGuess]) -> list[str]:
 
 
 def _text(value: str) -> str:
-    """A TOML string: JSON's escapes are TOML's."""
+    """Give a TOML string: JSON's escapes are TOML's."""
     return json.dumps(value)

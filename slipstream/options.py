@@ -26,7 +26,7 @@ _T = TypeVar("_T")
 
 
 def speed_only(default: Any) -> Any:
-    """A field that changes how fast a stage works, never what it writes, so that it stays out of fingerprints."""
+    """Give a field that changes how fast a stage works, never what it writes, so that it stays out of fingerprints."""
     return field(default=default, metadata={"execution": True})
 
 
@@ -223,7 +223,7 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
 
 
 def _build_chosen(base: Any, registry: Registry[Any], value: Any, key: str) -> Any:
-    """A section whose key `name` says which dataclass the others belong to."""
+    """Give a section whose key `name` says which dataclass the others belong to."""
     if not isinstance(value, Mapping):
         raise ConfigError(f"`{key}` must be a section, found {value!r}")
     defaults = {spec.name: spec.default for spec in dataclasses.fields(base)}

@@ -464,7 +464,7 @@ def find_altered(config: PipelineConfig, runs_dir: Path) -> dict[str, list[str]]
 
 
 def latest_artifact(run_dir: Path, stage: str) -> Artifact | None:
-    """The artifact of a stage that was published last, whatever its key."""
+    """Give the artifact of a stage that was published last, whatever its key."""
     published = [path for path in (run_dir / stage).glob("[0-9a-f]*") if (path / "manifest.json").exists()]
     if not published:
         return None

@@ -78,11 +78,11 @@ class Registry(Generic[T]):
         return tuple(self._all())
 
     def summary(self, name: str) -> str:
-        """What a thing is, in a few words."""
+        """Say what a thing is, in a few words."""
         return self._all()[name].summary
 
     def get(self, name: str) -> T:
-        """The thing of a name.
+        """Give the thing of a name.
 
         Raises:
             ValueError: There is none; says which there are.
@@ -116,7 +116,7 @@ class ChoiceOf:
     """`module:attribute`; the module must load neither torch nor polars nor pyarrow."""
 
     def find(self) -> Registry[Any]:
-        """The registry."""
+        """Give the registry."""
         found: Registry[Any] = find_attribute(self.registry)
         return found
 

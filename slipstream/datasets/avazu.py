@@ -165,7 +165,7 @@ class AvazuSource(Source):
 
 
 def build(options: SourceOptions) -> AvazuSource:
-    """The source for a pipeline's options."""
+    """Give the source for a pipeline's options."""
     return AvazuSource(max_ind_range=options.max_ind_range)
 
 

@@ -120,7 +120,7 @@ class CriteoSource(Source):
 
 
 def build(options: SourceOptions) -> CriteoSource:
-    """The source for a pipeline's options."""
+    """Give the source for a pipeline's options."""
     return CriteoSource(max_ind_range=options.max_ind_range)
 
 

@@ -86,7 +86,7 @@ class DlrmNpzSource(Source):
 
 
 def build(options: SourceOptions) -> DlrmNpzSource:
-    """The source for a pipeline's files, which must agree in width.
+    """Give the source for a pipeline's files, which must agree in width.
 
     Raises:
         DataError: A file is not a DLRM npz file, or differs in width from the first.

@@ -118,7 +118,7 @@ class Source(Protocol):
         return False
 
     def split(self, data: bytes) -> pl.DataFrame:
-        """The fields of whole lines as text, named by `fields`; missing ones null. One row a line."""
+        """Give the fields of whole lines as text, named by `fields`; missing ones null. One row a line."""
         return read_fields(data, separator=self.separator, names=list(self.fields))[0]
 
     def lacks_label(self, line: bytes) -> bool:
@@ -164,5 +164,5 @@ class GroupingSource(Source, Protocol):
         ...
 
     def make_samples(self, events: pl.DataFrame) -> pl.DataFrame:
-        """Samples of one or more whole groups, in the order of owners; events may stand in any order."""
+        """Give samples of one or more whole groups, in the order of owners; events may stand in any order."""
         ...

@@ -118,7 +118,7 @@ class TableSource(ColumnarSource):
         return "not a sample line"
 
     def split(self, data: bytes) -> pl.DataFrame:
-        """The fields of whole lines as text; quotes are gone, missing fields are null."""
+        """Give the fields of whole lines as text; quotes are gone, missing fields are null."""
         plain, separator = unquote(data, self.separator)
         return read_fields(plain, separator=separator, names=list(self.fields))[0]
 
@@ -237,7 +237,7 @@ class TableSource(ColumnarSource):
         return pl.repeat(False, text.height, dtype=pl.Boolean, eager=True)
 
     def _explain_count(self, data: bytes) -> str:
-        """What is wrong with the number of fields, where `data` is one line."""
+        """Say what is wrong with the number of fields, where `data` is one line."""
         if data.count(b"\n") > 1 or len(data) > _FIRST_BYTES:
             return ""  # nobody asks
         if unquote(data, self.separator)[0].strip() == b"" and data.strip():
@@ -246,7 +246,7 @@ class TableSource(ColumnarSource):
 
 
 def build(options: SourceOptions) -> TableSource:
-    """The source for a pipeline's options; names of fields come from the files unless the layout has them.
+    """Give the source for a pipeline's options; names of fields come from the files unless the layout has them.
 
     Raises:
         DataError: A file is empty, lacks a column, has one twice, or begins with lines that are no samples.

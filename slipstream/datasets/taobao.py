@@ -119,7 +119,7 @@ class TaobaoSource(GroupingSource):
         return pl.select(pl.when(missing).then(pl.lit("")).otherwise(text)).to_series()
 
     def make_samples(self, events: pl.DataFrame) -> pl.DataFrame:
-        """The samples of whole groups of users.
+        """Give the samples of whole groups of users.
 
         Args:
             events: `OWNER`, item, category, time of each event.
@@ -208,7 +208,7 @@ class TaobaoSource(GroupingSource):
 
 
 def build(options: SourceOptions) -> TaobaoSource:
-    """The source for a pipeline's options."""
+    """Give the source for a pipeline's options."""
     return TaobaoSource(
         seed=options.seed,
         history_length=options.history_length,

@@ -72,7 +72,7 @@ class RowOptimizer(ABC):
 
     @classmethod
     def elementwise(cls) -> type[RowOptimizer]:
-        """The rule for what has no rows: dense layers, tensor-train cores.
+        """Give the rule for what has no rows: dense layers, tensor-train cores.
 
         Raises:
             TypeError: The rule keeps state per row and names none that does not.

@@ -76,7 +76,7 @@ class Artifact:
         return counts
 
     def files(self, folder: str = "", suffix: str = "") -> list[Path]:
-        """Listed files below `folder` that end in `suffix`, in name order."""
+        """Give listed files below `folder` that end in `suffix`, in name order."""
         names = [name for name in self.manifest["outputs"] if name.startswith(folder) and name.endswith(suffix)]
         return [self.path / name for name in sorted(names)]
 
@@ -138,7 +138,7 @@ def hash_file(path: Path) -> str:
 
 
 def find_artifact(run_dir: Path, key: StageKey) -> Artifact | None:
-    """The published artifact of a key, or None."""
+    """Give the published artifact of a key, or None."""
     path = run_dir / key.stage / key.fingerprint
     return open_artifact(path) if path.exists() else None
 

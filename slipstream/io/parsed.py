@@ -113,7 +113,7 @@ class ParsedStore:
             return False
 
     def _read(self, path: Path) -> ParsedChunk | None:
-        """What is known of a chunk; None where it is missing, damaged, or its files are no longer what was written."""
+        """Say what is known of a chunk; None where it is missing or damaged, or its files are not what was written."""
         try:
             said = json.loads(path.read_text(encoding="utf-8"))
             if any(hash_file(self._folder / name) != digest for name, digest in said["xxh3"].items()):
@@ -138,7 +138,7 @@ class ParsedStore:
         return pl.from_arrow(pq.read_table(path))  # type: ignore[return-value]
 
     def texts(self, chunks: Sequence[ParsedChunk], columns: Sequence[str]) -> pl.DataFrame:
-        """What raw ids of sparse columns stand for: `raw_id`, `text`, each pair once; empty where they say it."""
+        """Say what raw ids of sparse columns stand for: `raw_id`, `text`, each pair once; empty where they say it."""
         stems = [self._stem(chunk.file_index, chunk.block_index) for chunk in chunks]
         paths = [path for path in (stem.with_suffix(_TEXTS) for stem in stems) if path.exists()]
         found = pl.DataFrame(schema={"raw_id": pl.Int64, "text": pl.String})

@@ -31,15 +31,15 @@ class Samples:
     """Weight of each sample in the loss; None is 1 for all. Shape (n,), float32."""
 
     def __len__(self) -> int:
-        """Number of samples."""
+        """Count the samples."""
         return len(self.y)
 
     def followed_by(self, other: Samples) -> Samples:
-        """These samples, then the others."""
+        """Give these samples, then the others."""
         return concat_samples([self, other])
 
     def take(self, picked: np.ndarray | slice) -> Samples:
-        """Some of the samples.
+        """Give some of the samples.
 
         Args:
             picked: A slice, which copies nothing; whether each is picked, shape (n,), bool; or numbers of samples in
@@ -64,7 +64,7 @@ class Samples:
 
 
 def concat_samples(pieces: Sequence[Samples]) -> Samples:
-    """Samples of all pieces, in order; at least one piece."""
+    """Give samples of all pieces, in order; at least one piece."""
     if len(pieces) == 1:
         return pieces[0]
     return Samples(
@@ -84,7 +84,7 @@ def _concat_weights(pieces: Sequence[Samples]) -> np.ndarray | None:
 
 
 def column_offsets(offsets: np.ndarray, tables: Sequence[int]) -> np.ndarray:
-    """What to add to the rows of each column to get global rows, and V at the end.
+    """Say what to add to the rows of each column to get global rows, and V at the end.
 
     Args:
         offsets: Global row of each table's row 0, and V at the end. Shape (T + 1,), int64.
@@ -97,7 +97,7 @@ def column_offsets(offsets: np.ndarray, tables: Sequence[int]) -> np.ndarray:
 
 
 def count_samples(part: Path) -> int:
-    """Samples in a Parquet part, from its footer."""
+    """Count the samples in a Parquet part, from its footer."""
     return int(pq.read_metadata(part).num_rows)
 
 
@@ -121,7 +121,7 @@ def read_rows(part: Path, tables: Sequence[str], offsets: np.ndarray) -> np.ndar
 
 
 def read_part(part: Path, dense: Sequence[str], tables: Sequence[str], slot_maps: Sequence[np.ndarray]) -> Samples:
-    """Samples of a Parquet part with each row replaced by its slot.
+    """Give samples of a Parquet part with each row replaced by its slot.
 
     Columns are filled one after another and turned into samples at the end: three times as fast as filling
     samples column by column.
@@ -162,7 +162,7 @@ def write_parquet(table: pa.Table, path: Path) -> None:
 def read_encoded(
     part: Path, *, dense: Sequence[str], tables: Sequence[str], most: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The first samples of a Parquet part: (dense values (n, columns) float32, rows (n, columns) int32)."""
+    """Give the first samples of a Parquet part: (dense values (n, columns) float32, rows (n, columns) int32)."""
     table = pq.read_table(part, columns=[*dense, *tables]).slice(0, most)
     X_int = np.empty((table.num_rows, len(dense)), np.float32)
     for index, name in enumerate(dense):

@@ -81,7 +81,7 @@ class SplitLayout:
         return np.flatnonzero(self._codes(chunk_index) == code)
 
     def count_positives(self) -> dict[str, int]:
-        """Samples with label 1 in each split."""
+        """Count the samples with label 1 in each split."""
         positives = dict.fromkeys(SPLITS, 0)
         for index, chunk in enumerate(self.chunks):
             labels = self.store.open(chunk, [LABEL]).column(LABEL).to_numpy()

@@ -97,7 +97,7 @@ class NpzLines:
         return False
 
     def read(self, size: int) -> bytes:
-        """The next `size` bytes of text, fewer at the end.
+        """Give the next `size` bytes of text, fewer at the end.
 
         Raises:
             zipfile.BadZipFile: The file is not a DLRM npz file, or is damaged.
@@ -160,7 +160,7 @@ class _Members:
         self._archive.close()
 
     def next_lines(self, count: int) -> bytes:
-        """The next `count` rows as text."""
+        """Give the next `count` rows as text."""
         count = min(count, self._num_rows - self._done)
         if not count:
             return b""
@@ -199,7 +199,7 @@ class _Members:
         return np.frombuffer(data, dtype).reshape(count, -1).astype(dtype.newbyteorder("="))
 
     def _read_by_column(self, name: str, count: int) -> np.ndarray:
-        """The next rows of an array whose columns stand one after the other. Shape (count, columns)."""
+        """Give the next rows of an array whose columns stand one after the other. Shape (count, columns)."""
         dtype, width = self._dtypes[name], self.widths[name]
         if name not in self._by_column:
             self._by_column[name] = tempfile.TemporaryFile()

@@ -74,7 +74,7 @@ def assign_by_day(days: np.ndarray, rank_in_day: np.ndarray, *, last_day: int, l
 
 
 def latest_seventh(per_day: Mapping[int, int]) -> int:
-    """The first of the days to hold out: as many whole days from the end as make up at most a seventh of all samples.
+    """Give the first of the days to hold out: as many whole days from the end as make up a seventh of all at most.
 
     Args:
         per_day: Samples of each day; at least two days. Days may be any periods that are numbered in order of time.
@@ -110,7 +110,7 @@ def sample_negatives(start: int, labels: np.ndarray, *, keep_ratio: float, seed:
 
 
 def hash_positions(start: int, stop: int, *, seed: int) -> np.ndarray:
-    """A 64-bit hash of each position and the seed. Shape (stop - start,), uint64.
+    """Give a 64-bit hash of each position and the seed. Shape (stop - start,), uint64.
 
     Source: the finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014).
     """

@@ -53,7 +53,7 @@ def line(
     point: bool = False,
     step: bool = False,
 ) -> alt.Chart:
-    """A line through the lines of a frame, in their order of x."""
+    """Draw a line through the lines of a frame, in their order of x."""
     mark = alt.Chart(frame).mark_line(
         point=alt.OverlayMarkDef(size=36) if point else False, interpolate="step-after" if step else "linear"
     )
@@ -65,19 +65,19 @@ def line(
 
 
 def sized(chart: Any, *, width: int = WIDTH, height: int = HEIGHT) -> Spec:
-    """The specification of a chart of the usual size."""
+    """Give the specification of a chart of the usual size."""
     return spec(chart.properties(width=width, height=height))
 
 
 def spec(chart: Any) -> Spec:
-    """The specification of a chart; the page configures it."""
+    """Give the specification of a chart; the page configures it."""
     body: Spec = chart.to_dict()
     body.pop("config", None)
     return body
 
 
 def splits(frame: pl.DataFrame) -> Spec:
-    """Samples of each split, by label. Frame: `split`, `label`, `samples`."""
+    """Draw samples of each split, by label. Frame: `split`, `label`, `samples`."""
     return sized(
         alt.Chart(frame)
         .mark_bar()
@@ -117,7 +117,7 @@ def frequencies(frame: pl.DataFrame, threshold: int | None) -> Spec:
 
 
 def _threshold(threshold: int | None) -> list[alt.Chart]:
-    """A line at Λ; none where there is none, or it is 0, which a logarithmic axis has not."""
+    """Draw a line at Λ; none where there is none, or it is 0, which a logarithmic axis has not."""
     if not threshold:
         return []
     frame = pl.DataFrame({"lookups": [threshold], "label": [f"Λ = {threshold:,}"]})
@@ -133,7 +133,7 @@ def _log_axis(values: pl.Series) -> alt.Axis:
 
 
 def hot_set_curve(frame: pl.DataFrame, chosen: pl.DataFrame) -> Spec:
-    """What budgets buy, two panels, the chosen budget marked.
+    """Say what budgets buy, two panels, the chosen budget marked.
 
     Frames: `hot_share`, `policy`, `split`, `measure`, `share`; of the chosen one `hot_share`, `measure`, `share`.
     """
@@ -171,7 +171,7 @@ def hot_set_curve(frame: pl.DataFrame, chosen: pl.DataFrame) -> Spec:
 
 
 def over_steps(frame: pl.DataFrame, y: str, title: str, *, axis_format: str = "~g", zero: bool = False) -> Spec:
-    """A figure over the steps of training. Frame: `step` and `y`."""
+    """Draw a figure over the steps of training. Frame: `step` and `y`."""
     x = alt.X("step:Q", title="step", axis=alt.Axis(format=",d", tickMinStep=1))
     scale = alt.Scale(zero=zero)
     return sized(
@@ -181,7 +181,7 @@ def over_steps(frame: pl.DataFrame, y: str, title: str, *, axis_format: str = "~
 
 
 def bars_over_steps(frame: pl.DataFrame, y: str, title: str) -> Spec:
-    """Counts at steps of training. Frame: `step` and `y`."""
+    """Draw counts at steps of training. Frame: `step` and `y`."""
     mark = alt.Chart(frame).mark_bar(size=max(2, min(18, WIDTH // (2 * max(frame.height, 1)))), color=SERIES[0])
     return sized(
         mark.encode(

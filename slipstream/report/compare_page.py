@@ -51,7 +51,7 @@ def write_comparison_page(compared: Sequence[ComparedVariant], out: Path, *, nam
 
 
 def comparison_page(compared: Sequence[ComparedVariant], *, name: str, command: Sequence[str]) -> Page:
-    """The page of a comparison."""
+    """Give the page of a comparison."""
     seeds = compared[0].seeds
     sections = [
         Section(title=title, parts=[part for figure in figures for part in _parts(compared, *figure)])

@@ -115,7 +115,7 @@ class RunFacts:
         return joined.drop("number").with_columns(pl.col("hot_rows", "hits").fill_null(0))
 
     def curve(self) -> pl.DataFrame:
-        """What budgets buy, as profile wrote it, with `hot_share`: hot rows over all rows."""
+        """Say what budgets buy, as profile wrote it, with `hot_share`: hot rows over all rows."""
         profiled = self.figures(ProfileFigures)
         assert profiled is not None
         frame = pl.read_parquet(self._files("profile", "curve.parquet"))
@@ -132,7 +132,7 @@ class RunFacts:
         return pl.DataFrame({"step": steps, "loss": losses}, schema={"step": pl.Int64, "loss": pl.Float64})
 
     def learning_rates(self) -> pl.DataFrame:
-        """What the schedule gives over training: `step` and `lr`, a step being worth its share of all steps."""
+        """Say what the schedule gives over training: `step` and `lr`, a step being worth its share of all steps."""
         trained, train = self.figures(TrainFigures), self.config.train
         assert trained is not None
         shares = np.linspace(0.0, 1.0, _LR_POINTS)
@@ -144,7 +144,7 @@ class RunFacts:
         )
 
     def checks(self) -> pl.DataFrame:
-        """Checks of staleness: `step`, `threshold`, `stale_rows`, `untouched_rows`; empty where nothing was checked."""
+        """Give checks of staleness: `step`, `threshold`, `stale_rows`, `untouched_rows`; empty without any."""
         schema = {"step": pl.Int64, "threshold": pl.Float64, "stale_rows": pl.Int64, "untouched_rows": pl.Int64}
         return pl.DataFrame(self._json("staleness.json"), schema=schema)
 
@@ -168,12 +168,12 @@ class RunFacts:
         return frame.unique(["step", "tag"], keep="last", maintain_order=True).sort("step", maintain_order=True)
 
     def dropped(self) -> pl.DataFrame:
-        """Samples left out by the rounds that began since the report before: `step`, `dropped`, `total`."""
+        """Give samples left out by the rounds that began since the report before: `step`, `dropped`, `total`."""
         told = self.events.filter(tag="train/samples_dropped").select("step", pl.col("value").cast(pl.Int64))
         return told.select("step", pl.col("value").diff().fill_null(pl.col("value")).alias("dropped"), total="value")
 
     def speeds(self) -> pl.DataFrame:
-        """Samples trained on per second since the start of training: `step`, `samples_per_second`."""
+        """Give samples trained on per second since the start of training: `step`, `samples_per_second`."""
         told = self.events.filter(tag="train/samples_per_second")
         return told.select("step", pl.col("value").alias("samples_per_second"))
 

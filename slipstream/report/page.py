@@ -102,7 +102,7 @@ def write_page(page: Page, path: Path) -> int:
 
 
 def render_page(page: Page) -> str:
-    """The HTML of a page, styles, libraries and data included."""
+    """Give the HTML of a page, styles, libraries and data included."""
     from slipstream.report.charts import CONFIG
 
     specs: list[dict[str, Any]] = []

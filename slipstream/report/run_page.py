@@ -62,7 +62,7 @@ def write_run_page(
 
 
 def run_page(facts: RunFacts, command: Sequence[str]) -> Page:
-    """The page of a run; stages that have nothing published have no section."""
+    """Give the page of a run; stages that have nothing published have no section."""
     makers: list[tuple[str, Callable[[RunFacts], Iterable[Part]]]] = [
         ("Data", _data),
         ("Id frequencies", _frequencies),

@@ -128,7 +128,7 @@ def stage_line(result: StageResult) -> Text:
 
 
 def plan_table(plans: Sequence[StagePlan], forecasts: Sequence[Forecast]) -> Table:
-    """What would run, why, and what it will about take."""
+    """Say what would run, why, and what it will about take."""
     table = Table("stage", "would", box=None, pad_edge=False)
     for name in ("time", "disk", "memory"):
         table.add_column(name, justify="right")
@@ -152,7 +152,7 @@ def _show_cost(forecasts: Sequence[Forecast]) -> tuple[str, str, str]:
 
 
 def run_table(result: RunResult) -> RenderableType:
-    """The figures of a run that a person asks for first."""
+    """Give the figures of a run that a person asks for first."""
     table = Table(title=f"run {result.config.name}", title_justify="left", show_header=False, box=None)
     table.add_column(style="cyan", no_wrap=True)
     table.add_column()
@@ -211,7 +211,7 @@ def _describe_drop(trained: TrainFigures, config: PipelineConfig) -> str:
 
 
 def score_table(summary: Mapping[str, Any]) -> Table:
-    """What became of scored lines."""
+    """Say what became of scored lines."""
     table = Table(show_header=False, box=None)
     table.add_column(style="cyan", no_wrap=True)
     table.add_column()
@@ -223,7 +223,7 @@ def score_table(summary: Mapping[str, Any]) -> Table:
 
 
 def guess_table(guess: PipelineGuess) -> RenderableType:
-    """What each column of a table is taken for, and the command to run next."""
+    """Say what each column of a table is taken for, and the command to run next."""
     table = Table(box=None, title=f"guessed from {guess.num_lines:,} lines", title_justify="left")
     for name in ("column", "taken for", "values", "because"):
         table.add_column(name, justify="right" if name == "values" else "left")
@@ -245,7 +245,7 @@ def _figure(value: float | None, *, digits: int = 4) -> str:
 
 
 def curve_table(curve: Sequence[Mapping[str, Any]]) -> Table:
-    """What each budget buys: the hot-set curve of a profile."""
+    """Say what each budget buys: the hot-set curve of a profile."""
     table = Table(title="hot-set curve", title_justify="left", box=None, pad_edge=False, collapse_padding=True)
     for name in (
         "rows",
@@ -325,7 +325,7 @@ def _make_table(title: str, *columns: str) -> Table:
 
 
 def manifest_table(manifest: Mapping[str, Any]) -> RenderableType:
-    """An artifact's manifest for people."""
+    """Give an artifact's manifest for people."""
     table = Table(show_header=False, box=None)
     table.add_column(style="cyan", no_wrap=True)
     table.add_column()
@@ -345,7 +345,7 @@ def manifest_table(manifest: Mapping[str, Any]) -> RenderableType:
 
 
 def _show_value(name: str, value: Any) -> str:
-    """A figure of a manifest, or several, for people."""
+    """Give a figure of a manifest, or several, for people."""
     if isinstance(value, Mapping):
         if {"auc", "ne", "calibration"} <= value.keys():
             return _show_quality(value)

@@ -126,7 +126,7 @@ def _nulls(like: pl.Series, dtype: type[pl.DataType] = pl.Float32) -> pl.Series:
 
 
 def _find_field(name: str, source: Source, columns: dict[str, str]) -> str:
-    """The field of a line that a column to keep means."""
+    """Give the field of a line that a column to keep means."""
     if name in source.fields:
         return name
     by_column = {column: own for column, own in columns.items() if own in source.fields}

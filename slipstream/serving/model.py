@@ -145,7 +145,7 @@ class ServedModel(nn.Module):
             return self._tables.look_up_column(self.description["column_tables"].index(table), rows)
 
     def portable(self) -> PortableModel:
-        """The whole model as one module of plain operations, with weights of its own."""
+        """Give the whole model as one module of plain operations, with weights of its own."""
         tensors, _ = read_tensors(self.folder / FILES[0])
         network, _ = load_model(self.folder)
         return PortableModel(

@@ -115,7 +115,7 @@ class _CoreRows(nn.Module):
 
 
 def with_float_linears(network: nn.Module) -> nn.Module:
-    """The same network with layers on few bits as the float32 layers they compute like."""
+    """Give the same network with layers on few bits as the float32 layers they compute like."""
     for name, layer in list(network.named_modules()):
         if isinstance(layer, PackedLinear):
             parent, _, attribute = name.rpartition(".")

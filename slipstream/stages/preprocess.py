@@ -92,7 +92,7 @@ def run_stage(job: StageJob) -> PreprocessFigures:
 
 
 def _parsed_key(job: StageJob, source: Source) -> StageKey:
-    """What parsed chunks depend on: all that preprocess does, but for its section and which negatives are kept."""
+    """Say what parsed chunks depend on: all that preprocess does, but for its section and which negatives are kept."""
     others = {*to_dict(job.config.preprocess), "negative_keep_ratio"}
     settings = {name: value for name, value in job.key.config.items() if name not in others}
     seed = job.config.seed if isinstance(source, GroupingSource) else 0  # other sources draw nothing
@@ -406,7 +406,7 @@ class _Encoder:
         self._rows_of = functools.lru_cache(maxsize=_CHUNKS_LOOKED_UP)(self._look_up_rows)
 
     def encode(self, code: int, first: int, stop: int) -> pa.Table:
-        """The samples first..stop-1 of a split, encoded."""
+        """Give the samples first..stop-1 of a split, encoded."""
         kinds = {LABEL: np.uint8} | dict.fromkeys(self._dense, np.float32) | dict.fromkeys(self._columns, np.int32)
         columns = {name: np.empty(stop - first, kind) for name, kind in kinds.items()}
         extra: dict[str, list[np.ndarray]] = {name: [] for name in self._extra}

@@ -116,7 +116,7 @@ def _chain(first: RawBlock, others: Iterator[RawBlock]) -> Iterator[RawBlock]:
 
 
 def _key(model: ServedModel, files: Sequence[str], keep: Sequence[str]) -> dict[str, Any]:
-    """What the parts of a killed run must have been made from to be of use."""
+    """Say what the parts of a killed run must have been made from to be of use."""
     return {
         "model": [hash_file(model.folder / name) for name in FILES],
         "raw": [file if file == STDIN else fingerprint_raw(file) for file in files],

@@ -231,7 +231,7 @@ class _Columns:
     slot_maps: list[np.ndarray]
 
     def read(self, part: Path) -> Samples:
-        """Samples of a part, `X_cat` as slots."""
+        """Give samples of a part, `X_cat` as slots."""
         return read_part(part, self.dense, self.tables, self.slot_maps)
 
 
@@ -278,7 +278,7 @@ def _tally_path(scratch: Path, part: Path) -> Path:
 
 
 def _finished_tally(path: Path, writers: Sequence[_ShardWriter]) -> dict[str, Any] | None:
-    """What a part gave, when every shard with its samples is there; the writers then stand behind it."""
+    """Say what a part gave, when every shard with its samples is there; the writers then stand behind it."""
     if not path.exists():
         return None
     tally: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

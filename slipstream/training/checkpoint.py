@@ -214,7 +214,7 @@ class Checkpointer:
             path.unlink()
 
     def _read(self, path: Path) -> dict[str, Any]:
-        """The state in a checkpoint whose two files are whole and belong to this run.
+        """Give the state in a checkpoint whose two files are whole and belong to this run.
 
         Raises:
             ValueError, KeyError, TypeError, OSError: They are not.

@@ -158,7 +158,7 @@ class Trainer:
         self.totals.seconds, self.totals.cpu_seconds = self.elapsed(), self.elapsed_cpu()
 
     def decided_position(self) -> Position:
-        """The position with all that is decided; until the next step nothing else is being decided. While training."""
+        """Give the position with all that is decided; until the next step nothing more is. While training."""
         assert self._preparer is not None
         self.position.picked_ahead = self._preparer.wait()
         return self.position

@@ -158,7 +158,7 @@ def load_model(folder: Path) -> tuple[nn.Module, StoredTables]:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """What model.json says.
+    """Say what model.json says.
 
     Raises:
         ArtifactError: It is missing, damaged, or of an older form.

@@ -118,7 +118,7 @@ class Representations:
             bag.set_learning_rate(lr)
 
     def train(self, looked_up_BKD: Tensor, tierless_BJ: Tensor | None) -> Tensor:
-        """What the model trains on. Shape (B, F, D).
+        """Say what the model trains on. Shape (B, F, D).
 
         Args:
             looked_up_BKD: Rows of the tables in tiers.
@@ -129,7 +129,7 @@ class Representations:
         return self._with_cores(looked_up_BKD, tierless_BJ)
 
     def look_up(self, rows: TieredRows, slots_BF: np.ndarray) -> Tensor:
-        """What the model predicts from: nothing is noted, and rows may be anywhere. Shape (B, F, D).
+        """Say what the model predicts from: nothing is noted, and rows may be anywhere. Shape (B, F, D).
 
         Args:
             rows: The tiers, flushed.

@@ -57,7 +57,7 @@ class SlotLayout:
         return self._codes is None
 
     def translate(self, samples: Samples) -> Samples:
-        """Samples with the slots of this layout."""
+        """Give samples with the slots of this layout."""
         if self._codes is None:
             return samples
         return Samples(X_int=samples.X_int, X_cat=self._codes[samples.X_cat], y=samples.y, weights=samples.weights)

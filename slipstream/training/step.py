@@ -84,7 +84,7 @@ class TrainStep:
         self._compute(batch)
 
     def over(self, rows: TieredRows) -> TrainStep:
-        """The same model, dense optimizer and count of steps over other rows."""
+        """Give the same model, dense optimizer and count of steps over other rows."""
         other = TrainStep(
             model=self.model,
             rows=rows,
@@ -148,7 +148,7 @@ class TrainStep:
         self._loss_sum += loss.detach() if weights is None else loss.detach() / weights.mean()
 
     def _pad(self, num_lookups: int) -> Tensor:
-        """What stands for distinct rows that a batch could have looked up and has not. Shape (U,), int64."""
+        """Say what stands for distinct rows that a batch could have looked up and has not. Shape (U,), int64."""
         count = num_lookups if self._most_distinct is None else min(num_lookups, self._most_distinct)
         if len(self._padding) < count:
             self._padding = self.rows.padding(count)
@@ -173,7 +173,7 @@ class TrainStep:
         )
 
     def _weigh_rows(self, weights: Tensor, distinct: Distinct) -> Tensor | None:
-        """The weight of the samples that look up each distinct row, for a rule with state. Shape (U,)."""
+        """Give the weight of the samples that look up each distinct row, for a rule with state. Shape (U,)."""
         if not self.rows.buffer_state:
             return None
         per_lookup = weights.new_empty(len(weights), len(distinct.inverse) // len(weights), 2)

@@ -22,7 +22,7 @@ _BLOCK_ROWS = 1 << 16
 
 
 def collect_state(trainer: Trainer) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
-    """What a trainer knows beside its rows, while no row moves.
+    """Say what a trainer knows beside its rows, while no row moves.
 
     Returns:
         (plain values for JSON, arrays that nobody changes any more).

@@ -372,7 +372,7 @@ class CachedEmbeddingBag(nn.Module):
         )
 
     def _near(self) -> Tables:
-        """The cache tensors, writable without autograd or its version counter taking notice."""
+        """Give the cache tensors, writable without autograd or its version counter taking notice."""
         return {name: getattr(self, f"cache_{name}").data for name in self._host.tables}
 
     def _real_rows(self, ids: Tensor) -> NDArray[np.integer[Any]]:

@@ -233,7 +233,7 @@ class QuantizedEmbeddingBag(Bag):
         return table
 
     def _table_scale(self) -> Tensor | None:
-        """The frozen scale of the table, or None where each row has its own."""
+        """Give the frozen scale of the table, or None where each row has its own."""
         return self.scale.to(torch.float32) if self.scale_per == "table" else None
 
     def _scale_of(self, values: Tensor) -> Tensor:
@@ -400,7 +400,7 @@ class QuantizedEmbeddingBag(Bag):
         self._add_to_master(rows, directions.to(grad.dtype) * -lr)
 
     def _state_of(self, optimizer: RowOptimizer) -> list[Tensor]:
-        """What a rule keeps, made when it is first asked for."""
+        """Say what a rule keeps, made when it is first asked for."""
         shapes = optimizer.state_shapes((self.num_embeddings, self.embedding_dim))
         for name, shape in shapes.items():
             key = _STATE + name

@@ -172,7 +172,7 @@ def _pooled(
     include_last_offset: bool,
     padding: int | None,
 ) -> Tensor:
-    """The one call that pools, in training and packed alike, so that both give the same bits."""
+    """Give the one call that pools, in training and packed alike, so that both give the same bits."""
     return F.embedding_bag(
         inverse,
         table,
@@ -185,7 +185,7 @@ def _pooled(
 
 
 def unique_rows(values: Tensor, num_embeddings: int) -> tuple[Tensor, Tensor]:
-    """Unique rows, ascending, and the position of each value among them; the work does not grow with N."""
+    """Give unique rows, ascending, and the position of each value among them; the work does not grow with N."""
     if num_embeddings > MASK_ROWS_PER_LOOKUP * values.numel():
         rows, inverse = torch.unique(values, return_inverse=True)
         return rows, inverse

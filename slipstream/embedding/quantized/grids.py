@@ -108,7 +108,7 @@ class RowGrids:
         return rounded
 
     def round(self, looked_up_BKD: Tensor) -> Tensor:
-        """The rows as they would be stored: equal to the bit to quantised and dequantised ones."""
+        """Give the rows as they would be stored: equal to the bit to quantised and dequantised ones."""
         scale = self.scale.index_select(0, self._table_of_column).unsqueeze(1)
         rounded = looked_up_BKD
         for width, columns in self._columns.items():

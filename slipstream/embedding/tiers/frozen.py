@@ -71,7 +71,7 @@ class FrozenRows:
                 self._changed.wait_for(lambda: self._num_kept <= self._room)
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """The rows in order, a block at a time; once."""
+        """Give the rows in order, a block at a time; once."""
         for start in range(0, len(self._rows), self._block_rows):
             with self._changed:
                 stop = min(start + self._block_rows, len(self._rows))
@@ -129,12 +129,12 @@ class FrozenTiers:
             self.cold[-1].replace(cold, buffer[torch.from_numpy(positions).to(buffer.device)].cpu())
 
     def keep_cold(self, cold: np.ndarray) -> None:
-        """Called before rows of the cold tier change. Distinct, shape (n,), integer."""
+        """Keep rows of the cold tier that are about to change. Distinct, shape (n,), integer."""
         for frozen in self.cold:
             frozen.keep(cold)
 
     def keep_hot(self, find_positions: Callable[[], Tensor]) -> None:
-        """Called before a step changes the rows it looks up. Gives their positions, hot ones among them, shape (L,)."""
+        """Keep the rows that a step is about to change, given by their positions, hot ones among them. Shape (L,)."""
         if self._keeps_hot:
             positions = np.unique(find_positions().numpy())
             hot = positions[: np.searchsorted(positions, self._num_hot)]

@@ -80,14 +80,14 @@ class StagedBatch:
         return 0 if found is None else len(found)
 
     def find_distinct(self, *, padding: Tensor) -> Distinct:
-        """The distinct positions: those the host found, or else found here, filled up from `padding`."""
+        """Give the distinct positions: those the host found, or else found here, filled up from `padding`."""
         if self.distinct is not None:
             return self.distinct
         assert self.positions is not None
         return find_distinct(self.positions, padding=padding)
 
     def find_positions(self) -> Tensor:
-        """The positions looked up, once or more often each. Shape (U,) or (L,)."""
+        """Give the positions looked up, once or more often each. Shape (U,) or (L,)."""
         positions = self.positions if self.distinct is None else self.distinct.rows
         assert positions is not None
         return positions
@@ -220,7 +220,7 @@ class LookAhead:
         self._mover.write_back(*self._placement.release())
 
     def counters(self) -> dict[str, int]:
-        """What it counted so far, for a checkpoint."""
+        """Say what it counted so far, for a checkpoint."""
         return {
             "lookups": self.lookups,
             "cold_lookups": self.cold_lookups,

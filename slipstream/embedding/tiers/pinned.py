@@ -38,7 +38,7 @@ class Slab:
         return self._bytes[:num_bytes].view(dtype).view(shape)
 
     def mark_busy(self, stream: torch.cuda.Stream) -> None:
-        """It is in use until the stream has done what it was given so far."""
+        """Count as in use until the stream has done what it was given so far."""
         self._done.record(stream)
         self._is_busy = True
 
@@ -57,11 +57,11 @@ class PinnedRing:
         self._next = 0
 
     def __len__(self) -> int:
-        """Number of slabs."""
+        """Count the slabs."""
         return len(self._slabs)
 
     def take(self) -> Slab:
-        """The slab whose turn it is, once no copy uses it."""
+        """Give the slab whose turn it is, once no copy uses it."""
         slab = self._slabs[self._next].take()
         self._next = (self._next + 1) % len(self._slabs)
         return slab

@@ -133,11 +133,11 @@ class StagingHalves:
         return np.asarray(self._position[cold])
 
     def unwritten(self) -> tuple[np.ndarray, np.ndarray]:
-        """The rows of the chunk before the last planned one, where they were."""
+        """Give the rows of the chunk before the last planned one, where they were."""
         return self._before
 
     def release(self) -> tuple[np.ndarray, np.ndarray]:
-        """The rows of the last chunk; afterwards nothing is staged."""
+        """Give the rows of the last chunk; afterwards nothing is staged."""
         released = self._staged_now()
         self._position[self._current] = -1
         self._current, self._before = _NONE, (_NONE, _NONE)
@@ -193,6 +193,6 @@ class CachedRows:
         return resident, np.arange(len(resident)) + self._num_hot
 
     def release(self) -> tuple[np.ndarray, np.ndarray]:
-        """The changed rows; they stay cached, now clean."""
+        """Give the changed rows; they stay cached, now clean."""
         dirty, positions = self.cache.take_dirty()
         return dirty, positions + self._num_hot

@@ -131,7 +131,7 @@ class TieredRows:
         return rows
 
     def read_state(self, slots: Tensor) -> list[Tensor]:
-        """What the rule keeps, wherever it lives, on the host. Shapes (n,) per row, (n, D) per element."""
+        """Say what the rule keeps, wherever it lives, on the host. Shapes (n,) per row, (n, D) per element."""
         is_hot = slots < self.num_hot
         found = []
         for buffer, host in self.pairs[1:]:

@@ -136,7 +136,7 @@ class RowMover:
             buffer.index_copy_(0, targets, buffer.index_select(0, sources))
 
     def mark_moved(self) -> torch.cuda.Event | None:
-        """The end of all moves so far, for `await_moved`."""
+        """Give the end of all moves so far, for `await_moved`."""
         return None if self._copies is None else self._copies.record_event()
 
     def await_moved(self, moved: torch.cuda.Event | None) -> None:
@@ -160,7 +160,7 @@ class RowMover:
             stream.wait_event(self._computed)
 
     def _pieces_of_rows(self, host: Tensor, num_rows: int) -> Iterator[slice]:
-        """Runs of rows that fit a slab."""
+        """Give runs of rows that fit a slab."""
         return _pieces(num_rows, max(1, self._ring.slab_bytes // (host[:1].numel() * host.element_size())))
 
 

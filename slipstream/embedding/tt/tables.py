@@ -144,7 +144,7 @@ class TTTables(nn.Module):
         self.register_buffer(name, state)
 
     def _kept(self, index: int) -> list[Tensor]:
-        """What the rule keeps of one core, or of the cache. Core k: shape (T, p, r, q, r')."""
+        """Say what the rule keeps of one core, or of the cache. Core k: shape (T, p, r, q, r')."""
         return [self.get_buffer(name) for name in self._states[index]]
 
     # ---- lookup

@@ -62,7 +62,7 @@ class BatchMaker:
 
 
 def cut_batches(samples: Samples, *, batch_size: int, is_hot: bool) -> list[Batch]:
-    """Samples in batches, in order; the last may be shorter."""
+    """Give samples in batches, in order; the last may be shorter."""
     pieces = (samples.take(slice(at, at + batch_size)) for at in range(0, len(samples), batch_size))
     return [
         Batch(dense=piece.X_int, slots=piece.X_cat, labels=piece.y, is_hot=is_hot, weights=piece.weights)

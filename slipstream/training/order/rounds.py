@@ -97,7 +97,7 @@ class PreparedRound:
     batches: list[Batch]
 
     def num_dropped(self) -> int:
-        """Samples left out."""
+        """Count the samples left out."""
         return sum(int(np.count_nonzero(~selection.keep)) for selection in self.picked)
 
 
@@ -134,7 +134,7 @@ class RoundPreparer:
         self._ahead: Future[PreparedRound] | None = None
 
     def run(self, open_streams: OpenStreams) -> Generator[PreparedRound, None, None]:
-        """The rounds from the position on. The reader must train each before it asks for the next."""
+        """Give the rounds from the position on. The reader must train each before it asks for the next."""
         tasks = self._plan(open_streams)
         task = next(tasks, None)
         if task is None:

@@ -27,5 +27,5 @@ class Schedule:
 
 
 def default_segment_steps(num_samples: int, batch_size: int) -> int:
-    """Steps per segment that make seven segments an epoch: one window, then six re-checks."""
+    """Give steps per segment that make seven segments an epoch: one window, then six re-checks."""
     return max(1, math.ceil(num_samples / batch_size / 7))

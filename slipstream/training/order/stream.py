@@ -57,7 +57,7 @@ class SampleStream:
         self._load_next()
 
     def take(self, count: int) -> Samples | None:
-        """The next `count` samples, fewer at the end, None when there are none left."""
+        """Give the next `count` samples, fewer at the end, None when there are none left."""
         pieces: list[Samples] = []
         wanted = min(count, self.remaining)
         self.remaining -= wanted
@@ -76,7 +76,7 @@ class SampleStream:
         return concat_samples(pieces) if pieces else None
 
     def _cut_windows(self, sizes: Sequence[int], window_samples: int) -> Iterator[tuple[list[int], int]]:
-        """The shards of each window, and how many samples they hold."""
+        """Give the shards of each window, and how many samples they hold."""
         window: list[int] = []
         num_samples = 0
         for index in self._rng.permutation(len(sizes)).tolist():

@@ -71,7 +71,7 @@ class Candidates:
     """Columns of slots whose rows are watched; None for all."""
 
     def __len__(self) -> int:
-        """Samples in all groups."""
+        """Count the samples of all groups."""
         return sum(map(len, self.groups))
 
     def labels(self) -> np.ndarray:

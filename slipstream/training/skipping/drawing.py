@@ -20,7 +20,7 @@ def share_ties(statistic: np.ndarray, threshold: float, *, num_drop: int, rng: n
 
 
 def find_certain_worth(worth: np.ndarray, *, num_keep: int, floor: float) -> float:
-    """The worth from which samples are kept for certain, so that probabilities ∝ worth sum to a number.
+    """Give the worth from which samples are kept for certain, so that probabilities ∝ worth sum to a number.
 
     Args:
         worth: At least 0; infinity is kept for certain. Shape (n,).

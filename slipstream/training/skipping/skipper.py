@@ -32,7 +32,7 @@ class Selection:
     """Weights of the kept samples, None for 1. Shape (number kept,), float32."""
 
     def apply(self, samples: Samples) -> Samples:
-        """The kept samples with their weights."""
+        """Give the kept samples with their weights."""
         kept = samples if self.keep.all() else samples.take(self.keep)
         if self.weights is None:
             return kept

@@ -35,7 +35,7 @@ _PIECE = 16_384
 
 
 def sample_pull(pulls: np.ndarray, slots: np.ndarray, labels: np.ndarray, *, alpha: float) -> np.ndarray:
-    """The statistic of each hot sample per label: the mean pull of its rows under the sample's own label.
+    """Give the statistic of each hot sample per label: the mean pull of its rows under the sample's own label.
 
     Args:
         pulls: Of unclicked and of clicked samples at each hot row; 0 where unknown. Shape (2, H), float32.
@@ -68,7 +68,7 @@ def _mean_of_known(pulls: np.ndarray, alpha: float) -> np.ndarray:
 
 
 def sample_movement(movement: np.ndarray, slots: np.ndarray, *, alpha: float) -> np.ndarray:
-    """The statistic of each hot sample by net movement: the ⌈α·T⌉-th smallest movement among its rows.
+    """Give the statistic of each hot sample by net movement: the ⌈α·T⌉-th smallest movement among its rows.
 
     Args:
         movement: Per hot row; UNTOUCHED where unknown, PADDING where no lookup counts. Shape (H,), float32.
@@ -90,7 +90,7 @@ def sample_movement(movement: np.ndarray, slots: np.ndarray, *, alpha: float) ->
 
 
 def _movement_beside_padding(moved: np.ndarray, alpha: float) -> np.ndarray:
-    """The same over the lookups of each sample that are not padding. Shape (n, T) to (n,)."""
+    """Give the same over the lookups of each sample that are not padding. Shape (n, T) to (n,)."""
     num_counted = np.count_nonzero(~np.isnan(moved), axis=1)
     needed = np.maximum(np.ceil(alpha * num_counted - 1e-9).astype(np.intp), 1)
     # padding goes to the end of each sample's list, behind its slowest rows and beside untouched ones
@@ -99,7 +99,7 @@ def _movement_beside_padding(moved: np.ndarray, alpha: float) -> np.ndarray:
 
 
 def find_threshold(statistic: np.ndarray, *, target_drop: float) -> float:
-    """The threshold that drops a share of samples nearest to the target.
+    """Give the threshold that drops a share of samples nearest to the target.
 
     Args:
         statistic: Of a sample of hot inputs. Shape (n,), float32; UNTOUCHED entries cannot be dropped.
@@ -131,7 +131,7 @@ def bisect_threshold(
     highest: float = 0.1,
     steps: int = 25,
 ) -> float:
-    """The published search: halve [0, highest] until the share below T is within `tolerance` of the target.
+    """Give the published search: halve [0, highest] until the share below T is within `tolerance` of the target.
 
     Returns:
         T, or 0, which drops nothing, when no step lands in the band.

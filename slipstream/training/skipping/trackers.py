@@ -37,10 +37,10 @@ class RowTracker(Protocol):
         """
 
     def close_window(self) -> np.ndarray:
-        """What the window showed of each hot row."""
+        """Say what the window showed of each hot row."""
 
     def state(self) -> dict[str, np.ndarray]:
-        """What an open window holds, for a checkpoint; nothing when none is open."""
+        """Say what an open window holds, for a checkpoint; nothing when none is open."""
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
         """Take over what `state` gave."""
@@ -71,7 +71,7 @@ class MovementTracker:
         self._touched.zero_()
 
     def state(self) -> dict[str, np.ndarray]:
-        """What an open window holds, for a checkpoint; nothing when none is open."""
+        """Say what an open window holds, for a checkpoint; nothing when none is open."""
         if self._snapshot is None:
             return {}
         touched = self._touched[: len(self._hot_rows)]
@@ -133,7 +133,7 @@ class PullTracker:
         self._is_open = True
 
     def state(self) -> dict[str, np.ndarray]:
-        """What an open window holds, for a checkpoint; nothing when none is open."""
+        """Say what an open window holds, for a checkpoint; nothing when none is open."""
         return {"pulls": self._sums[: self._num_hot].cpu().numpy()} if self._is_open else {}
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
