@@ -12,7 +12,8 @@ from raw_logs import make_lines, write_raw
 from strategies import tiny_config
 
 from slipstream import pipeline
-from slipstream.dataset_schema import DatasetConfig, PipelineConfig
+from slipstream.config import PipelineConfig
+from slipstream.dataset_schema import DatasetConfig
 from slipstream.errors import ArtifactError, DataError
 from slipstream.io import raw
 from slipstream.io.artifacts import find_place, leftovers, parsed_folders, scratch_dir

@@ -72,4 +72,4 @@ def test_a_model_knows_its_name(name: str):
 def test_a_choice_finds_its_registry():
     registry = ChoiceOf("slipstream.datasets.registry:SOURCES").find()
     assert registry is find_attribute("slipstream.datasets.registry:SOURCES")
-    assert set(registry.names()) == {"synthetic", "criteo", "avazu", "taobao", "dlrm_npz"}
+    assert set(registry.names()) == {"synthetic", "criteo", "avazu", "taobao", "dlrm_npz", "table"}

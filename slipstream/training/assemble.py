@@ -124,7 +124,7 @@ def assemble(
 
 def find_padding(layout: SlotLayout, padding_rows: Mapping[str, int]) -> np.ndarray | None:
     """Find the hot slots of padding rows; None where there are none."""
-    slots = [layout.slot_maps[name][row] for name, row in padding_rows.items() if name in layout.inside]
+    slots = [layout.slot_maps[name][row] for name, row in padding_rows.items() if name in layout.tiered]
     hot = np.array([slot for slot in slots if slot < layout.num_hot], np.int64)
     return hot if len(hot) else None
 

@@ -123,7 +123,7 @@ def test_a_sample_of_weight_w_leaves_the_accumulators_of_w_samples(weight: float
 def test_samples_of_unequal_weights_leave_their_gradient_by_the_weight_behind_it_in_dense_accumulators() -> None:
     batch, model = make_batch(BATCH, 0, weighted=False, sorted_by_host=True), make_model()
     weights = torch.tensor([1.0, 9.0, 1.0, 2.0, 1.0, 4.0, 1.0, 1.0])
-    step = make_step(TrainStep, model, make_rows("rowwise_adagrad"), kind="adagrad", kernels="torch")
+    step = make_step(TrainStep, model, make_rows("rowwise_adagrad"), kernels="torch")
     assert batch.distinct is not None
     rows = step.rows.buffer[batch.distinct.rows][batch.distinct.inverse].view(BATCH, TABLES, DIM)
     losses = binary_cross_entropy_with_logits(model(batch.dense, rows), batch.labels, reduction="none")
