@@ -14,6 +14,7 @@ from slipstream.errors import ConfigError, DataError
 from slipstream.io.raw import RawBlock, find_raw_files, read_blocks
 from slipstream.schema import LABEL
 from slipstream.serving.lines import has_labels, labelled_text
+from slipstream.serving.score_file import number_lines
 
 if TYPE_CHECKING:
     from slipstream.serving.model import ServedModel
@@ -115,8 +116,7 @@ def score_lines(model: ServedModel, raw: str | pl.DataFrame, *, keep: Sequence[s
         for block in read_blocks(file, file_index=index, block_bytes=_BLOCK_BYTES):
             is_labelled = scorer.is_labelled(block) if line == 1 else is_labelled
             lines = scorer.score(block, is_labelled=is_labelled).lines.drop("_label")
-            numbers = pl.int_range(line, line + lines.height, dtype=pl.Int64, eager=True)
-            pieces.append(lines.select(pl.lit(file).alias("file"), numbers.alias("line"), pl.all()))
+            pieces.append(number_lines(lines, file=file, first_line=line))
             line += lines.height
     return pl.concat(pieces)
 

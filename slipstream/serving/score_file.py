@@ -83,8 +83,7 @@ class ScoreFile:
             first_line: Number of the first, from 1.
         """
         stem = self._stem(block.file_index, block.block_index)
-        numbers = pl.int_range(first_line, first_line + lines.height, dtype=pl.Int64, eager=True)
-        lines = lines.select(pl.lit(file).alias("file"), numbers.alias("line"), pl.all())
+        lines = number_lines(lines, file=file, first_line=first_line)
         with write_atomically(stem.with_suffix(".parquet")) as path:
             lines.write_parquet(path, compression="zstd", statistics=False)
         write_json(stem.with_suffix(".json"), asdict(block))
@@ -128,6 +127,12 @@ class ScoreFile:
 
     def _stem(self, file_index: int, block_index: int) -> Path:
         return self._folder / f"{file_index:05d}-{block_index:06d}"
+
+
+def number_lines(lines: pl.DataFrame, *, file: str, first_line: int) -> pl.DataFrame:
+    """Put `file` and `line` before the columns of scored lines, counted from `first_line`."""
+    numbers = pl.int_range(first_line, first_line + lines.height, dtype=pl.Int64, eager=True)
+    return lines.select(pl.lit(file).alias("file"), numbers.alias("line"), pl.all())
 
 
 def _without_hidden(lines: pl.DataFrame) -> pl.DataFrame:

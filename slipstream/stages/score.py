@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def _score_file(
 
     read = 0
     # one more than cores: there is always one that waits for the disk or for its turn in Python
-    for block, scored in in_order(score, _chain(first, blocks), usable_cores() + 1):
+    for block, scored in in_order(score, chain([first], blocks), usable_cores() + 1):
         whole = ScoredBlock(
             file_index=file_index,
             block_index=block.block_index,
@@ -108,11 +109,6 @@ def _score_file(
         advance(block.stored - read, f"{num_lines:,} lines")
         read = block.stored
         yield whole
-
-
-def _chain(first: RawBlock, others: Iterator[RawBlock]) -> Iterator[RawBlock]:
-    yield first
-    yield from others
 
 
 def _key(model: ServedModel, files: Sequence[str], keep: Sequence[str]) -> dict[str, Any]:
