@@ -1,107 +1,46 @@
-"""The command line: parse, call, show. The only module that prints or chooses an exit code.
-
-stdout carries the answer (`--json`: one document), stderr everything else. Exit codes: 0 success, 1 an
-expected failure, 2 usage or configuration, 130 interrupted. Heavy packages are imported by the commands that
-need them, so that help and `check` start at once.
-"""
+"""Commands on pipelines, artifacts and models."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import logging
-import os
-import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-import typer.core
 
-from slipstream import __version__
-from slipstream.errors import ArtifactError, SlipstreamError
-from slipstream.io.processors import wait_without_spinning
+from slipstream.cli.front import (
+    DEFAULT_PIPELINE,
+    NO_OVERRIDES,
+    RUNS,
+    ForceOption,
+    JsonOption,
+    PipelineArgument,
+    QuietOption,
+    RunsOption,
+    SetOption,
+    answer,
+    app,
+    load,
+    say,
+)
+from slipstream.errors import ArtifactError
 from slipstream.pipeline import STAGES
-from slipstream.shipped import find_pipeline, shipped_pipelines
+from slipstream.shipped import find_pipeline
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
     from slipstream.config import PipelineConfig
-
-_DEFAULT_PIPELINE = "tiny"
-_PIPED_COLUMNS = 200
-
-
-class _Edge(typer.core.TyperGroup):
-    """Turns expected errors into two parts on stderr and an exit code; unexpected ones keep their traceback."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except SlipstreamError as exc:
-            _say(f"error: {exc}")
-            if exc.hint:
-                _say(f"\nhint: {exc.hint}")
-            raise typer.Exit(exc.exit_code) from exc
-        except KeyboardInterrupt as exc:
-            _say("interrupted; finished parts are kept, the same command goes on from them")
-            raise typer.Exit(130) from exc
-        except BrokenPipeError as exc:
-            sys.stderr.close()
-            raise typer.Exit(0) from exc
-
-
-app = typer.Typer(
-    cls=_Edge,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    help="From raw click logs to a trained model, with only the rows that matter next to the accelerator.",
-    epilog="Example: slipstream run criteo_kaggle --set dataset.raw=/data/train.txt",
-)
-
-
-def _complete_pipeline(incomplete: str) -> list[str]:
-    """Names of shipped pipelines and files that begin so, for the shell."""
-    files = [str(path) for path in Path().glob(f"{incomplete}*.toml")]
-    return sorted([path.stem for path in shipped_pipelines() if path.stem.startswith(incomplete)] + files)
-
-
-_Pipeline = Annotated[
-    str,
-    typer.Argument(
-        metavar="PIPELINE", help="Pipeline file, or the name of a shipped one.", autocompletion=_complete_pipeline
-    ),
-]
-_Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override one key; repeatable.")]
-_Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Folder that holds run folders.")]
-_Force = Annotated[bool, typer.Option("--force", help="Run even what is up to date.")]
-_Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-_Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no tables.")]
-
-_NO_OVERRIDES: list[str] = []
-_RUNS = Path("runs")
-
-
-@app.callback(invoke_without_command=True)
-def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-) -> None:
-    if version:
-        typer.echo(f"slipstream {__version__}")
-        raise typer.Exit
 
 
 @app.command(epilog="Example: slipstream run --set train.mode=resident --json")
 def run(
-    pipeline: _Pipeline = _DEFAULT_PIPELINE,
-    runs: _Runs = _RUNS,
-    overrides: _Set = _NO_OVERRIDES,
-    force: _Force = False,
-    as_json: _Json = False,
-    quiet: _Quiet = False,
+    pipeline: PipelineArgument = DEFAULT_PIPELINE,
+    runs: RunsOption = RUNS,
+    overrides: SetOption = NO_OVERRIDES,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Run every stage that needs it, from raw log to trained model."""
     _run(pipeline, runs, overrides, None, force=force, as_json=as_json, quiet=quiet)
@@ -117,18 +56,18 @@ def init(
     from slipstream.init import write_pipeline
     from slipstream.report import guess_table
 
-    _answer(guess_table(write_pipeline(file, label=label, out=out)))
+    answer(guess_table(write_pipeline(file, label=label, out=out)))
 
 
 @app.command(epilog="Example: slipstream plan tiny --set preprocess.freq_threshold=5")
 def plan(
-    pipeline: _Pipeline = _DEFAULT_PIPELINE,
-    runs: _Runs = _RUNS,
-    overrides: _Set = _NO_OVERRIDES,
-    as_json: _Json = False,
+    pipeline: PipelineArgument = DEFAULT_PIPELINE,
+    runs: RunsOption = RUNS,
+    overrides: SetOption = NO_OVERRIDES,
+    as_json: JsonOption = False,
 ) -> None:
     """Say which stages would run, why, and what they will about take; change nothing."""
-    config = _load(pipeline, overrides)
+    config = load(pipeline, overrides)
     from rich.console import Console
 
     from slipstream.forecast import forecast_run
@@ -144,19 +83,19 @@ def plan(
         return
     from slipstream.report import plan_table
 
-    _answer(plan_table(plans, forecasts))
+    answer(plan_table(plans, forecasts))
 
 
 @app.command(epilog="Example: slipstream check avazu")
 def check(
-    pipeline: _Pipeline = _DEFAULT_PIPELINE,
-    runs: _Runs = _RUNS,
-    overrides: _Set = _NO_OVERRIDES,
+    pipeline: PipelineArgument = DEFAULT_PIPELINE,
+    runs: RunsOption = RUNS,
+    overrides: SetOption = NO_OVERRIDES,
     files: Annotated[bool, typer.Option("--files", help="Hash every published file of the pipeline too.")] = False,
-    as_json: _Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Validate a pipeline without running it; --json prints it with every default filled in."""
-    config = _load(pipeline, overrides)
+    config = load(pipeline, overrides)
     if files:
         _check_files(config, runs)
     if as_json:
@@ -172,9 +111,9 @@ def _check_files(config: PipelineConfig, runs: Path) -> None:
 
     altered = find_altered(config, runs)
     for stage, names in altered.items():
-        _say(f"{stage}: " + (", ".join(f"`{name}`" for name in names) + " altered" if names else "unaltered"))
+        say(f"{stage}: " + (", ".join(f"`{name}`" for name in names) + " altered" if names else "unaltered"))
     if not altered:
-        _say(f"nothing is published in `{runs / config.name}` for this pipeline")
+        say(f"nothing is published in `{runs / config.name}` for this pipeline")
     if any(altered.values()):
         raise ArtifactError(
             f"files of {', '.join(stage for stage, names in altered.items() if names)} were altered or removed "
@@ -186,7 +125,7 @@ def _check_files(config: PipelineConfig, runs: Path) -> None:
 @app.command(epilog="Example: slipstream show runs/tiny/profile/*")
 def show(
     artifacts: Annotated[list[Path], typer.Argument(metavar="ARTIFACT...", help="Folders of published artifacts.")],
-    as_json: _Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Show what artifacts hold: their figures, sizes and inputs."""
     from slipstream.io.artifacts import describe_altered, open_artifact
@@ -199,21 +138,23 @@ def show(
         from slipstream.report import manifest_table
 
         for manifest in manifests:
-            _answer(manifest_table(manifest))
+            answer(manifest_table(manifest))
     for artifact in opened:
         if altered := artifact.find_altered():
             raise ArtifactError(describe_altered(artifact.path, altered), hint=artifact.remedy)
 
 
 @app.command(epilog="Example: slipstream clean tiny")
-def clean(pipeline: _Pipeline = _DEFAULT_PIPELINE, runs: _Runs = _RUNS, overrides: _Set = _NO_OVERRIDES) -> None:
+def clean(
+    pipeline: PipelineArgument = DEFAULT_PIPELINE, runs: RunsOption = RUNS, overrides: SetOption = NO_OVERRIDES
+) -> None:
     """Remove what killed processes left in a run folder, and parsed numbers; published artifacts stay."""
-    config = _load(pipeline, overrides)
+    config = load(pipeline, overrides)
     from slipstream.pipeline import clean_run
 
     removed = clean_run(runs, config.name)
     for path in removed:
-        _say(f"removed {path}")
+        say(f"removed {path}")
     typer.echo(f"{len(removed)} folders removed")
 
 
@@ -221,12 +162,12 @@ def clean(pipeline: _Pipeline = _DEFAULT_PIPELINE, runs: _Runs = _RUNS, override
     epilog="Example: slipstream compare --modes resident,fae --criteria random,stale --seeds 3 --skip-share 0.1"
 )
 def compare(
-    pipeline: _Pipeline = _DEFAULT_PIPELINE,
-    runs: _Runs = _RUNS,
-    overrides: _Set = _NO_OVERRIDES,
+    pipeline: PipelineArgument = DEFAULT_PIPELINE,
+    runs: RunsOption = RUNS,
+    overrides: SetOption = NO_OVERRIDES,
     modes: Annotated[str, typer.Option(help="Modes to run without skipping.")] = "resident",
     criteria: Annotated[str, typer.Option(help="Skip criteria to run; `all` that drop anything.")] = "all",
-    vary: Annotated[list[str], typer.Option(metavar="KEY=V,V", help="One more axis; repeatable.")] = _NO_OVERRIDES,
+    vary: Annotated[list[str], typer.Option(metavar="KEY=V,V", help="One more axis; repeatable.")] = NO_OVERRIDES,
     seeds: Annotated[int, typer.Option(min=1, help="Training seeds.")] = 3,
     skip_share: Annotated[
         float | None, typer.Option(help="Share of all samples every criterion skips; sets its D.")
@@ -234,8 +175,8 @@ def compare(
     report_file: Annotated[
         Path | None, typer.Option("--report", metavar="FILE", help="Show it as an HTML page with charts too.")
     ] = None,
-    as_json: _Json = False,
-    quiet: _Quiet = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Run a grid of modes and skip criteria over several seeds and show paired differences."""
     if report_file is not None:
@@ -260,13 +201,13 @@ def compare(
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(variant) for variant in compared], indent=1))
     elif not quiet:
-        _answer(comparison_table(compared))
+        answer(comparison_table(compared))
     if report_file is not None:
         from slipstream.report.compare_page import write_comparison_page
 
         command = ["slipstream", *sys.argv[1:]]
         size = write_comparison_page(compared, report_file, name=find_pipeline(pipeline).stem, command=command)
-        _say(f"report written to {report_file}, {size / 1e6:.1f} MB; open it in a browser")
+        say(f"report written to {report_file}, {size / 1e6:.1f} MB; open it in a browser")
 
 
 def _require_charts() -> None:
@@ -279,13 +220,13 @@ def _require_charts() -> None:
 @app.command(epilog="Example: slipstream report tiny --out report.html")
 def report(
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="HTML file to write.")],
-    pipeline: _Pipeline = _DEFAULT_PIPELINE,
-    runs: _Runs = _RUNS,
-    overrides: _Set = _NO_OVERRIDES,
-    quiet: _Quiet = False,
+    pipeline: PipelineArgument = DEFAULT_PIPELINE,
+    runs: RunsOption = RUNS,
+    overrides: SetOption = NO_OVERRIDES,
+    quiet: QuietOption = False,
 ) -> None:
     """Write what a run left behind as one HTML page: data, hot set, training, quality, cost. Needs extra `report`."""
-    config = _load(pipeline, overrides)
+    config = load(pipeline, overrides)
     _require_charts()
     from rich.console import Console
 
@@ -307,12 +248,12 @@ def _split(names: str) -> list[str]:
 
 def _stage_command(stage: str, summary: str) -> None:
     def command(
-        pipeline: _Pipeline = _DEFAULT_PIPELINE,
-        runs: _Runs = _RUNS,
-        overrides: _Set = _NO_OVERRIDES,
-        force: _Force = False,
-        as_json: _Json = False,
-        quiet: _Quiet = False,
+        pipeline: PipelineArgument = DEFAULT_PIPELINE,
+        runs: RunsOption = RUNS,
+        overrides: SetOption = NO_OVERRIDES,
+        force: ForceOption = False,
+        as_json: JsonOption = False,
+        quiet: QuietOption = False,
     ) -> None:
         _run(pipeline, runs, overrides, [stage], force=force, as_json=as_json, quiet=quiet)
 
@@ -336,9 +277,9 @@ def score(
     keep: Annotated[
         list[str],
         typer.Option("--keep", metavar="COLUMNS", help="Columns to pass on, with commas between; repeatable."),
-    ] = _NO_OVERRIDES,
-    as_json: _Json = False,
-    quiet: _Quiet = False,
+    ] = NO_OVERRIDES,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Write a click probability for every raw line, in order; with labels, say how good they are."""
     from rich.console import Console
@@ -358,7 +299,7 @@ def score(
     if as_json:
         typer.echo(json.dumps(without_nan(summary), indent=1))
     elif not quiet:
-        _answer(score_table(summary))
+        answer(score_table(summary))
 
 
 export = typer.Typer(
@@ -375,14 +316,14 @@ def samples(
     export_format: Annotated[
         str, typer.Option("--format", metavar="FORMAT", help="dlrm-npz, torchrec-npy or parquet.")
     ] = "parquet",
-    pipeline: _Pipeline = _DEFAULT_PIPELINE,
-    runs: _Runs = _RUNS,
-    overrides: _Set = _NO_OVERRIDES,
-    as_json: _Json = False,
-    quiet: _Quiet = False,
+    pipeline: PipelineArgument = DEFAULT_PIPELINE,
+    runs: RunsOption = RUNS,
+    overrides: SetOption = NO_OVERRIDES,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Write encoded samples for DLRM or TorchRec, or as plain Parquet; preprocesses first when needed."""
-    config = _load(pipeline, overrides)
+    config = load(pipeline, overrides)
     from rich.console import Console
 
     from slipstream.pipeline import export_samples
@@ -416,7 +357,7 @@ def model(
     format_name: Annotated[
         str, typer.Option("--format", metavar="NAME", help="folder; onnx; torch, for torch.export.")
     ] = "folder",
-    as_json: _Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Write a trained model elsewhere: as it is, rounded and packed, or for programs without slipstream."""
     from slipstream.pipeline import export_model
@@ -433,19 +374,10 @@ def model(
         typer.echo(f"probabilities differ from the model's own by {summary['largest_difference']:.1e} at most")
 
 
-def main() -> None:
-    """Entry point of the console script."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("slipstream").setLevel(logging.INFO)
-    wait_without_spinning(os.environ)
-    app()
-
-
 def _run(
     pipeline: str, runs: Path, overrides: list[str], only: list[str] | None, *, force: bool, as_json: bool, quiet: bool
 ) -> None:
-    config = _load(pipeline, overrides)
+    config = load(pipeline, overrides)
     from rich.console import Console
 
     from slipstream.pipeline import run_pipeline
@@ -466,33 +398,8 @@ def _run(
         typer.echo(json.dumps(run_document(result), indent=1, allow_nan=False))
     elif not quiet:
         if only == ["profile"]:
-            _answer(curve_table(result.counts("profile")["curve"]))
-        _answer(run_table(result))
+            answer(curve_table(result.counts("profile")["curve"]))
+        answer(run_table(result))
     if as_json or quiet:
         for text in result.warnings:
-            _say(f"warning: {text}")
-
-
-def _load(pipeline: str, overrides: list[str]) -> PipelineConfig:
-    from slipstream.config import load_pipeline
-
-    return load_pipeline(find_pipeline(pipeline), overrides)
-
-
-def _answer(renderable: RenderableType) -> None:
-    """Print to stdout; what is no terminal gets lines of COLUMNS, or long ones, and no blanks at their end."""
-    from rich.console import Console
-
-    console = Console()
-    if console.is_terminal:
-        console.print(renderable)
-        return
-    if not os.environ.get("COLUMNS"):
-        console = Console(width=_PIPED_COLUMNS)
-    with console.capture() as captured:
-        console.print(renderable)
-    typer.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
-
-
-def _say(text: str) -> None:
-    typer.echo(text, err=True)
+            say(f"warning: {text}")

@@ -1,0 +1,14 @@
+"""The command line: parse, call, show. The only package that prints or chooses an exit code.
+
+stdout carries the answer (`--json`: one document), stderr everything else. Exit codes: 0 success, 1 an
+expected failure, 2 usage or configuration, 130 interrupted. Heavy packages are imported by the commands that
+need them, so that help and `check` start at once.
+
+front.py      the application, options that commands share, how they answer and fail
+commands.py   commands on pipelines, artifacts and models
+"""
+
+from slipstream.cli import commands
+from slipstream.cli.front import app, main
+
+__all__ = ["app", "commands", "main"]
