@@ -19,7 +19,7 @@ from slipstream.embedding.rules import check_kernels
 from slipstream.errors import ConfigError
 from slipstream.models.dlrm import DLRM
 from slipstream.models.model import Model
-from slipstream.options import build, check_size, parse_budget, read_tree, require, speed_only
+from slipstream.options import build, check_size, later, parse_budget, read_tree, require, speed_only
 from slipstream.published import check_published_order
 from slipstream.registry import ChoiceOf
 from slipstream.training.skipping.criterion import Movement, Scope, SkipRule
@@ -60,8 +60,12 @@ class PreprocessConfig:
     """Hash raw ids into this many buckets per table before counting; 0 does not hash."""
     tables: Mapping[str, TableLimits] = field(default_factory=dict)
     """Limits that differ for single tables, for instance `[preprocess.tables.cat_2]`."""
-    dense_transform: Literal["dlrm", "torchrec", "nvidia", "none"] = "dlrm"
-    """`dlrm` log(max(x, 0) + 1); `torchrec` log(x - min + 2); `nvidia` log(max(x, -1) + 2); `none` keeps x."""
+    dense_transform: Literal["dlrm", "standard", "torchrec", "nvidia", "none"] = "dlrm"
+    """`dlrm` log(max(x, 0) + 1); `standard` the same, less its mean and over its deviation in the training split;
+    `torchrec` log(x - min + 2); `nvidia` log(max(x, -1) + 2); `none` keeps x."""
+    missing_flags: bool = later(False)
+    """A further dense column of 0 and 1 for each one that lacks values in the training split, where 1 is missing;
+    the value itself is 0 before the transform either way."""
     max_reject_ratio: float = 0.01
     """Share of lines that may be rejected before the run stops with an error."""
     samples_per_part: int = 262_144

@@ -30,6 +30,11 @@ def speed_only(default: Any) -> Any:
     return field(default=default, metadata={"execution": True})
 
 
+def later(default: Any) -> Any:
+    """Give a field that came after artifacts were first published: at its default it stays out of fingerprints."""
+    return field(default=default, metadata={"later": True})
+
+
 def pick(cls: type[_T], source: object) -> _T:
     """Make a dataclass of another object's attributes of the same names."""
     return cls(**{spec.name: getattr(source, spec.name) for spec in dataclasses.fields(cls)})  # type: ignore[arg-type]
@@ -158,11 +163,12 @@ def to_dict(config: Any, *, execution: bool = True) -> dict[str, Any]:
 
     Args:
         config: Any dataclass of options.
-        execution: Keep the fields that do not change results.
+        execution: Keep the fields that do not change results, and the defaults of those that came later.
     """
     plain: dict[str, Any] = {}
     for spec in dataclasses.fields(config):
-        if not execution and spec.metadata.get("execution"):
+        is_later_default = spec.metadata.get("later") and getattr(config, spec.name) == spec.default
+        if not execution and (spec.metadata.get("execution") or is_later_default):
             continue
         plain[spec.name] = _plain(getattr(config, spec.name), execution=execution)
     return plain

@@ -133,6 +133,12 @@ class PreprocessFigures(TableFigures):
     """Names of the fields of a line, in order, where the files say them."""
     dense_minima: list[int] | None = None
     """Smallest training value of each dense column, for the transform that shifts by it."""
+    dense_means: list[float] | None = None
+    """Mean of each dense column's logarithms in the training split, for the transform that subtracts it."""
+    dense_deviations: list[float] | None = None
+    """Their standard deviation, for the transform that divides by it."""
+    flagged_columns: list[int] | None = None
+    """Dense columns, by number, whose missing values have a column of flags each, behind the dense columns."""
     negatives_left_out: int | None = None
     """Training negatives not kept, where a share of them is."""
     warnings: list[str] = field(default_factory=list)

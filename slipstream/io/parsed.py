@@ -26,6 +26,8 @@ from slipstream.errors import ArtifactError
 from slipstream.io.artifacts import hash_file, write_atomically, write_json
 from slipstream.schema import MISSING_ID
 
+FORMAT = 2
+"""Of chunks: those of another format are not read. 2: says which dense values were missing."""
 _SAMPLES, _REJECTS, _TEXTS = ".arrow", ".rejects.parquet", ".texts.parquet"
 _REJECT_SCHEMA = pa.schema({"position": pa.int64(), "reason": pa.string(), "content": pa.binary()})
 
@@ -67,7 +69,7 @@ class ParsedStore:
             chunk: Its figures.
             samples: Its samples; every column that starts with `cat_` is dictionary-encoded.
             rejects: (position in the chunk, reason, line) of each rejected line.
-            dense: Dense columns; missing values become 0, in as few bytes as hold them.
+            dense: Dense columns; missing values become 0, in as few bytes as hold them, and it is noted which.
             texts: What raw ids stand for: see `ParsedBlock.texts`.
         """
         stem = self._stem(chunk.file_index, chunk.block_index)
@@ -132,6 +134,11 @@ class ParsedStore:
         table = pa.ipc.open_file(source).read_all()
         return table if columns is None else table.select(columns)
 
+    def missing(self, chunk: ParsedChunk, column: str) -> np.ndarray | None:
+        """Which values of a dense column were missing, and became 0; None where none was. Shape (n,), bool."""
+        table, name = self.open(chunk), _missing_name(column)
+        return table.column(name).to_numpy() if name in table.column_names else None
+
     def rejects(self, chunk: ParsedChunk) -> pl.DataFrame:
         """Rejected lines of a chunk: position, reason, content."""
         path = self._stem(chunk.file_index, chunk.block_index).with_suffix(_REJECTS)
@@ -159,15 +166,21 @@ def dictionary_of(table: pa.Table, column: str) -> tuple[np.ndarray, np.ndarray]
 
 
 def _encode(samples: pl.DataFrame, dense: list[str]) -> pa.Table:
-    columns = {}
+    columns, missing = {}, {}
     for column in samples.rechunk().iter_columns():
         if column.name in dense:
             columns[column.name] = column.fill_null(0).shrink_dtype().to_arrow()
+            if column.null_count():
+                missing[_missing_name(column.name)] = column.is_null().to_arrow()
         elif column.name.startswith("cat_"):
             columns[column.name] = _encode_raw_ids(column.to_arrow())
         else:
             columns[column.name] = column.to_arrow()
-    return pa.table(columns)
+    return pa.table(columns | missing)
+
+
+def _missing_name(column: str) -> str:
+    return f"{column}_is_missing"
 
 
 def _encode_raw_ids(raw_ids: pa.Array) -> pa.DictionaryArray:

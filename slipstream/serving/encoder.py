@@ -6,7 +6,7 @@ Shape suffixes: n samples, F looked-up columns.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from slipstream.errors import ArtifactError
 from slipstream.io.artifacts import Artifact, link_or_copy
 from slipstream.io.figures import PreprocessFigures
 from slipstream.io.lookups import lookup_path, open_lookup
-from slipstream.ops.dense import transform_dense
+from slipstream.ops.dense import DenseEncoding
 from slipstream.ops.vocabulary import RowLookup, hash_to_buckets
 from slipstream.schema import MISSING_ID, OOV_ROW, dense_name, table_name
 
@@ -48,10 +48,28 @@ class Encoding:
     """What columns such as `cat_3` are called where the data come from."""
     layout: dict[str, Any] | None = None
     """How the lines of source `table` are read: see `TableLayout`, names of fields filled in."""
+    dense_means: list[float] | None = None
+    """Mean of each dense column's logarithms in the training split, for the transform that subtracts it."""
+    dense_deviations: list[float] | None = None
+    """Their standard deviation, for the transform that divides by it."""
+    flagged_columns: list[int] | None = None
+    """Dense columns, by number, whose missing values have a column of flags each."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for model.json; without a layout where there is none."""
-        return {name: value for name, value in asdict(self).items() if name != "layout" or value is not None}
+        """Plain values for model.json; without the fields that came later where they say nothing."""
+        said_nothing = {spec.name for spec in fields(self) if spec.default is None and getattr(self, spec.name) is None}
+        return {name: value for name, value in asdict(self).items() if name not in said_nothing}
+
+    def dense(self, num_columns: int) -> DenseEncoding:
+        """Say how the dense columns of a source, so many, are encoded."""
+        return DenseEncoding(
+            transform=self.dense_transform,
+            num_columns=num_columns,
+            minima=self.dense_minima,
+            means=self.dense_means or (),
+            deviations=self.dense_deviations or (),
+            flagged=self.flagged_columns or (),
+        )
 
 
 def describe_encoding(processed: Artifact) -> Encoding:
@@ -69,6 +87,9 @@ def describe_encoding(processed: Artifact) -> Encoding:
         num_buckets={name: number for name, number in buckets.items() if number},
         columns=encoded.columns or {},
         layout=config["layout"] | {"names": encoded.fields} if "layout" in config else None,
+        dense_means=encoded.dense_means,
+        dense_deviations=encoded.dense_deviations,
+        flagged_columns=encoded.flagged_columns,
     )
 
 
@@ -110,6 +131,7 @@ class Encoder:
         self._folder = folder
         self.encoding = Encoding(**description["encoding"])
         self.source = _build_source(self.encoding)
+        self._dense = self.encoding.dense(self.source.num_dense)
         self._tables: list[str] = description["column_tables"]
         self._lookups: dict[str, RowLookup] = {
             name: open_lookup(lookup_path(folder, name)) for name in dict.fromkeys(self._tables)
@@ -124,11 +146,11 @@ class Encoder:
         Returns:
             (dense values (n, dense columns) float32, rows (n, F) int64).
         """
-        dense = np.empty((self.source.num_dense, parsed.height), np.float32)
-        minima = self.encoding.dense_minima or [0] * self.source.num_dense
-        for index, minimum in enumerate(minima):
-            values = parsed.get_column(dense_name(index)).fill_null(0).to_numpy()
-            dense[index] = transform_dense(values, name=self.encoding.dense_transform, minimum=minimum)
+        dense = np.empty((self._dense.width, parsed.height), np.float32)
+        for index in range(self.source.num_dense):
+            dense[index] = self._dense.encode(index, parsed.get_column(dense_name(index)).fill_null(0).to_numpy())
+        for place, index in enumerate(self._dense.flagged, start=self.source.num_dense):
+            dense[place] = parsed.get_column(dense_name(index)).is_null().to_numpy()
         rows = np.empty((len(self._tables), parsed.height), np.int64)
         for index, table in enumerate(self._tables):
             raw_ids = parsed.get_column(table_name(index)).cast(pl.Int64).fill_null(MISSING_ID).to_numpy()

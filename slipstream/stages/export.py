@@ -9,11 +9,12 @@ Keeps   every sample once, in the order of the parts; a file is whole or absent;
 Costs   one pass over the parts for every array; memory for one part
 
 DLRM takes log(x + 1) when it loads, so it wants dense values as they were counted. They are recovered from what
-preprocess stored: max(x, 0) under `dlrm`, x from -1 on under `nvidia`, x from the training minimum on under
-`torchrec`, x itself under `none`; then negatives become 0, as DLRM makes them. The stored logarithm is float32, so
-counts are exact up to a million; larger ones may be off by 5e-7 of themselves, which is less than float32 keeps of
-their logarithm. TorchRec takes dense values as they are fed to the model, so it gets the stored ones; to get
-TorchRec's own, preprocess with `dense_transform = "torchrec"`.
+preprocess stored: max(x, 0) under `dlrm` and `standard`, x from -1 on under `nvidia`, x from the training minimum on
+under `torchrec`, x itself under `none`; then negatives become 0, as DLRM makes them. The stored logarithm is float32,
+so counts are exact up to a million (`standard`: a hundred thousand); larger ones may be off by 5e-7 of themselves,
+which is less than float32 keeps of their logarithm. Flags of missing values are no counts and stay out. TorchRec takes
+dense values as they are fed to the model, so it gets the stored ones; to get TorchRec's own, preprocess with
+`dense_transform = "torchrec"`.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ from slipstream.errors import CapacityError, ConfigError
 from slipstream.io.artifacts import Artifact, hash_file, wrap_write_errors, write_atomically, write_json
 from slipstream.io.figures import PreprocessFigures
 from slipstream.io.samples import count_samples
-from slipstream.ops.dense import restore_counts, transform_dense
 from slipstream.ops.npz import write_array
 from slipstream.progress import Progress
 from slipstream.schema import LABEL, SPLITS, dense_name, table_name
+from slipstream.serving.encoder import describe_encoding
 
 FORMATS = ("dlrm-npz", "torchrec-npy", "parquet")
 """What can be written."""
@@ -121,9 +122,10 @@ class _Parts:
         self.table_of_column = encoded.column_tables
         self.rows_of_column = [list(encoded.rows_per_table.values())[table] for table in self.table_of_column]
         self.dense = [dense_name(index) for index in range(encoded.num_dense)]
+        self.counts = self.dense[: encoded.num_dense - len(encoded.flagged_columns or ())]
         self.sparse = [table_name(index) for index in range(len(self.table_of_column))]
         self.transform: str = processed.manifest["config"]["dense_transform"]
-        self.minima = encoded.dense_minima or [0] * len(self.dense)
+        self.encoding = describe_encoding(processed).dense(len(self.counts))
         self.on_read: Callable[[], None] = lambda: None
 
     def num_reads(self, export_format: str) -> int:
@@ -147,17 +149,17 @@ class _Parts:
             yield _stack(table, self.dense, np.float32)
 
     def dense_counts(self, split: str) -> Iterator[np.ndarray]:
-        """As they were counted, negatives as 0. Shape (n, dense columns), int32."""
-        for values in self.dense_values(split):
-            counts = np.empty(values.shape, np.int64)
-            for index, minimum in enumerate(self.minima):
-                column = values[:, index]
-                counts[:, index] = restore_counts(column, name=self.transform, minimum=minimum)
+        """As they were counted, negatives as 0. Shape (n, dense columns of the source), int32."""
+        for table in self._read(split, self.counts):
+            counts = np.empty((table.num_rows, len(self.counts)), np.int64)
+            for index, name in enumerate(self.counts):
+                column = table.column(name).to_numpy()
+                counts[:, index] = self.encoding.restore(index, column)
                 # a count comes back as the value it was stored as; what lies between two counts does not
-                again = transform_dense(counts[:, index], name=self.transform, minimum=minimum)
+                again = self.encoding.encode(index, counts[:, index])
                 if not np.allclose(again, column, rtol=1e-5, atol=1e-5):
                     raise ConfigError(
-                        f"dlrm-npz holds whole numbers, and `{dense_name(index)}` has fractions",
+                        f"dlrm-npz holds whole numbers, and `{name}` has fractions",
                         hint="export to torchrec-npy or parquet, which keep them",
                     )
             yield np.clip(counts, 0, np.iinfo(np.int32).max).astype(np.int32)
@@ -188,7 +190,7 @@ def _write_dlrm(parts: _Parts, out_dir: Path) -> list[Path]:
     """
     total = sum(parts.sizes.values())
     arrays = {
-        "X_int": (parts.dense_counts, (total, len(parts.dense))),
+        "X_int": (parts.dense_counts, (total, len(parts.counts))),
         "X_cat": (parts.rows, (total, len(parts.sparse))),
         "y": (parts.labels, (total,)),
     }

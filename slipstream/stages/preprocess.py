@@ -24,6 +24,7 @@ import polars as pl
 import pyarrow as pa
 
 from slipstream.config import PreprocessConfig
+from slipstream.datasets.dense_columns import learn_dense_encoding
 from slipstream.datasets.parsing import ParsedFiles, parse_files
 from slipstream.datasets.registry import SOURCES
 from slipstream.datasets.source import ColumnarSource, GroupingSource, Source, SourceOptions
@@ -32,13 +33,14 @@ from slipstream.io.artifacts import PARSED, StageKey, hold, write_atomically
 from slipstream.io.capacity import require_disk, require_memory
 from slipstream.io.figures import PreprocessFigures
 from slipstream.io.lookups import lookup_path, write_lookup
+from slipstream.io.parsed import FORMAT as PARSED_FORMAT
 from slipstream.io.parsed import dictionary_of
 from slipstream.io.processors import usable_cores
 from slipstream.io.raw import estimate_text_bytes, find_raw_files, find_twins, is_parquet
 from slipstream.io.samples import write_parquet
 from slipstream.io.split_layout import Piece, SplitLayout
 from slipstream.ops import split as splits
-from slipstream.ops.dense import transform_dense
+from slipstream.ops.dense import DenseEncoding
 from slipstream.ops.npz import read_arrays
 from slipstream.ops.parallel import in_order
 from slipstream.ops.plausibility import doubt_classes, doubt_split, doubt_yield
@@ -95,6 +97,7 @@ def _parsed_key(job: StageJob, source: Source) -> StageKey:
     """Say what parsed chunks depend on: all that preprocess does, but for its section and which negatives are kept."""
     others = {*to_dict(job.config.preprocess), "negative_keep_ratio"}
     settings = {name: value for name, value in job.key.config.items() if name not in others}
+    settings |= {"parsed_format": PARSED_FORMAT}
     seed = job.config.seed if isinstance(source, GroupingSource) else 0  # other sources draw nothing
     return StageKey(stage=PARSED, config=settings, inputs=job.key.inputs, seed=seed)
 
@@ -143,16 +146,15 @@ def run(
     )
     positives = layout.count_positives()
     _check_classes(layout.totals["train"], positives["train"])
-    vocabularies, minima = _count(
-        config, source=source, layout=layout, scratch=scratch, workers=workers, progress=progress
-    )
+    vocabularies = _count(config, source=source, layout=layout, scratch=scratch, workers=workers, progress=progress)
+    dense = _learn_dense(config, source, layout, workers)
     _check_lookup_memory(vocabularies)
     _encode(
         config,
         source=source,
         layout=layout,
         vocabularies=vocabularies,
-        minima=minima,
+        dense=dense,
         out_dir=scratch,
         workers=workers,
         progress=progress,
@@ -163,7 +165,7 @@ def run(
         rejected=rejected,
         samples=layout.totals,
         positives=positives,
-        num_dense=source.num_dense,
+        num_dense=dense.width,
         rows_per_table={table_name(index): vocab.num_rows for index, vocab in enumerate(vocabularies)},
         files=[Path(file).name for file in files],
         columns=dict(source.column_names) or None,
@@ -171,7 +173,10 @@ def run(
         fields=list(source.fields) if source.takes_fields_from_files else None,
         table_of_column=list(source.table_of_column) if len(source.table_of_column) != source.num_tables else None,
         padding_rows=_find_padding(source, vocabularies),
-        dense_minima=minima if config.dense_transform == "torchrec" else None,
+        dense_minima=list(dense.minima) or None,
+        dense_means=list(dense.means) or None,
+        dense_deviations=list(dense.deviations) or None,
+        flagged_columns=list(dense.flagged) or None,
         negatives_left_out=layout.num_left_out if negative_keep_ratio < 1 else None,
         warnings=_find_doubts(config, files, layout, positives, accepted=parsed.num_lines - rejected),
     )
@@ -263,7 +268,7 @@ def _count(
     scratch: Path,
     workers: int,
     progress: Progress,
-) -> tuple[list[Vocabulary], list[int]]:
+) -> list[Vocabulary]:
     vocabularies = []
     with progress.task("count", source.num_tables, "tables") as advance:
 
@@ -273,9 +278,7 @@ def _count(
         for vocabulary in in_order(count_table, range(source.num_tables), workers):
             vocabularies.append(vocabulary)
             advance(1, "")
-    if config.dense_transform != "torchrec":
-        return vocabularies, [0] * source.num_dense
-    return vocabularies, [_training_minimum(dense_name(index), layout) for index in range(source.num_dense)]
+    return vocabularies
 
 
 def _count_table(
@@ -338,13 +341,14 @@ def _write_raw_ids(raw_ids: np.ndarray, source: Source, texts: pl.DataFrame, tab
     return found.select(pl.coalesce("text", "written")).to_series()
 
 
-def _training_minimum(name: str, layout: SplitLayout) -> int:
-    least = 0
-    for chunk_index, chunk in enumerate(layout.chunks):
-        values = layout.store.open(chunk, [name]).column(name).to_numpy()
-        used = values[layout.members(chunk_index, splits.TRAIN)]
-        least = min(least, int(np.floor(used.min()))) if used.size else least
-    return least
+def _learn_dense(config: PreprocessConfig, source: Source, layout: SplitLayout, workers: int) -> DenseEncoding:
+    return learn_dense_encoding(
+        layout,
+        source.num_dense,
+        transform=config.dense_transform,
+        missing_flags=config.missing_flags,
+        workers=workers,
+    )
 
 
 # --- pass 3: encode ------------------------------------------------------------------------------------------
@@ -356,12 +360,12 @@ def _encode(
     source: Source,
     layout: SplitLayout,
     vocabularies: Sequence[Vocabulary],
-    minima: Sequence[int],
+    dense: DenseEncoding,
     out_dir: Path,
     workers: int,
     progress: Progress,
 ) -> None:
-    encoder = _Encoder(config, source, layout, [vocab.lookup() for vocab in vocabularies], minima)
+    encoder = _Encoder(config, source, layout, [vocab.lookup() for vocab in vocabularies], dense)
     parts = [
         (code, number, first, min(first + config.samples_per_part, layout.totals[name]))
         for code, name in enumerate(SPLITS)
@@ -389,15 +393,11 @@ class _Encoder:
         source: Source,
         layout: SplitLayout,
         lookups: Sequence[RowLookup],
-        minima: Sequence[int],
+        dense: DenseEncoding,
     ) -> None:
-        self._transform, self._layout, self._lookups, self._minima = (
-            config.dense_transform,
-            layout,
-            lookups,
-            minima,
-        )
+        self._layout, self._lookups, self._encoding = layout, lookups, dense
         self._dense = [dense_name(index) for index in range(source.num_dense)]
+        self._flags = [dense_name(index) for index in range(source.num_dense, dense.width)]
         self._columns = [table_name(index) for index in range(len(source.table_of_column))]
         self._table_of_column = source.table_of_column
         self._extra = list(source.extra_columns)
@@ -407,7 +407,8 @@ class _Encoder:
 
     def encode(self, code: int, first: int, stop: int) -> pa.Table:
         """Give the samples first..stop-1 of a split, encoded."""
-        kinds = {LABEL: np.uint8} | dict.fromkeys(self._dense, np.float32) | dict.fromkeys(self._columns, np.int32)
+        numbers = dict.fromkeys([*self._dense, *self._flags], np.float32)
+        kinds = {LABEL: np.uint8} | numbers | dict.fromkeys(self._columns, np.int32)
         columns = {name: np.empty(stop - first, kind) for name, kind in kinds.items()}
         extra: dict[str, list[np.ndarray]] = {name: [] for name in self._extra}
         place = 0
@@ -430,9 +431,11 @@ class _Encoder:
         else:
             picked = members[piece.first : piece.stop]
         columns[LABEL][:] = table.column(LABEL).to_numpy()[picked]
-        for name, minimum in zip(self._dense, self._minima, strict=True):
-            values = table.column(name).to_numpy()[picked]
-            columns[name][:] = transform_dense(values, name=self._transform, minimum=minimum)
+        for index, name in enumerate(self._dense):
+            columns[name][:] = self._encoding.encode(index, table.column(name).to_numpy()[picked])
+        for name, index in zip(self._flags, self._encoding.flagged, strict=True):
+            missing = self._layout.store.missing(chunk, dense_name(index))
+            columns[name][:] = 0 if missing is None else missing[picked]
         for name, rows in zip(self._columns, self._rows_of(piece.chunk_index), strict=True):
             # codes are places in `rows` by construction; clipping them is four times as fast as checking them
             np.take(rows, dictionary_of(table, name)[1][picked], out=columns[name], mode="clip")

@@ -48,6 +48,15 @@ def test_a_chunk_reads_back_with_missing_numbers_as_zero(tmp_path: Path):
     assert len(raw_ids) == len(np.unique(raw_ids))
 
 
+def test_a_chunk_knows_which_numbers_were_missing(tmp_path: Path):
+    store = ParsedStore(tmp_path / "parsed")
+    write(store, chunk_of(0))
+    write(store, chunk_of(1), SAMPLES.with_columns(int_1=pl.lit(3, pl.Int64)))
+    missing = store.missing(chunk_of(0), "int_0")
+    assert missing is not None and missing.tolist() == [False, True, False]
+    assert store.missing(chunk_of(1), "int_1") is None
+
+
 def test_a_chunk_without_samples_keeps_its_columns(tmp_path: Path):
     store = ParsedStore(tmp_path / "parsed")
     write(store, chunk_of(0, num_samples=0), SAMPLES.clear())

@@ -21,7 +21,11 @@ from slipstream.serving.model import ServedModel
 
 KINDS = {
     "dense": {},
-    "int8": {"tables.representation": "int8"},
+    "int8": {
+        "tables.representation": "int8",
+        "preprocess.dense_transform": "standard",
+        "preprocess.missing_flags": "true",
+    },
     "int4": {"tables.representation": "int4", "tables.quantize_linears": 4},
     "tt": {"tables.representation": "tt", "tables.tt_ranks": "[2, 3]", "train.mode": "fae"},
 }

@@ -111,13 +111,19 @@ def test_limits_of_an_unknown_table_are_a_config_error(tmp_path: Path, log: Path
 
 
 @pytest.mark.parametrize(
-    "split",
-    ["chronological", pytest.param("random", marks=pytest.mark.slow), pytest.param("by_day", marks=pytest.mark.slow)],
+    ("split", "transform"),
+    [
+        ("chronological", "standard"),
+        pytest.param("random", "torchrec", marks=pytest.mark.slow),
+        pytest.param("by_day", "torchrec", marks=pytest.mark.slow),
+    ],
 )
-def test_bytes_depend_neither_on_chunk_size_nor_on_threads(tmp_path: Path, lines: list[bytes], split: str):
+def test_bytes_depend_neither_on_chunk_size_nor_on_threads(
+    tmp_path: Path, lines: list[bytes], split: str, transform: str
+):
     broken = [*lines[:700], b"no sample", *lines[700:], b"", sample_line(label="2")]
     files = [write_raw(tmp_path / "day_0", broken), write_raw(tmp_path / "day_1", lines[:301])]
-    config = {"split": split, "samples_per_part": 400, "dense_transform": "torchrec"}
+    config = {"split": split, "samples_per_part": 400, "dense_transform": transform, "missing_flags": True}
     reference = None
     for chunk_bytes, num_threads in ((8192, 1), (81_920, 1), (8192, 2), (81_920, 2), (10**9, 2)):
         folder = tmp_path / f"{chunk_bytes}-{num_threads}"
@@ -241,6 +247,35 @@ def test_dense_transforms_are_what_they_say(tmp_path: Path, lines: list[bytes], 
     train = read_split(tmp_path / "out", "train")["int_1"]
     wanted = [np.float32(expected(value, -2)) for value in values[: len(train)]]
     np.testing.assert_allclose(train.to_numpy(), wanted, rtol=1e-6)
+
+
+def test_standard_numbers_are_those_of_the_training_split_alone(tmp_path: Path, lines: list[bytes]):
+    lines = [*lines[:TRAIN], *(line.replace(b"\t", b"\t99999999", 1) for line in lines[TRAIN:])]
+    log = write_raw(tmp_path / "log.tsv", lines)
+    counts = run_preprocess(tmp_path / "out", [log], dense_transform="standard")
+    logs = np.log1p([max(int(line.split(b"\t")[1] or 0), 0) for line in lines])
+    mean, deviation = logs[:TRAIN].mean(), logs[:TRAIN].std()
+    in_order = pl.concat([read_split(tmp_path / "out", split) for split in ("train", "test", "val")])
+    np.testing.assert_allclose(in_order["int_0"], (logs - mean) / deviation, rtol=1e-5, atol=1e-5)
+    assert (counts["dense_means"][0], counts["dense_deviations"][0]) == pytest.approx((mean, deviation), rel=1e-5)
+
+
+def test_every_number_that_training_lacks_at_times_has_a_flag(tmp_path: Path, lines: list[bytes]):
+    def field(line: bytes, column: int, value: bytes) -> bytes:
+        fields = line.split(b"\t")
+        return b"\t".join([*fields[: column + 1], value, *fields[column + 2 :]])
+
+    # column 0 is always there, column 1 is missing after training only
+    lines = [field(line, 0, b"7") for line in lines]
+    lines = [field(line, 1, b"3" if at < TRAIN else b"") for at, line in enumerate(lines)]
+    counts = run_preprocess(tmp_path / "out", [write_raw(tmp_path / "log", lines)], missing_flags=True)
+    fields = [line.split(b"\t") for line in lines]
+    lacking = [column for column in range(13) if any(not row[1 + column] for row in fields[:TRAIN])]
+    assert counts["flagged_columns"] == lacking and lacking and not {0, 1} & set(lacking)
+    assert counts["num_dense"] == 13 + len(lacking)
+    in_order = pl.concat([read_split(tmp_path / "out", split) for split in ("train", "test", "val")])
+    for place, column in enumerate(lacking, start=13):
+        assert in_order[f"int_{place}"].to_list() == [float(not row[1 + column]) for row in fields]
 
 
 def test_a_disk_too_small_is_refused_before_anything_is_parsed(tmp_path: Path, log: Path, monkeypatch):

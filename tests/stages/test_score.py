@@ -27,6 +27,7 @@ KINDS = {
     "int4": {"tables.representation": "int4", "tables.quantize_linears": 8},
     "tt": {"tables.representation": "tt", "tables.tt_ranks": "[2, 2]", "train.mode": "fae"},
     "hashed": {"preprocess.num_buckets": 50, "preprocess.dense_transform": "torchrec"},
+    "standard": {"preprocess.dense_transform": "standard", "preprocess.missing_flags": "true"},
 }
 
 
