@@ -35,11 +35,11 @@ from slipstream.ops.metrics import measure_quality
 from slipstream.options import pick
 from slipstream.pipeline import export_model, run_pipeline
 from slipstream.stages import evaluate
-from slipstream.stages.train import choose_tables
 from slipstream.training.assemble import Settings, assemble
 from slipstream.training.order.shards import read_slot_maps
 from slipstream.training.slot_layout import SlotLayout
 from slipstream.training.step import TrainStep
+from slipstream.wiring import choose_tables
 
 ROOT = Path(__file__).parent.parent
 

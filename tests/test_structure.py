@@ -69,6 +69,7 @@ MAY_IMPORT = {
     },
     "stages": {
         *(
+            "wiring",
             "stage",
             "serving",
             "training",
@@ -85,6 +86,7 @@ MAY_IMPORT = {
             "schema",
         )
     },
+    "wiring": {"training", "embedding", "models", "config", "options", "io", "ops", "errors"},
     "stage": {"training.skipping", "embedding.rules", "config", "options", "io", "ops", "progress"},
     "serving": {
         *("serving", "training", "embedding", "models", "datasets", "io", "ops"),
@@ -119,7 +121,7 @@ MAY_IMPORT = {
 """From top to bottom; `a.b` is the room `b` of `a` alone."""
 
 HEAVY = {"torch", "polars", "pyarrow"}
-TORCH_BELONGS_TO = {"serving", "embedding", "models", "training", "stages"}
+TORCH_BELONGS_TO = {"wiring", "serving", "embedding", "models", "training", "stages"}
 
 
 def component(path: Path) -> str:

@@ -9,17 +9,14 @@ Costs   one pass over the training shards an epoch; device memory for hot rows, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from slipstream.config import PipelineConfig, TablesConfig, TrainConfig
-from slipstream.embedding.tiers.lookahead import LookAhead
+from slipstream.config import PipelineConfig, TrainConfig
 from slipstream.embedding.tiers.placement import CachedRows
 from slipstream.errors import ConfigError
 from slipstream.io.artifacts import Artifact, write_atomically, write_json
@@ -27,32 +24,25 @@ from slipstream.io.capacity import require_disk, require_memory
 from slipstream.io.costs import train_disk_bytes, train_memory_bytes
 from slipstream.io.counts import read_counts
 from slipstream.io.figures import SegregateFigures, TrainFigures
-from slipstream.io.processors import usable_cores
-from slipstream.ops.learning_rate import learning_rate
 from slipstream.ops.metrics import Quality, measure_quality
 from slipstream.ops.plausibility import doubt_quality
-from slipstream.options import pick, to_dict
+from slipstream.options import to_dict
 from slipstream.serving.encoder import describe_encoding, write_vocabularies
 from slipstream.serving.examples import write_examples
 from slipstream.stage import StageJob, trained_row_bytes
-from slipstream.training.assemble import Assembly, Settings, assemble
+from slipstream.training.assemble import Assembly
 from slipstream.training.checkpoint import Checkpointer
 from slipstream.training.device import check_kernels, fitting_the_device, resolve_device
 from slipstream.training.faithful import FaithfulRule, FaithfulTrainer
 from slipstream.training.loop import LoopTotals, StepReport, Trainer
 from slipstream.training.model_file import save_model
-from slipstream.training.order.schedule import Schedule, default_segment_steps
 from slipstream.training.order.shards import Shards, read_slot_maps
 from slipstream.training.predict import predict
 from slipstream.training.representations import TableSpec
-from slipstream.training.skipping.criterion import SkipRule
 from slipstream.training.skipping.registry import CRITERIA
-from slipstream.training.skipping.skipper import Skipper
 from slipstream.training.slot_layout import SlotLayout
-from slipstream.training.threads import choose_threads, step_flop, torch_threads
-
-_ROUND_SAMPLES = 1_000_000
-"""Most samples of a round."""
+from slipstream.training.threads import torch_threads
+from slipstream.wiring import choose_tables, make_trainer, num_threads, put_together
 
 
 def run_stage(job: StageJob) -> TrainFigures:
@@ -73,7 +63,7 @@ def run_stage(job: StageJob) -> TrainFigures:
         every_steps=config.train.checkpoint_steps,
         every_minutes=config.train.checkpoint_minutes,
     )
-    with SummaryWriter(str(scratch / "events")) as events, checkpoints, torch_threads(_num_threads(config, parts)):
+    with SummaryWriter(str(scratch / "events")) as events, checkpoints, torch_threads(num_threads(config, parts)):
         with (
             shards.streams(seed=config.train_seed) as open_streams,
             job.progress.task("train", shards.figures.num_train * config.train.epochs, "samples") as advance,
@@ -95,21 +85,12 @@ def run_stage(job: StageJob) -> TrainFigures:
     return _sum_up(config, parts, trainer, quality)
 
 
-def _num_threads(config: PipelineConfig, parts: Assembly) -> int:
-    """CPU threads of training; on another device they have too little to do to choose."""
-    if resolve_device(config.train.device).type != "cpu":
-        return config.train.num_threads or torch.get_num_threads()
-    flop = step_flop(parts.model, config.train.batch_size, backward=True)
-    return choose_threads(config.train.num_threads, flop=flop, cores=usable_cores(), default=torch.get_num_threads())
-
-
 def _open(config: PipelineConfig, segregated: Artifact, *, counts: np.ndarray, scratch: Path) -> Assembly:
     """Put together what trains."""
     device = resolve_device(config.train.device)
     check_kernels(config.train.kernels, device)
     figures = SegregateFigures.of(segregated)
-    padding_rows = figures.padding_rows or {}
-    specs = choose_tables(config.tables, figures.rows_per_table, padding_rows)
+    specs = choose_tables(config.tables, figures.rows_per_table, figures.padding_rows or {})
     _check_capacity(config, figures, specs, scratch, on_host=device.type == "cpu")
     layout = SlotLayout(
         read_slot_maps(segregated),
@@ -122,18 +103,7 @@ def _open(config: PipelineConfig, segregated: Artifact, *, counts: np.ndarray, s
             f"criterion `{config.criterion}` watches rows move, and no table has rows: all are tensor-train cores",
             hint="choose another skip.criterion, or let small tables be dense",
         )
-    return assemble(
-        pick(Settings, config.train),
-        layout=layout,
-        specs=specs,
-        padding_rows=padding_rows,
-        counts=counts,
-        network=config.model,
-        linear_bits=config.tables.quantize_linears,
-        num_dense=figures.num_dense,
-        seed=config.train_seed,
-        device=device,
-    )
+    return put_together(config, layout=layout, specs=specs, figures=figures, counts=counts, device=device)
 
 
 def _check_capacity(
@@ -165,43 +135,6 @@ def _check_capacity(
     )
 
 
-def choose_tables(config: TablesConfig, tables: Mapping[str, int], padding_rows: Mapping[str, int]) -> list[TableSpec]:
-    """Decide how each table is held.
-
-    Args:
-        config: Section `tables`.
-        tables: Rows of each table, in order.
-        padding_rows: Tables with a row that stays zero, and that row.
-
-    Raises:
-        ConfigError: An override names no table, or a table with padding would be held as cores.
-    """
-    for name in config.overrides:
-        if name not in tables:
-            raise ConfigError(
-                f"`tables.overrides.{name}` names no table", hint=f"this data set has {', '.join(tables)}"
-            )
-    specs = []
-    for name, num_rows in tables.items():
-        choice = config.choice_for(name, num_rows)
-        assert choice.representation and choice.period and choice.tt_ranks
-        if choice.representation == "tt" and name in padding_rows:
-            raise ConfigError(
-                f"table `{name}` has a padding row, which must stay zero, and tensor-train cores have no single rows",
-                hint=f'give it rows: [tables.overrides.{name}] representation = "dense"',
-            )
-        specs.append(
-            TableSpec(
-                name=name,
-                num_rows=num_rows,
-                representation=choice.representation,
-                period=choice.period,
-                tt_ranks=choice.tt_ranks,
-            )
-        )
-    return specs
-
-
 def _make_trainer(
     config: PipelineConfig,
     parts: Assembly,
@@ -211,38 +144,16 @@ def _make_trainer(
     on_report: Callable[[StepReport], None],
 ) -> Trainer | FaithfulTrainer:
     """Make what trains: the loop that every mode shares, or the published order."""
-    train = config.train
-    if train.faithful:
+    if config.train.faithful:
         return _make_faithful(config, parts, num_hot=shards.figures.hot_rows)
-    schedule = Schedule(
-        epochs=train.epochs,
-        batch_size=train.batch_size,
-        order=train.order,
-        segment_steps=config.skip.refresh_steps or default_segment_steps(shards.figures.num_train, train.batch_size),
-        round_samples=_ROUND_SAMPLES,
-        warmup_steps=config.skip.warmup_steps,
-        window_steps=config.skip.window_steps,
-        seed=config.train_seed,
-    )
-    chunk_batches = 1 if train.mode == "baseline" else train.chunk_batches
     with fitting_the_device("what watches the hot rows move"):
-        return Trainer(
-            step=parts.step,
-            lookahead=LookAhead(parts.rows, parts.placement, chunk_batches=chunk_batches, columns=parts.columns),
-            lr_schedule=partial(learning_rate, lr=train.lr, warmup=train.lr_warmup, decay=train.lr_decay),
-            skipper=Skipper(_skip_rule(config, parts), columns=parts.columns),
-            schedule=schedule,
-            log_every=train.log_every,
-            padding_slots=parts.padding_slots,
+        return make_trainer(
+            config,
+            parts,
+            num_train=shards.figures.num_train,
             on_report=on_report,
             between_chunks=checkpoints.between_chunks,
         )
-
-
-def _skip_rule(config: PipelineConfig, parts: Assembly) -> SkipRule:
-    if config.skip.scorer == "model":
-        return config.skip_rule
-    return replace(config.skip_rule, num_rows=parts.layout.num_slots, num_dense=parts.num_dense)
 
 
 def _make_faithful(config: PipelineConfig, parts: Assembly, *, num_hot: int) -> FaithfulTrainer:

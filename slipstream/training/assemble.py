@@ -137,9 +137,28 @@ def place_rows(
     Raises:
         CapacityError: The device has no room for them.
     """
+    rows = make_rows(settings, layout, row_width=row_width, device=device)
+    if settings.mode != "cached":
+        return rows, StagingHalves(rows)
+    slot_counts = layout.counts_by_slot(counts)
+    cache = RowCache(
+        len(slot_counts),
+        rows.num_staged,
+        policy=settings.cache_policy,
+        row_counts=slot_counts if settings.cache_policy == "rank" else None,
+    )
+    return rows, CachedRows(rows, cache)
+
+
+def make_rows(settings: Settings, layout: SlotLayout, *, row_width: int, device: torch.device) -> TieredRows:
+    """Make tiers of the sizes that the mode wants; all rows are zero.
+
+    Raises:
+        CapacityError: The device has no room for them.
+    """
     num_hot, num_staged = _size_tiers(settings, layout)
     with fitting_the_device(f"{num_hot:,} hot rows and {num_staged:,} staged rows of {row_width} floats"):
-        rows = TieredRows(
+        return TieredRows(
             num_rows=layout.num_rows,
             num_hot=num_hot,
             embedding_dim=row_width,
@@ -147,16 +166,6 @@ def place_rows(
             optimizer=settings.optimizer,
             device=device,
         )
-    if settings.mode != "cached":
-        return rows, StagingHalves(rows)
-    slot_counts = layout.counts_by_slot(counts)
-    cache = RowCache(
-        len(slot_counts),
-        num_staged,
-        policy=settings.cache_policy,
-        row_counts=slot_counts if settings.cache_policy == "rank" else None,
-    )
-    return rows, CachedRows(rows, cache)
 
 
 def _size_tiers(settings: Settings, layout: SlotLayout) -> tuple[int, int]:

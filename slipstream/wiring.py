@@ -1,0 +1,164 @@
+"""From a pipeline file to what trains: how tables are held, the assembly, the trainer.
+
+Training takes flat arguments and knows no pipeline file. Whoever trains from one, or asks what such a training would
+take, puts it together here, so that what is forecast and what trains are made by the same calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import torch
+
+from slipstream.config import PipelineConfig, TablesConfig
+from slipstream.embedding.tiers.lookahead import LookAhead
+from slipstream.errors import ConfigError
+from slipstream.io.figures import TableFigures
+from slipstream.io.processors import usable_cores
+from slipstream.ops.learning_rate import learning_rate
+from slipstream.options import pick
+from slipstream.training.assemble import Assembly, Settings, assemble
+from slipstream.training.device import resolve_device
+from slipstream.training.loop import StepReport, Trainer
+from slipstream.training.order.schedule import Schedule, default_segment_steps
+from slipstream.training.representations import TableSpec
+from slipstream.training.skipping.criterion import SkipRule
+from slipstream.training.skipping.skipper import Skipper
+from slipstream.training.slot_layout import SlotLayout
+from slipstream.training.threads import choose_threads, step_flop
+
+ROUND_SAMPLES = 1_000_000
+"""Most samples of a round."""
+
+
+def choose_tables(config: TablesConfig, tables: Mapping[str, int], padding_rows: Mapping[str, int]) -> list[TableSpec]:
+    """Decide how each table is held.
+
+    Args:
+        config: Section `tables`.
+        tables: Rows of each table, in order.
+        padding_rows: Tables with a row that stays zero, and that row.
+
+    Raises:
+        ConfigError: An override names no table, or a table with padding would be held as cores.
+    """
+    for name in config.overrides:
+        if name not in tables:
+            raise ConfigError(
+                f"`tables.overrides.{name}` names no table", hint=f"this data set has {', '.join(tables)}"
+            )
+    specs = []
+    for name, num_rows in tables.items():
+        choice = config.choice_for(name, num_rows)
+        assert choice.representation and choice.period and choice.tt_ranks
+        if choice.representation == "tt" and name in padding_rows:
+            raise ConfigError(
+                f"table `{name}` has a padding row, which must stay zero, and tensor-train cores have no single rows",
+                hint=f'give it rows: [tables.overrides.{name}] representation = "dense"',
+            )
+        specs.append(
+            TableSpec(
+                name=name,
+                num_rows=num_rows,
+                representation=choice.representation,
+                period=choice.period,
+                tt_ranks=choice.tt_ranks,
+            )
+        )
+    return specs
+
+
+def put_together(
+    config: PipelineConfig,
+    *,
+    layout: SlotLayout,
+    specs: Sequence[TableSpec],
+    figures: TableFigures,
+    counts: np.ndarray,
+    device: torch.device,
+) -> Assembly:
+    """Put together what trains.
+
+    Args:
+        config: The pipeline.
+        layout: Slots of the tables.
+        specs: How each table is held, in the order of the layout.
+        figures: Padding rows and dense columns.
+        counts: Access counts per global row. Shape (V,), int64.
+        device: Where to train.
+
+    Raises:
+        CapacityError: The device has no room for it.
+    """
+    return assemble(
+        pick(Settings, config.train),
+        layout=layout,
+        specs=specs,
+        padding_rows=figures.padding_rows or {},
+        counts=counts,
+        network=config.model,
+        linear_bits=config.tables.quantize_linears,
+        num_dense=figures.num_dense,
+        seed=config.train_seed,
+        device=device,
+    )
+
+
+def make_trainer(
+    config: PipelineConfig,
+    parts: Assembly,
+    *,
+    num_train: int,
+    on_report: Callable[[StepReport], None] = lambda report: None,
+    between_chunks: Callable[[Trainer], None] = lambda trainer: None,
+) -> Trainer:
+    """Make the loop that every mode shares.
+
+    Args:
+        config: The pipeline.
+        parts: What trains.
+        num_train: Training samples of an epoch.
+        on_report: Hears reports.
+        between_chunks: Called with the trainer whenever no row is moving.
+    """
+    train = config.train
+    schedule = Schedule(
+        epochs=train.epochs,
+        batch_size=train.batch_size,
+        order=train.order,
+        segment_steps=config.skip.refresh_steps or default_segment_steps(num_train, train.batch_size),
+        round_samples=ROUND_SAMPLES,
+        warmup_steps=config.skip.warmup_steps,
+        window_steps=config.skip.window_steps,
+        seed=config.train_seed,
+    )
+    chunk_batches = 1 if train.mode == "baseline" else train.chunk_batches
+    return Trainer(
+        step=parts.step,
+        lookahead=LookAhead(parts.rows, parts.placement, chunk_batches=chunk_batches, columns=parts.columns),
+        lr_schedule=partial(learning_rate, lr=train.lr, warmup=train.lr_warmup, decay=train.lr_decay),
+        skipper=Skipper(skip_rule_of(config, parts), columns=parts.columns),
+        schedule=schedule,
+        log_every=train.log_every,
+        padding_slots=parts.padding_slots,
+        on_report=on_report,
+        between_chunks=between_chunks,
+    )
+
+
+def skip_rule_of(config: PipelineConfig, parts: Assembly) -> SkipRule:
+    """Give the criterion in force, with what it has to know of the tables."""
+    if config.skip.scorer == "model":
+        return config.skip_rule
+    return replace(config.skip_rule, num_rows=parts.layout.num_slots, num_dense=parts.num_dense)
+
+
+def num_threads(config: PipelineConfig, parts: Assembly) -> int:
+    """CPU threads of training; on another device they have too little to do to choose."""
+    if resolve_device(config.train.device).type != "cpu":
+        return config.train.num_threads or torch.get_num_threads()
+    flop = step_flop(parts.model, config.train.batch_size, backward=True)
+    return choose_threads(config.train.num_threads, flop=flop, cores=usable_cores(), default=torch.get_num_threads())
