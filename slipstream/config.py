@@ -268,7 +268,8 @@ class TrainConfig:
     epochs: int = 1
     """Passes over the training samples."""
     batch_size: int = 2048
-    """Samples per step."""
+    """Samples per step. The loss of a step is their sum over this number, so the fewer that end an epoch pull no
+    harder than others; with `train.faithful` it is the mean over the batch, as published."""
     optimizer: Annotated[str, ChoiceOf("slipstream.embedding.rules:OPTIMIZERS")] = "rowwise_adagrad"
     """What updates the rows, each when it is looked up; the dense layers follow, element-wise."""
     lr: float = 0.02

@@ -120,6 +120,8 @@ def _train_settings(config: PipelineConfig) -> dict[str, Any]:
     train = to_dict(config.train, execution=False) | {"seed": config.train_seed}
     if config.train.mode != "cached":
         train = {name: value for name, value in train.items() if not name.startswith("cache_")}
+    if not config.train.faithful:
+        train["loss_divisor"] = "batch_size"  # it was the mean over each batch once
     settings = {
         "train": train,
         "model": to_dict(config.model, execution=False),

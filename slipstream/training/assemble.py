@@ -243,4 +243,5 @@ def make_step(
     if rows.device.type == "cuda" and not asks_plain:
         num_tables = len(layout.column_tables)
         return FixedShapeStep(batch_size=settings.batch_size, num_dense=num_dense, num_tables=num_tables, **options)
-    return TrainStep(deterministic=settings.deterministic, **options)
+    batch_size = None if settings.faithful else settings.batch_size
+    return TrainStep(batch_size=batch_size, deterministic=settings.deterministic, **options)

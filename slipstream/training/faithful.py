@@ -7,9 +7,9 @@
     5. classify the remaining hot samples once; the dropped ones are gone for the epoch
     6. train the rest; copy all hot rows back
 
-A row has two copies here, and whole tables move between phases. The published code's crashes are not reproduced, nor
-its second training of batch E. Source: the released code of both systems (FAE, arXiv 2103.00686; Slipstream, arXiv
-2404.04270), which has no shuffle scheduler.
+A row has two copies here, and whole tables move between phases; the loss is the mean over a batch, however few samples
+it has. The published code's crashes are not reproduced, nor its second training of batch E. Source: the released code
+of both systems (FAE, arXiv 2103.00686; Slipstream, arXiv 2404.04270), which has no shuffle scheduler.
 """
 
 from __future__ import annotations

@@ -33,7 +33,9 @@ _EAGER_STEPS = 3
 class TrainStep:
     """Trains a model and the rows its batches look up.
 
-    A sample of weight w counts as w samples, in the gradients and in what rules keep of their squares alike.
+    The loss is Σ wᵢ ℓᵢ / B with the B of full batches, so a sample pulls as hard in the few that end an epoch as in any
+    other batch; as a mean, 21 samples would step at the full rate. A sample of weight w counts as w samples, in the
+    gradients and in what rules keep of their squares alike.
 
     Args:
         model: (dense (B, n), looked-up rows (B, T, D)) -> logits (B,).
@@ -41,6 +43,7 @@ class TrainStep:
         dense_optimizer: Updates the model's parameters.
         representations: What the model sees of rows.
         eps: Of the rule that updates rows.
+        batch_size: B; None: the samples of each batch, whose mean the loss then is, as published.
         precision: Of the matrix products: `tf32` on CUDA only, `bf16` by autocast; weights and updates stay fp32.
         deterministic: Whether results on CUDA must repeat to the bit.
         kernels: What looks rows up and updates them: plain `torch`, or one `triton` kernel each.
@@ -55,13 +58,14 @@ class TrainStep:
         dense_optimizer: DenseOptimizer,
         representations: Representations,
         eps: float,
+        batch_size: int | None = None,
         precision: Precision = "fp32",
         deterministic: bool = False,
         kernels: Kernels = "torch",
         most_distinct: int | None = None,
     ) -> None:
         self.representations = representations
-        self._most_distinct = most_distinct
+        self._most_distinct, self._batch_size = most_distinct, batch_size
         self._padding = rows.padding(0)
         self.tracker: RowTracker | None = None
         """Watches the rows that steps look up, where a rule asks for it."""
@@ -90,6 +94,7 @@ class TrainStep:
             rows=rows,
             dense_optimizer=self.dense_optimizer,
             eps=self._eps,
+            batch_size=self._batch_size,
             precision=self._precision,
             deterministic=self._deterministic,
             kernels=self._kernels,
@@ -112,7 +117,7 @@ class TrainStep:
         self.representations.set_exact_scales(self.rows)
 
     def take_loss_sum(self) -> float:
-        """Sum of the losses since the last call; waits for the device."""
+        """Sum of the mean losses of the batches since the last call; waits for the device."""
         total = float(self._loss_sum)
         self._loss_sum.zero_()
         return total
@@ -130,10 +135,10 @@ class TrainStep:
         pooled = self.representations.train(pooled, batch.tierless)
         with self._autocast():
             logits = self.model(batch.dense, pooled)
-        loss = binary_cross_entropy_with_logits(logits.float(), batch.labels, weight=batch.weights)
-        weights = batch.weights
+        weights, batch_size = batch.weights, self._batch_size or len(batch)
+        loss = binary_cross_entropy_with_logits(logits.float(), batch.labels, weight=weights, reduction="sum")
         self.dense_optimizer.zero_grad()
-        loss.backward()
+        (loss / batch_size).backward()
         counted = None if weights is None else _mean_by_weight(weights)
         self.dense_optimizer.step(self._lr, num_steps=self._num_steps, sample_weight=counted)
         gradients = looked_up.grad
@@ -141,11 +146,13 @@ class TrainStep:
         if self.tracker is not None and self.tracker.is_open:
             self.tracker.observe(
                 distinct.rows,
-                lambda: self._sum_by_row(pulls_of_lookups(gradients, batch.labels, weights), distinct),
+                lambda: self._sum_by_row(
+                    pulls_of_lookups(gradients, batch.labels, weights, batch_size=batch_size), distinct
+                ),
             )
         summed = self._sum_by_row(gradients, distinct)
         self._update(values, summed, distinct, None if weights is None else self._weigh_rows(weights, distinct))
-        self._loss_sum += loss.detach() if weights is None else loss.detach() / weights.mean()
+        self._loss_sum += loss.detach() / (len(batch) if weights is None else weights.sum())
 
     def _pad(self, num_lookups: int) -> Tensor:
         """Say what stands for distinct rows that a batch could have looked up and has not. Shape (U,), int64."""
@@ -226,7 +233,7 @@ class FixedShapeStep(TrainStep):
     """
 
     def __init__(self, *, batch_size: int, num_dense: int, num_tables: int, **options: object) -> None:
-        super().__init__(**options)  # type: ignore[arg-type]
+        super().__init__(batch_size=batch_size, **options)  # type: ignore[arg-type]
         if self._deterministic:
             raise ValueError("expected deterministic = False: the sorted sums cannot be captured; use TrainStep")
         if self.representations.has_cores:

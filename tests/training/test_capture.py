@@ -45,12 +45,13 @@ def make_step(make: type[TrainStep], device: torch.device, *, kind: str = "adagr
     network = DLRM(embedding_dim=DIM, bottom_mlp=(5, DIM), top_mlp=(6, 1))
     model = network.build(num_dense=DENSE, num_columns=TABLES).to(device)
     layout = SlotLayout({"cat_0": np.arange(NUM_ROWS)}, num_hot=NUM_HOT, table_of_column=[0] * TABLES)
-    options = {"batch_size": BATCH, "num_dense": DENSE, "num_tables": TABLES} if make is FixedShapeStep else {}
+    options = {"num_dense": DENSE, "num_tables": TABLES} if make is FixedShapeStep else {}
     return make(
         model=model,
         rows=rows,
         dense_optimizer=DenseOptimizer(model.parameters(), optimizer=kind, eps=1e-8),  # type: ignore[arg-type]
         eps=1e-8,
+        batch_size=BATCH,
         representations=Representations.plain(layout, embedding_dim=DIM, device=device),
         **options,
     )

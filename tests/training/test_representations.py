@@ -59,6 +59,7 @@ def make_step(kind: str, cls: type[TrainStep] = TrainStep, *, device: torch.devi
     dlrm = DLRM(embedding_dim=DIM, bottom_mlp=(5, DIM), top_mlp=(6, 1))
     model = dlrm.build(num_dense=DENSE, num_columns=len(ROWS)).to(device)
     optimizer = DenseOptimizer(model.parameters(), optimizer=kind, eps=1e-8)
+    options = {"batch_size": BATCH, **options}
     return cls(model=model, rows=rows, dense_optimizer=optimizer, eps=1e-8, representations=representations, **options)
 
 

@@ -66,8 +66,8 @@ def make_step(make: type[TrainStep], model: torch.nn.Module, rows: TieredRows, *
         "kernels": kernels,
     }
     if make is FixedShapeStep:
-        options |= {"batch_size": BATCH, "num_dense": DENSE, "num_tables": TABLES}
-    return make(**options)
+        options |= {"num_dense": DENSE, "num_tables": TABLES}
+    return make(batch_size=BATCH, **options)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.names())
@@ -82,6 +82,7 @@ def test_a_fixed_shape_step_equals_the_plain_one_to_the_bit(optimizer: str, weig
         dense_optimizer=DenseOptimizer(plain_model.parameters(), optimizer=optimizer, eps=1e-8),
         representations=fp32_tables(),
         eps=1e-8,
+        batch_size=BATCH,
     )
     fixed = FixedShapeStep(
         batch_size=BATCH,
@@ -106,12 +107,12 @@ def test_a_fixed_shape_step_equals_the_plain_one_to_the_bit(optimizer: str, weig
 
 @pytest.mark.parametrize("weight", [0.5, 3.0])
 def test_a_sample_of_weight_w_leaves_the_accumulators_of_w_samples(weight: float) -> None:
-    batch = make_batch(1, 0, weighted=False, sorted_by_host=True)
+    batch = make_batch(5, 0, weighted=False, sorted_by_host=True)
     accumulators = []
     for sample_weight in (None, weight):
         rows, model = make_rows("rowwise_adagrad"), make_model()
         step = make_step(TrainStep, model, rows, kernels="torch")
-        weights = None if sample_weight is None else torch.tensor([sample_weight])
+        weights = None if sample_weight is None else torch.full((5,), sample_weight)
         step(dataclasses.replace(batch, weights=weights), 0.0)
         accumulators.append([rows.buffer_state[0][:ROWS], *step.dense_optimizer.state])
 
@@ -148,6 +149,31 @@ def test_weights_of_one_row_in_several_samples_count_by_their_size() -> None:
     assert found_weights is not None
     shared = (1 + 9) / (1 + 3)
     assert dict(zip(found.unique.tolist(), found_weights.tolist(), strict=True)) == {4: shared, 7: 1, 8: 3, 9: shared}
+
+
+def gradient_of(size: int, batch_size: int | None, repeats: int = 1) -> torch.Tensor:
+    """What plain SGD takes from the rows for so many samples, each as often as said."""
+    batch = make_batch(size, 0, weighted=False)
+    repeated = {name: getattr(batch, name).repeat_interleave(repeats, dim=0) for name in ("dense", "labels")}
+    assert batch.positions is not None
+    positions = batch.positions.view(size, TABLES).repeat_interleave(repeats, dim=0).flatten()
+    rows, model = make_rows("sgd"), make_model()
+    options = {"representations": fp32_tables(), "eps": 0.0, "batch_size": batch_size}
+    optimizer = DenseOptimizer(model.parameters(), optimizer="sgd", eps=0.0)
+    step = TrainStep(model=model, rows=rows, dense_optimizer=optimizer, **options)
+    step(dataclasses.replace(batch, positions=positions, **repeated), 1.0)
+    before = make_model().parameters()
+    layers = [(one - other).flatten() for one, other in zip(before, model.parameters(), strict=True)]
+    return torch.cat([(make_rows("sgd").buffer - rows.buffer).flatten(), *layers]).detach()
+
+
+def test_a_short_batch_pulls_by_its_samples_and_as_published_as_a_whole_one() -> None:
+    short = gradient_of(2, BATCH)
+    torch.testing.assert_close(4 * short, gradient_of(2, BATCH, repeats=4))
+    as_published = gradient_of(2, None)
+    torch.testing.assert_close(as_published, gradient_of(2, None, repeats=4))
+    torch.testing.assert_close(as_published, 4 * short)
+    assert short.abs().max() > 1e-4
 
 
 def test_the_reported_loss_of_weighted_samples_is_their_weighted_mean() -> None:

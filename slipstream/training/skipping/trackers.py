@@ -165,18 +165,19 @@ def _watched(positions: Tensor, num_hot: int) -> Tensor:
     return torch.where(positions < num_hot, positions, positions.remainder(_NUM_BEYOND).add_(num_hot))
 
 
-def pulls_of_lookups(gradients: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+def pulls_of_lookups(gradients: Tensor, labels: Tensor, weights: Tensor | None, *, batch_size: int) -> Tensor:
     """How hard each lookup pulls at its row, by label, in a form that can be summed.
 
     Args:
-        gradients: Of the mean loss of a batch with regard to each looked-up row, sample by sample. Shape (L, D).
+        gradients: Of the loss of a batch with regard to each looked-up row, sample by sample. Shape (L, D).
         labels: Shape (B,).
         weights: Of samples in the loss; None is 1. Shape (B,).
+        batch_size: What the loss divides by, so that the pull is that of the sample alone.
 
     Returns:
         Pulls of samples without a click and with one, then how many samples they stand for. Shape (L, 4), float32.
     """
-    pulls: Tensor = torch.linalg.vector_norm(gradients, dim=1).view(len(labels), -1) * len(labels)
+    pulls: Tensor = torch.linalg.vector_norm(gradients, dim=1).view(len(labels), -1) * batch_size
     is_clicked = (labels > 0.5).to(pulls.dtype).unsqueeze(1)
     samples = torch.ones_like(is_clicked) if weights is None else weights.unsqueeze(1)
     summable = pulls.new_empty(*pulls.shape, 4)

@@ -82,8 +82,8 @@ def test_pulls_are_the_lengths_of_each_samples_own_gradient(rng: np.random.Gener
         logits = (rows.flatten(start_dim=1) @ direction).tanh()
         return binary_cross_entropy_with_logits(logits, labels, reduction="none")
 
-    of_batch = torch.autograd.grad((losses() * (1 if weights is None else weights)).mean(), rows)[0]
-    found = pulls_of_lookups(of_batch.flatten(end_dim=1), labels, weights)
+    of_batch = torch.autograd.grad((losses() * (1 if weights is None else weights)).sum() / 8, rows)[0]
+    found = pulls_of_lookups(of_batch.flatten(end_dim=1), labels, weights, batch_size=8)
 
     expected = []
     for sample in range(num_samples):
@@ -134,7 +134,7 @@ def test_a_row_that_stands_still_between_its_labels_is_at_rest_by_net_movement_a
     for label, gradient in [(0.0, 1.0), (1.0, -1.0)] * 4:  # row 0 swings to and fro, row 1 hardly moves
         gradients = torch.tensor([[gradient], [0.01]])
         rows -= gradients
-        pulls_of_step = pulls_of_lookups(gradients, torch.tensor([label]), None)
+        pulls_of_step = pulls_of_lookups(gradients, torch.tensor([label]), None, batch_size=1)
         for tracker in (net, per_label):
             tracker.observe(torch.tensor([0, 1]), lambda pulls=pulls_of_step: pulls)
     moved = net.close_window()
