@@ -1,6 +1,6 @@
 """What a stage of a pipeline is: what its result depends on, and what makes it.
 
-A stage is a module of `stages/` with a function `run_stage(job)`, and one entry of `STAGES` in `pipeline.py`; its
+A stage is a module of `stages/` with a function `run_stage(job)`, and one entry of `STAGES` in `stage_list.py`; its
 command, its plan, its place in a run and its artifact follow. The entry loads nothing heavy, so a run is planned
 without the packages that do the work.
 """

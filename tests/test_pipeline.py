@@ -19,8 +19,9 @@ from slipstream.io import raw
 from slipstream.io.artifacts import find_place, leftovers, parsed_folders, scratch_dir
 from slipstream.io.figures import Figures
 from slipstream.io.locks import InUseError, hold_artifact
-from slipstream.pipeline import STAGES, Run, clean_run, latest_artifact, plan_pipeline, run_pipeline, stage_names
+from slipstream.pipeline import Run, clean_run, latest_artifact, plan_pipeline, run_pipeline, stage_names
 from slipstream.stage import Stage, StageJob
+from slipstream.stage_list import STAGES
 
 ALL = ["generate", "preprocess", "profile", "segregate", "train"]
 

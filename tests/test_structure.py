@@ -19,7 +19,7 @@ import slipstream
 from slipstream.cli import app
 from slipstream.config import PipelineConfig
 from slipstream.models.registry import MODELS
-from slipstream.pipeline import STAGES
+from slipstream.stage_list import STAGES
 
 PACKAGE = Path(slipstream.__file__).parent
 ROOT = PACKAGE.parent
@@ -36,6 +36,7 @@ MAY_IMPORT = {
         "forecast",
         "compare",
         "stage",
+        "stage_list",
         "report",
         "pipeline",
         "config",
@@ -53,20 +54,10 @@ MAY_IMPORT = {
     "init": {"datasets", "io", "ops", "registry", "errors"},
     "forecast": {"pipeline", "stage", "config", "io", "errors"},
     "pipeline": {
-        "stage",
-        "published",
-        "training.skipping",
-        "serving",
-        "stages",
-        "datasets",
-        "io",
-        "ops",
-        "config",
-        "options",
-        "errors",
-        "progress",
-        "schema",
+        *("stage", "stage_list", "serving", "stages", "datasets", "io", "ops"),
+        *("config", "options", "errors", "progress", "schema"),
     },
+    "stage_list": {"stage", "published", "training.skipping", "io", "config", "options", "progress"},
     "stages": {
         *(
             "wiring",

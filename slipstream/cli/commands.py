@@ -26,8 +26,8 @@ from slipstream.cli.front import (
     say,
 )
 from slipstream.errors import ArtifactError
-from slipstream.pipeline import STAGES
 from slipstream.shipped import find_pipeline
+from slipstream.stage_list import STAGES
 
 if TYPE_CHECKING:
     from slipstream.config import PipelineConfig
