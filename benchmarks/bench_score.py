@@ -106,7 +106,7 @@ def run_score(folder: Path, args: argparse.Namespace, log: str = "log.tsv") -> d
     from slipstream.stages import score  # noqa: F401 (imports are not timed)
 
     def work() -> int:
-        lines: int = score_lines(folder / "model", raw=[str(folder / log)], out=folder / "scores.parquet")["lines"]
+        lines: int = score_lines([folder / "model"], raw=[str(folder / log)], out=folder / "scores.parquet")["lines"]
         return lines
 
     return timed(work, unit="rows")

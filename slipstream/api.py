@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from slipstream.config import load_pipeline
 from slipstream.errors import ArtifactError, ConfigError
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     import polars as pl
 
+    from slipstream.serving.ensemble import Ensemble
     from slipstream.serving.model import ServedModel
 
 
@@ -154,23 +155,36 @@ def run(
     return Result(result, pipeline=str(pipeline), overrides=tuple(overrides))
 
 
-def load(folder: str | Path) -> ServedModel:
-    """Load a trained model to predict with.
+@overload
+def load(folder: str | Path, /) -> ServedModel: ...
+
+
+@overload
+def load(folder: str | Path, /, *others: str | Path) -> Ensemble: ...
+
+
+def load(folder: str | Path, /, *others: str | Path) -> ServedModel | Ensemble:
+    """Load a trained model to predict with, or several whose probabilities are averaged.
 
     Args:
         folder: Folder of a train artifact, or of an exported model.
+        others: Further ones.
 
     Returns:
-        An `nn.Module` on the CPU, in evaluation mode: `model(dense, rows)` gives logits, `model.predict(dense, rows)`
-        probabilities of encoded samples, `model.score(path or frame)` those of raw lines.
+        Of one folder an `nn.Module` on the CPU, in evaluation mode: `model(dense, rows)` gives logits,
+        `model.predict(dense, rows)` probabilities of encoded samples, `model.score(path or frame)` those of raw lines.
+        Of several an `Ensemble`, whose `score(path or frame)` gives the mean of theirs.
 
     Raises:
-        ArtifactError: The folder holds no whole model.
+        ArtifactError: A folder holds no whole model.
+        ConfigError: Two models read lines of different formats.
     """
     wait_without_spinning(os.environ)
+    from slipstream.serving.ensemble import Ensemble
     from slipstream.serving.model import ServedModel
 
-    return ServedModel(Path(folder))
+    model = ServedModel(Path(folder))
+    return Ensemble([model, *(ServedModel(Path(other)) for other in others)]) if others else model
 
 
 def _as_toml(key: str, value: Any) -> str:

@@ -278,24 +278,24 @@ def export_model(
 
 
 def score_lines(
-    model: Path,
+    models: Sequence[Path],
     *,
     raw: Sequence[str],
     out: Path,
     keep: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Score raw lines by a trained model.
+    """Score raw lines by a trained model, or by the mean of several.
 
     Args:
-        model: Folder of the model.
+        models: Folders of the models.
         raw: Paths, globs, addresses, or `-` for standard input.
         out: File to write: Parquet, CSV or JSON lines by its suffix.
         keep: Columns of a line to pass on.
         progress: Told how far it is.
 
     Returns:
-        Lines, samples, rejects, and with labels the quality.
+        Lines, samples, rejects, and with labels the quality; see `stages.score.run`.
 
     Raises:
         SlipstreamError: Whatever scoring expects to go wrong.
@@ -303,7 +303,7 @@ def score_lines(
     from slipstream.serving.model import ServedModel
     from slipstream.stages import score
 
-    return score.run(ServedModel(model), raw=raw, out=out, keep=keep, progress=progress or Silent())
+    return score.run(list(map(ServedModel, models)), raw=raw, out=out, keep=keep, progress=progress or Silent())
 
 
 def clean_run(runs_dir: Path, name: str) -> list[Path]:

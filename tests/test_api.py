@@ -127,6 +127,12 @@ def test_lines_may_come_as_columns_too(result: Result, tmp_path: Path):
     assert unlabelled["label"].null_count() == 40
 
 
+def test_several_loaded_models_give_the_mean_of_their_probabilities(result: Result, tmp_path: Path):
+    raw = write_raw(tmp_path / "log.tsv", LINES[:40])
+    one = slipstream.load(result.model).score(raw)
+    assert slipstream.load(result.model, result.model).score(raw).equals(one)
+
+
 def test_a_line_that_is_no_sample_cannot_be_encoded(result: Result):
     with pytest.raises(DataError, match="line 2 is no sample: expected 40 fields, found 1"):
         slipstream.load(result.model).encode([LINES[0].decode(), "nonsense"])

@@ -268,7 +268,10 @@ for _stage in STAGES:
 
 @app.command(epilog="Example: slipstream score runs/tiny/train/* --raw 'day_23.gz' --out scores.parquet --keep cat_0")
 def score(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a train artifact or an exported model.")],
+    models: Annotated[
+        list[Path],
+        typer.Argument(metavar="MODEL...", help="Folders of train artifacts or exported models; several are averaged."),
+    ],
     raw: Annotated[
         list[str],
         typer.Option("--raw", metavar="FILES", help="Path, quoted glob, address, or - for stdin; repeatable."),
@@ -290,7 +293,7 @@ def score(
     from slipstream.report.document import without_nan
 
     summary = score_lines(
-        model,
+        models,
         raw=raw,
         out=out,
         keep=[name for names in keep for name in names.split(",")],

@@ -218,6 +218,9 @@ def score_table(summary: Mapping[str, Any]) -> Table:
     table.add_row("lines", f"{summary['lines']:,}, of which {summary['rejected']:,} are no samples")
     if quality := summary.get("quality"):
         table.add_row("quality", _show_quality(quality))
+    for number, model in enumerate(summary.get("models", ()), start=1):
+        own = f"  {_show_quality(model['quality'])}" if "quality" in model else ""
+        table.add_row(f"model {number}", f"{model['folder']}{own}")
     table.add_row("written", summary["output"])
     return table
 

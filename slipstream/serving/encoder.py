@@ -5,8 +5,10 @@ Shape suffixes: n samples, F looked-up columns.
 
 from __future__ import annotations
 
+import filecmp
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +139,13 @@ class Encoder:
             name: open_lookup(lookup_path(folder, name)) for name in dict.fromkeys(self._tables)
         }
 
+    def encodes_like(self, other: Encoder) -> bool:
+        """Whether another encoder makes the same of the same samples: vocabularies are one file, or files alike."""
+        if self.encoding != other.encoding or self._tables != other._tables:
+            return False
+        pairs = [(lookup_path(self._folder, name), lookup_path(other._folder, name)) for name in self._lookups]
+        return all(mine.samefile(theirs) or _is_alike(mine, theirs) for mine, theirs in pairs)
+
     def encode(self, parsed: pl.DataFrame) -> tuple[np.ndarray, np.ndarray]:
         """Encode samples.
 
@@ -194,6 +203,11 @@ class Encoder:
         asked = pl.DataFrame({"raw_id": list(raw_ids)}, schema={"raw_id": pl.String})
         found = asked.join(vocabulary.drop_nulls(), on="raw_id", how="left", maintain_order="left")
         return found.get_column("row").fill_null(OOV_ROW).to_numpy(writable=True)
+
+
+@cache
+def _is_alike(first: Path, second: Path) -> bool:
+    return filecmp.cmp(first, second, shallow=False)
 
 
 def _build_source(encoding: Encoding) -> Source:

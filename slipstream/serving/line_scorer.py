@@ -13,11 +13,12 @@ from slipstream.datasets.source import Source
 from slipstream.errors import ConfigError, DataError
 from slipstream.io.raw import RawBlock, find_raw_files, read_blocks
 from slipstream.schema import LABEL
+from slipstream.serving.ensemble import average
 from slipstream.serving.lines import has_labels, labelled_text
-from slipstream.serving.score_file import number_lines
+from slipstream.serving.score_file import number_lines, without_hidden
 
 if TYPE_CHECKING:
-    from slipstream.serving.model import ServedModel
+    from slipstream.serving.ensemble import Ensemble
 
 _BLOCK_BYTES = 8 << 20
 
@@ -28,7 +29,8 @@ class ScoredLines:
 
     lines: pl.DataFrame
     """`probability` Float32, null where a line is no sample; `reason` String, null where it is one; `_label` UInt8,
-    null where none is known; then the columns kept. One row a line."""
+    null where none is known; with labels and several models the probability of each; then the columns kept. One row a
+    line."""
     num_samples: int
 
 
@@ -36,7 +38,7 @@ class LineScorer:
     """Scores blocks of lines; several threads may share one.
 
     Args:
-        model: The model.
+        models: One or more.
         keep: Columns to pass on: fields of the source by its own name, or as `int_0` and `cat_0`.
 
     Raises:
@@ -44,14 +46,15 @@ class LineScorer:
         DataError: Samples of the source are not single lines.
     """
 
-    def __init__(self, model: ServedModel, *, keep: Sequence[str] = ()) -> None:
-        self._model, self._source = model, model.encoder.source
+    def __init__(self, models: Ensemble, *, keep: Sequence[str] = ()) -> None:
+        encoder = models.encoder
+        self._models, self._source = models, encoder.source
         if not self._source.fields:
             raise DataError(
-                f"source `{model.encoder.encoding.source}` makes a sample of several lines, so lines cannot be scored",
+                f"source `{encoder.encoding.source}` makes a sample of several lines, so lines cannot be scored",
                 hint="predict from encoded rows in Python: slipstream.load(folder)",
             )
-        self._keep = {name: _find_field(name, self._source, model.encoder.encoding.columns) for name in keep}
+        self._keep = {name: _find_field(name, self._source, encoder.encoding.columns) for name in keep}
 
     def is_labelled(self, block: RawBlock) -> bool:
         """Whether the lines of a file have labels, judged by its first block."""
@@ -65,7 +68,7 @@ class LineScorer:
         """
         labelled = labelled_text(self._source, block.data, is_labelled=is_labelled)
         parsed = self._source.parse(labelled)
-        probabilities = self._model.predict_parsed(parsed.samples)
+        predicted = self._models.predict_each(parsed.samples)
         is_sample = np.ones(parsed.num_lines, bool)
         is_sample[parsed.rejected_lines] = False
         # where each line's sample stands among the samples; anything where it has none
@@ -76,15 +79,21 @@ class LineScorer:
             why = [self._source.explain(own[at].removesuffix(b"\r")) for at in parsed.rejected_lines.tolist()]
             reasons = reasons.scatter(parsed.rejected_lines, why)
         labels = parsed.samples.get_column(LABEL) if is_labelled else pl.Series([None], dtype=pl.UInt8)
+
+        def by_line(probabilities: np.ndarray) -> pl.Series:
+            return pl.Series(probabilities).gather(places) if len(probabilities) else _nulls(places)
+
+        each = {own_column(at): by_line(one) for at, one in enumerate(predicted)} if len(predicted) > 1 else {}
         lines = pl.DataFrame(
             {
-                "probability": pl.Series(probabilities).gather(places) if len(probabilities) else _nulls(places),
+                "probability": by_line(average(predicted)),
                 "reason": reasons,
                 "_label": labels.gather(places) if is_labelled and len(labels) else _nulls(places, pl.UInt8),
+                **(each if is_labelled else {}),
             }
         )
         kept = self._kept_columns(labelled, is_labelled)
-        return ScoredLines(lines=lines.hstack(kept), num_samples=len(probabilities))
+        return ScoredLines(lines=lines.hstack(kept), num_samples=parsed.samples.height)
 
     def _kept_columns(self, text: bytes, is_labelled: bool) -> list[pl.Series]:
         if not self._keep:
@@ -95,27 +104,32 @@ class LineScorer:
         return [fields.get_column(field).alias(name) for name, field in self._keep.items()]
 
 
-def score_lines(model: ServedModel, raw: str | pl.DataFrame, *, keep: Sequence[str] = ()) -> pl.DataFrame:
+def own_column(index: int) -> str:
+    """Name of the column with the probabilities of one of several models; hidden, like `_label`."""
+    return f"_model_{index}"
+
+
+def score_lines(models: Ensemble, raw: str | pl.DataFrame, *, keep: Sequence[str] = ()) -> pl.DataFrame:
     """Score files, or a frame, in memory.
 
     Args:
-        model: The model.
+        models: One or more.
         raw: A path, glob or address; or a frame with the columns that Parquet files of the source may have.
         keep: Columns to pass on.
 
     Returns:
         `file` and `line` where files were read, `probability`, `reason`, and the columns kept.
     """
-    scorer = LineScorer(model, keep=keep)
+    scorer = LineScorer(models, keep=keep)
     if isinstance(raw, pl.DataFrame):
         block = RawBlock(file_index=0, block_index=0, data=raw, end=raw.height, stored=0)
-        return scorer.score(block, is_labelled=scorer.is_labelled(block)).lines.drop("_label")
+        return without_hidden(scorer.score(block, is_labelled=scorer.is_labelled(block)).lines)
     pieces = []
     for index, file in enumerate(find_raw_files([raw], named_by="score")):
         line, is_labelled = 1, True
         for block in read_blocks(file, file_index=index, block_bytes=_BLOCK_BYTES):
             is_labelled = scorer.is_labelled(block) if line == 1 else is_labelled
-            lines = scorer.score(block, is_labelled=is_labelled).lines.drop("_label")
+            lines = without_hidden(scorer.score(block, is_labelled=is_labelled).lines)
             pieces.append(number_lines(lines, file=file, first_line=line))
             line += lines.height
     return pl.concat(pieces)

@@ -123,9 +123,10 @@ class ServedModel(nn.Module):
         Raises:
             DataError: A file cannot be read.
         """
+        from slipstream.serving.ensemble import Ensemble
         from slipstream.serving.line_scorer import score_lines
 
-        return score_lines(self, raw if isinstance(raw, pl.DataFrame) else str(raw), keep=keep)
+        return score_lines(Ensemble([self]), raw if isinstance(raw, pl.DataFrame) else str(raw), keep=keep)
 
     def embedding(self, table: str, raw_ids: Sequence[str]) -> Tensor:
         """Look up rows by raw id.

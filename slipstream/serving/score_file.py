@@ -105,7 +105,7 @@ class ScoreFile:
     def _join_parquet(self, path: Path) -> None:
         writer = None
         for part in self._parts():
-            table = _without_hidden(pl.read_parquet(part)).to_arrow()
+            table = without_hidden(pl.read_parquet(part)).to_arrow()
             writer = writer or pq.ParquetWriter(path, table.schema, compression="zstd")
             writer.write_table(table)
         if writer is None:
@@ -116,7 +116,7 @@ class ScoreFile:
     def _join_text(self, path: Path) -> None:
         with path.open("wb") as stream:
             for number, part in enumerate(self._parts()):
-                lines = _without_hidden(pl.read_parquet(part))
+                lines = without_hidden(pl.read_parquet(part))
                 if FORMATS[self.path.suffix] == "CSV":
                     lines.write_csv(stream, include_header=number == 0)
                 else:
@@ -135,5 +135,6 @@ def number_lines(lines: pl.DataFrame, *, file: str, first_line: int) -> pl.DataF
     return lines.select(pl.lit(file).alias("file"), numbers.alias("line"), pl.all())
 
 
-def _without_hidden(lines: pl.DataFrame) -> pl.DataFrame:
+def without_hidden(lines: pl.DataFrame) -> pl.DataFrame:
+    """Leave out columns that no file gets: those whose names begin with `_`."""
     return lines.select(name for name in lines.columns if not name.startswith("_"))

@@ -1,6 +1,6 @@
-"""Score: raw lines to click probabilities, by a trained model.
+"""Score: raw lines to click probabilities, by a trained model, or by the mean of several.
 
-Reads   a model's folder    weights, vocabularies, transforms: all it takes
+Reads   a model's folder    weights, vocabularies, transforms: all it takes; of each model where there are several
         raw files           what preprocess reads, and standard input as `-`; with or without labels
 Writes  one file            Parquet, CSV or JSON lines by its suffix: one row for every line, in order
 Keeps   the probabilities that training predicted for the same lines, to the bit on a CPU
@@ -21,7 +21,8 @@ from slipstream.io.raw import STDIN, RawBlock, find_raw_files, fingerprint_raw, 
 from slipstream.ops.metrics import QualityCounter
 from slipstream.ops.parallel import in_order
 from slipstream.progress import Progress
-from slipstream.serving.line_scorer import LineScorer, ScoredLines
+from slipstream.serving.ensemble import Ensemble
+from slipstream.serving.line_scorer import LineScorer, ScoredLines, own_column
 from slipstream.serving.model import ServedModel
 from slipstream.serving.score_file import ScoredBlock, ScoreFile
 from slipstream.training.model_file import FILES
@@ -32,17 +33,17 @@ _BLOCK_BYTES = 8 << 20
 
 
 def run(
-    model: ServedModel,
+    models: Sequence[ServedModel],
     *,
     raw: Sequence[str],
     out: Path,
     keep: Sequence[str] = (),
     progress: Progress,
 ) -> dict[str, Any]:
-    """Score the lines of raw files; goes on where a killed run of the same files and model stopped.
+    """Score the lines of raw files; goes on where a killed run of the same files and models stopped.
 
     Args:
-        model: The model.
+        models: One, or several whose probabilities are averaged.
         raw: Paths, globs, addresses, or `-` for standard input.
         out: File to write; its suffix decides the format.
         keep: Columns of a line to pass on, by the names of the source.
@@ -50,15 +51,17 @@ def run(
 
     Returns:
         `output`, `lines`, `samples`, `rejected`; with labels also `quality`: `auc`, `logloss`, `ne`, `calibration`,
-        `accuracy`.
+        `accuracy`. Of several models also `models`, a list: `folder` of each, and with labels its own `quality`.
 
     Raises:
-        ConfigError: A column to keep is not there, or the suffix of `out` names no format.
+        ConfigError: A column to keep is not there, the suffix of `out` names no format, or two models read lines of
+            different formats.
         DataError: A file cannot be read, or a sample of its source is not a single line.
     """
     files = find_raw_files(raw, named_by="--raw", stdin=True)
-    scorer = LineScorer(model, keep=keep)
-    scores = ScoreFile(out, key=_key(model, files, keep))
+    ensemble = Ensemble(models)
+    scorer = LineScorer(ensemble, keep=keep)
+    scores = ScoreFile(out, key=_key(ensemble, files, keep))
     # without a size nobody knows how much of standard input is left
     total = None if STDIN in files else sum(map(raw_size, files))
     with progress.task("score", total, "B") as advance, torch_threads(1):
@@ -69,8 +72,12 @@ def run(
         ]
     lines, samples = sum(block.num_lines for block in blocks), sum(block.num_samples for block in blocks)
     counts: dict[str, Any] = {"output": str(out), "lines": lines, "samples": samples, "rejected": lines - samples}
-    if samples and all(block.is_labelled for block in blocks):
-        counts["quality"] = _measure(scores)
+    is_measured = samples > 0 and all(block.is_labelled for block in blocks)
+    if is_measured:
+        counts["quality"] = _measure(scores, "probability")
+    if len(models) > 1:
+        own = [{"quality": _measure(scores, own_column(at))} if is_measured else {} for at in range(len(models))]
+        counts["models"] = [{"folder": str(folder)} | of for folder, of in zip(ensemble.folders, own, strict=True)]
     scores.finish()
     return counts
 
@@ -111,10 +118,10 @@ def _score_file(
         yield whole
 
 
-def _key(model: ServedModel, files: Sequence[str], keep: Sequence[str]) -> dict[str, Any]:
+def _key(models: Ensemble, files: Sequence[str], keep: Sequence[str]) -> dict[str, Any]:
     """Say what the parts of a killed run must have been made from to be of use."""
     return {
-        "model": [hash_file(model.folder / name) for name in FILES],
+        "model": [hash_file(folder / name) for folder in models.folders for name in FILES],
         "raw": [file if file == STDIN else fingerprint_raw(file) for file in files],
         "names": list(files),
         "keep": list(keep),
@@ -122,10 +129,10 @@ def _key(model: ServedModel, files: Sequence[str], keep: Sequence[str]) -> dict[
     }
 
 
-def _measure(scores: ScoreFile) -> dict[str, float]:
+def _measure(scores: ScoreFile, column: str) -> dict[str, float]:
     """Quality over all samples: probabilities and labels are read back part by part, and 4 bytes a line stay."""
     counter = QualityCounter()
-    for part in scores.read(["probability", "_label"]):
+    for part in scores.read([column, "_label"]):
         scored = part.drop_nulls()
-        counter.add(scored.get_column("_label").to_numpy(), scored.get_column("probability").to_numpy())
+        counter.add(scored.get_column("_label").to_numpy(), scored.get_column(column).to_numpy())
     return asdict(counter.result())

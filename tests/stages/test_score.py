@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 from slipstream.errors import ConfigError, DataError
 from slipstream.io.artifacts import write_json
 from slipstream.progress import Silent
+from slipstream.serving.ensemble import Ensemble
 from slipstream.serving.model import ServedModel
 from slipstream.stages import score
 
@@ -48,7 +51,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory):
 
 
 def score_lines(model: Path, raw: Path | str, out: Path, **options: Any) -> tuple[pl.DataFrame, dict[str, Any]]:
-    counts = score.run(ServedModel(model), raw=[str(raw)], out=out, progress=Silent(), **options)
+    counts = score.run([ServedModel(model)], raw=[str(raw)], out=out, progress=Silent(), **options)
     readers = {".parquet": pl.read_parquet, ".csv": pl.read_csv, ".jsonl": pl.read_ndjson}
     return readers[out.suffix](out), counts
 
@@ -84,6 +87,34 @@ def test_quality_is_that_of_scikit_learn_on_what_is_written(trained, tmp_path: P
     labels, probabilities = scored["label"].cast(pl.Int8).to_numpy(), scored["probability"].to_numpy()
     assert counts["quality"]["auc"] == pytest.approx(roc_auc_score(labels, probabilities), abs=1e-12)
     assert counts["quality"]["logloss"] == pytest.approx(log_loss(labels, probabilities.astype(float)), abs=1e-9)
+
+
+def test_several_models_are_averaged_and_each_is_measured(trained, tmp_path: Path):
+    # with vocabularies and transforms of their own, and two that share theirs
+    folders = [trained(kind)[0] for kind in ("dense", "int8", "hashed")]
+    raw = write_raw(tmp_path / "log.tsv", [*LINES, b"no sample"])
+    alone = [score_lines(folder, raw, tmp_path / f"{at}.parquet") for at, folder in enumerate(folders)]
+    counts = score.run(list(map(ServedModel, folders)), raw=[str(raw)], out=tmp_path / "m.parquet", progress=Silent())
+    lines = pl.read_parquet(tmp_path / "m.parquet")
+    assert lines.columns == alone[0][0].columns
+    mean = np.mean([one["probability"][:-1].cast(pl.Float64) for one, _ in alone], axis=0)
+    np.testing.assert_allclose(lines["probability"][:-1], mean, rtol=1e-6)
+    assert lines["probability"][-1] is None
+    assert counts["models"] == [
+        {"folder": str(folder), "quality": own["quality"]} for folder, (_, own) in zip(folders, alone, strict=True)
+    ]
+    labels = [int(line[:1]) for line in LINES]
+    assert counts["quality"]["auc"] == pytest.approx(roc_auc_score(labels, mean), abs=1e-4)
+
+
+def test_models_of_different_formats_are_not_averaged(trained, tmp_path: Path):
+    model, _ = trained("dense")
+    other = shutil.copytree(model, tmp_path / "other")
+    description = json.loads((other / "model.json").read_text())
+    description["encoding"]["max_ind_range"] = 7
+    write_json(other / "model.json", description)
+    with pytest.raises(ConfigError, match="their `max_ind_range` differs: 0 and 7"):
+        Ensemble([ServedModel(model), ServedModel(other)])
 
 
 def test_a_line_that_is_no_sample_has_a_null_and_its_reason(trained, tmp_path: Path):
@@ -184,7 +215,7 @@ def test_what_cannot_be_is_refused_by_name(trained, tmp_path: Path):
     with pytest.raises(ConfigError, match="found `shoe_size`"):
         score_lines(model, raw, tmp_path / "out.parquet", keep=["shoe_size"])
     with pytest.raises(ConfigError, match="expected --out to end in one of"):
-        score.run(ServedModel(model), raw=[str(raw)], out=tmp_path / "out.xlsx", progress=Silent())
+        score.run([ServedModel(model)], raw=[str(raw)], out=tmp_path / "out.xlsx", progress=Silent())
     with pytest.raises(DataError, match="--raw names `nowhere`"):
         score_lines(model, "nowhere", tmp_path / "out.parquet")
 
