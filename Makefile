@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUNS ?= runs
+CASES ?= 100000
+MUTANTS ?= /tmp/slipstream-mutants
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
@@ -18,7 +20,7 @@ SMALL_bench_segregate := --rows 20000 --slow-rows 2000
 SMALL_bench_tt := --rows 50000 --ranks 8 --batch 128 --steps 3 --distribution zipf
 
 .DEFAULT_GOAL := help
-.PHONY: help setup all test test-all test-gpu lint fmt type bench docs golden clean distclean
+.PHONY: help setup all test test-all fuzz mutants test-gpu lint fmt type bench docs golden clean distclean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -40,6 +42,13 @@ test: setup ## run the tests that take seconds each
 
 test-all: setup ## run the slow tests too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not gpu"
+
+fuzz: setup ## damage what every reader reads, 100,000 times each (CASES=1000 for a look)
+	OMP_NUM_THREADS=1 SLIPSTREAM_FUZZ=$(CASES) $(BIN)/python -m pytest -n auto --timeout 0 tests/fuzz
+
+mutants: $(STAMP) ## change the code on purpose, 400 times, and see whether a test notices
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[mutants]'
+	$(BIN)/python benchmarks/mutants.py --work $(MUTANTS)
 
 test-gpu: setup ## run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu

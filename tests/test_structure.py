@@ -206,6 +206,7 @@ def test_a_function_fits_a_page(path: Path):
 ACROSS_MODULES = {
     "benchmarks/test_bench_stages.py": "the benchmarks of every stage run",
     "embedding/tiers/test_stream_order.py": "work of two streams, in lookahead, rows and pinned",
+    "fuzz/test_readers.py": "every reader, on damaged input",
     "io/test_compressed.py": "every reader of compressed files",
     "io/test_durability.py": "every writer, on a pretended disk that loses power",
     "pipelines/test_real_criteo.py": "a whole run on the real log",

@@ -159,7 +159,7 @@ def open_artifact(path: Path) -> Artifact:
             f"expected a published artifact at `{path}`, found no readable {MANIFEST} there",
             hint="an artifact is a folder like runs/tiny/train/<fingerprint>; a run prints where its artifacts are",
         ) from exc
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise ArtifactError(
             f"`{path / MANIFEST}` is damaged: {exc}", hint=f"remove the folder `{path}`; the next run makes it again"
         ) from exc

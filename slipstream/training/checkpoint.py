@@ -137,7 +137,7 @@ class Checkpointer:
             weights = path.with_suffix(".safetensors")
             try:
                 state = self._read(path)
-            except (OSError, ValueError, KeyError, TypeError) as exc:
+            except (OSError, ValueError, KeyError, TypeError, RecursionError) as exc:
                 for file in (path, weights):
                     if file.exists():
                         file.rename(file.with_name(f"{file.name}.damaged"))
@@ -217,13 +217,15 @@ class Checkpointer:
         """Give the state in a checkpoint whose two files are whole and belong to this run.
 
         Raises:
-            ValueError, KeyError, TypeError, OSError: They are not.
+            ValueError, KeyError, TypeError, RecursionError, OSError: They are not.
         """
         stored = json.loads(path.read_text(encoding="utf-8"))
         body = stored["body"]
         if stored["xxh3"] != _digest(body):
             raise ValueError(f"the hash of `{path.name}` is wrong")
-        if body["format"] != _FORMAT or body["fingerprint"] != self._fingerprint:
+        if body["format"] != _FORMAT:
+            raise ValueError(f"it has form {body['format']}, and this version of slipstream reads form {_FORMAT}")
+        if body["fingerprint"] != self._fingerprint:
             raise ValueError(f"it belongs to run {body['fingerprint']}, and this is {self._fingerprint}")
         if hash_file(path.with_suffix(".safetensors")) != body["xxh3"]:
             raise ValueError("its hash is wrong")

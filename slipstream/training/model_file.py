@@ -138,6 +138,7 @@ def load_model(folder: Path) -> tuple[nn.Module, StoredTables]:
     """
     description = read_description(folder)
     tensors, _ = read_tensors(folder / _WEIGHTS)
+    nbytes = sum(value.nbytes for name, value in tensors.items() if name.startswith("tables."))
     try:
         column_tables: list[str] = description["column_tables"]
         model = read_model(description)
@@ -151,10 +152,14 @@ def load_model(folder: Path) -> tuple[nn.Module, StoredTables]:
         if bits := description.get("quantize_linears", 0):
             _use_packed_linears(network, bits)
         network.load_state_dict(dense)
-    except (ConfigError, KeyError, ValueError, RuntimeError) as exc:
-        raise ArtifactError(f"expected a whole model in `{folder}`: {exc}") from exc
-    nbytes = sum(value.nbytes for name, value in tensors.items() if name.startswith("tables."))
-    return network.eval(), StoredTables([tables[name] for name in column_tables], nbytes)
+        columns = StoredTables([tables[name] for name in column_tables], nbytes)
+    except (ConfigError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError) as exc:
+        # whatever a damaged description holds in the place of a name, a number or a table of them
+        raise ArtifactError(
+            f"expected a whole model in `{folder}`, found no sense in `{_DESCRIPTION}`: {type(exc).__name__}: {exc}",
+            hint="export or train it again",
+        ) from exc
+    return network.eval(), columns
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -165,7 +170,9 @@ def read_description(folder: Path) -> dict[str, Any]:
     """
     try:
         description: dict[str, Any] = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
+        if not isinstance(description, dict):
+            raise ValueError(f"{_DESCRIPTION} holds a {type(description).__name__}")
+    except (OSError, ValueError, RecursionError) as exc:
         raise ArtifactError(
             f"expected a trained model in `{folder}`: {exc}", hint="name the folder of a train artifact"
         ) from exc
