@@ -2,8 +2,9 @@
 
     result = slipstream.run("tiny", {"train.mode": "resident"})    what `slipstream run` does
     model = slipstream.load(result.model)                          a trained model, ready to predict
+    encoder = slipstream.load_encoder(result.model)                what turns raw samples into its inputs, without torch
 
-Importing this loads nothing else; what the two need is loaded when they are first asked for.
+Importing this loads nothing else; what they need is loaded when they are first asked for.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -11,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from slipstream.api import load, run
+    from slipstream.api import load, load_encoder, run
 
-__all__ = ["__version__", "load", "run"]
+__all__ = ["__version__", "load", "load_encoder", "run"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("load", "run"):
+    if name in ("load", "load_encoder", "run"):
         from slipstream import api
 
         return getattr(api, name)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     import polars as pl
 
+    from slipstream.serving.encoder import Encoder
     from slipstream.serving.ensemble import Ensemble
     from slipstream.serving.model import ServedModel
 
@@ -185,6 +186,24 @@ def load(folder: str | Path, /, *others: str | Path) -> ServedModel | Ensemble:
 
     model = ServedModel(Path(folder))
     return Ensemble([model, *(ServedModel(Path(other)) for other in others)]) if others else model
+
+
+def load_encoder(folder: str | Path) -> Encoder:
+    """Load what turns raw samples into the inputs of a model, without the model: a server of its ONNX export needs it.
+
+    Args:
+        folder: Folder of a train artifact, or of an exported model.
+
+    Returns:
+        An encoder: `encode_values` takes samples by name. It does not load torch.
+
+    Raises:
+        ArtifactError: The folder holds no whole model, or does not say how lines are encoded.
+    """
+    from slipstream.io.model_folder import read_description
+    from slipstream.serving.encoder import Encoder
+
+    return Encoder(Path(folder), read_description(Path(folder)))
 
 
 def _as_toml(key: str, value: Any) -> str:

@@ -210,6 +210,7 @@ ACROSS_MODULES = {
     "io/test_compressed.py": "every reader of compressed files",
     "io/test_durability.py": "every writer, on a pretended disk that loses power",
     "pipelines/test_real_criteo.py": "a whole run on the real log",
+    "pipelines/test_real_scoring.py": "real logs, scored by models of other real logs",
     "pipelines/test_shipped.py": "the pipelines that are shipped",
     "report/test_html.py": "the HTML pages, from facts to charts",
     "stages/test_altered_inputs.py": "every stage refuses altered files",
@@ -233,8 +234,8 @@ def test_a_test_module_mirrors_a_module(name: str):
     The command line is tested as one, from outside.
     """
     folder, own = Path(name).parent, Path(name).stem.removeprefix("test_")
-    # tests/benchmarks mirrors benchmarks/, all else the package
-    mirrored = ROOT / folder if folder.name == "benchmarks" else PACKAGE / folder
+    # tests/benchmarks mirrors benchmarks/, tests/examples examples/, all else the package
+    mirrored = ROOT / folder if folder.name in ("benchmarks", "examples") else PACKAGE / folder
     assert any(
         own == path.stem or own.startswith(f"{path.stem}_") for path in [*mirrored.glob("*.py"), PACKAGE / "cli"]
     ), f"there is no {own}.py in {mirrored.relative_to(ROOT)}: move these tests, or name them in ACROSS_MODULES"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -120,6 +121,16 @@ class Source(Protocol):
     def split(self, data: bytes) -> pl.DataFrame:
         """Give the fields of whole lines as text, named by `fields`; missing ones null. One row a line."""
         return read_fields(data, separator=self.separator, names=list(self.fields))[0]
+
+    def join(self, lines: Sequence[Sequence[str]]) -> bytes:
+        """Write fields as lines, in the order of `fields`: the opposite of `split`. Missing ones are empty.
+
+        What would end a field or a line becomes U+FFFD, which makes `parse` reject that line and no other.
+        """
+        marks = re.compile(f"[{re.escape(self.separator)}\r\n]")
+        return "".join(
+            self.separator.join(marks.sub("\ufffd", text) for text in line) + "\n" for line in lines
+        ).encode()
 
     def lacks_label(self, line: bytes) -> bool:
         """Whether a line, the first of a file, shows that its lines are samples but for their label."""

@@ -11,9 +11,11 @@ hash of it, and what it stands for goes along. So 7 and "007" are two values, in
 
 from __future__ import annotations
 
+import csv
 import re
 from collections import Counter
 from collections.abc import Sequence
+from io import StringIO
 from itertools import islice
 
 import numpy as np
@@ -35,6 +37,9 @@ _LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1, "False": 0
 _FIELD = rb'(?:"(?:[^"\n]|"")*"(?=%s|\r?$)|[^%s\n]*)'
 _CR = b"\r"
 _LOST = "\ufffd"
+_LINE_BREAK = re.compile(r"\r\n|\n|\r")
+_NO_LINE = "\r\u23ce"
+"""Stands for a line break in a value: the carriage return makes `parse` reject it, for no line can hold it."""
 _FIRST_BYTES, _FIRST_LINES = 1 << 18, 1000
 
 
@@ -164,6 +169,13 @@ class TableSource(ColumnarSource):
             for name in self.fields
         ]
         return pl.DataFrame(text).write_csv(separator=self.separator, include_header=False).encode()
+
+    def join(self, lines: Sequence[Sequence[str]]) -> bytes:
+        """Write fields as lines, quoted where they must be; a line break within one makes `parse` reject the line."""
+        stream = StringIO()
+        writer = csv.writer(stream, delimiter=self.separator, lineterminator="\n")
+        writer.writerows([_LINE_BREAK.sub(_NO_LINE, text) for text in line] for line in lines)
+        return stream.getvalue().encode()
 
     def format_raw_ids(self, raw_ids: np.ndarray) -> pl.Series:
         """Write raw ids that are numbers; hashes come as `#` and their number, MISSING_ID as the empty string."""
@@ -342,8 +354,7 @@ def _loses_text(data: bytes) -> bool:
 def _write_column(column: pl.Series, *, is_time: bool) -> pl.Series:
     if column.dtype in (pl.Datetime, pl.Date) and is_time:
         column = column.dt.epoch("s")
-    # the carriage return makes `parse` reject the value: no line can hold it
-    return as_text(column).str.replace_all(r"\r\n|\n|\r", "\r\u23ce")
+    return as_text(column).str.replace_all(_LINE_BREAK.pattern, _NO_LINE)
 
 
 def _list(names: Sequence[str]) -> str:

@@ -6,9 +6,10 @@ Shape suffixes: n samples, F looked-up columns.
 from __future__ import annotations
 
 import filecmp
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from functools import cache
+from functools import cache, cached_property
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,18 @@ import pyarrow as pa
 from slipstream.dataset_schema import TableLayout
 from slipstream.datasets.registry import SOURCES
 from slipstream.datasets.source import Source, SourceOptions
-from slipstream.errors import ArtifactError
-from slipstream.io.artifacts import Artifact, link_or_copy
+from slipstream.errors import ArtifactError, DataError
+from slipstream.io.artifacts import Artifact, hash_file, link_or_copy
 from slipstream.io.figures import PreprocessFigures
 from slipstream.io.lookups import lookup_path, open_lookup
+from slipstream.io.model_folder import WEIGHTS
 from slipstream.ops.dense import DenseEncoding
 from slipstream.ops.vocabulary import RowLookup, hash_to_buckets
+from slipstream.registry import did_you_mean
 from slipstream.schema import MISSING_ID, OOV_ROW, dense_name, table_name
+
+_FEW = 256
+"""Ids that are looked up one by one sooner than their distinct ones are found."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,6 +119,27 @@ def write_vocabularies(processed: Artifact, folder: Path) -> None:
             link_or_copy(processed.check(processed.path / name), folder / name)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncodedValues:
+    """Samples given by name, encoded; those that are none are left out."""
+
+    dense: np.ndarray
+    """Shape (n, dense columns), float32."""
+    rows: np.ndarray
+    """Shape (n, F), int64."""
+    reasons: list[str | None]
+    """Of each sample given, why it is none; None where it is one, so that n of them are None."""
+
+    def spread(self, probabilities: Iterable[float]) -> list[float | None]:
+        """Give every sample its probability, and None to what is no sample.
+
+        Args:
+            probabilities: Of the samples encoded, in order. Shape (n,).
+        """
+        left = iter(probabilities)
+        return [next(left) if reason is None else None for reason in self.reasons]
+
+
 class Encoder:
     """Turns parsed lines into what a model reads.
 
@@ -156,16 +183,78 @@ class Encoder:
             (dense values (n, dense columns) float32, rows (n, F) int64).
         """
         dense = np.empty((self._dense.width, parsed.height), np.float32)
-        for index in range(self.source.num_dense):
-            dense[index] = self._dense.encode(index, parsed.get_column(dense_name(index)).fill_null(0).to_numpy())
+        # one expression for all columns: with a sample or two, calls cost more than values
+        numbers = [dense_name(index) for index in range(self.source.num_dense)]
+        for index, column in enumerate(parsed.select(pl.col(numbers).fill_null(0)).iter_columns()):
+            dense[index] = self._dense.encode(index, column.to_numpy())
         for place, index in enumerate(self._dense.flagged, start=self.source.num_dense):
             dense[place] = parsed.get_column(dense_name(index)).is_null().to_numpy()
         rows = np.empty((len(self._tables), parsed.height), np.int64)
-        for index, table in enumerate(self._tables):
-            raw_ids = parsed.get_column(table_name(index)).cast(pl.Int64).fill_null(MISSING_ID).to_numpy()
-            rows[index] = self.rows_of(table, raw_ids)
+        names = [table_name(index) for index in range(len(rows))]
+        raw_ids = parsed.select(pl.col(names).cast(pl.Int64).fill_null(MISSING_ID)).iter_columns()
+        for index, (table, column) in enumerate(zip(self._tables, raw_ids, strict=True)):
+            rows[index] = self.rows_of(table, column.to_numpy())
         # filled column by column, then turned: a row at a time would jump through memory
         return np.ascontiguousarray(dense.T), np.ascontiguousarray(rows.T)
+
+    @cached_property
+    def field_names(self) -> dict[str, str]:
+        """The field of a line by each of its names: the source's own, and `cat_0` where that is a field renamed.
+
+        Empty where a sample is not one line.
+        """
+        own = self.source.fields
+        return {name: name for name in own} | {
+            column: field for column, field in self.encoding.columns.items() if field in own
+        }
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """Hash of the model's weights. Its ONNX export bears it too, as metadata `slipstream.weights`."""
+        return hash_file(self._folder / WEIGHTS)
+
+    def encode_values(self, samples: Sequence[Mapping[str, object]]) -> EncodedValues:
+        """Encode samples given by name, as programs that do not keep logs have them.
+
+        Args:
+            samples: Values of each sample by the names of the log's fields: text as the log would have it, or numbers.
+                None, or a name that is left out, is a missing value. Labels are not looked at.
+
+        Raises:
+            DataError: There is no sample, one has a name that is no field or a value that is neither text, number nor
+                None, or samples are made of several lines.
+        """
+        fields = self.source.fields
+        if not fields:
+            raise DataError(
+                f"source `{self.encoding.source}` makes a sample of several lines, found values of single ones"
+            )
+        if not samples:
+            raise DataError("expected at least one sample, found none")
+        lines = self.source.join([self._as_line(sample) for sample in samples])
+        parsed = self.source.parse(lines)
+        own = lines.split(b"\n")
+        reasons: list[str | None] = [None] * len(samples)
+        for at in parsed.rejected_lines.tolist():
+            reasons[at] = self.source.explain(own[at])
+        dense, rows = self.encode(parsed.samples)
+        return EncodedValues(dense=dense, rows=rows, reasons=reasons)
+
+    def _as_line(self, sample: object) -> list[str]:
+        if not isinstance(sample, Mapping):
+            raise DataError(f"expected a sample as values by name, found {sample!r}")
+        found = {self._field_of(name): _as_text(name, value) for name, value in sample.items()}
+        # `parse` wants a label, and none that is given matters
+        return [found.get(name, "") if name != self.source.label_field else "0" for name in self.source.fields]
+
+    def _field_of(self, name: str) -> str:
+        if name not in self.field_names:
+            raise DataError(
+                f"expected values of the fields {', '.join(self.source.fields)}; found `{name}`"
+                f"{did_you_mean(name, list(self.field_names))}",
+                hint="leave out what the log does not have",
+            )
+        return self.field_names[name]
 
     def rows_of(self, table: str, raw_ids: np.ndarray) -> np.ndarray:
         """Rows of raw ids in a table; unknown ones get row 0.
@@ -183,6 +272,9 @@ class Encoder:
         if table not in self._lookups:
             raise ValueError(f"expected one of the tables {', '.join(self._lookups)}; found `{table}`")
         buckets = self.encoding.num_buckets.get(table, 0)
+        if len(raw_ids) <= _FEW:
+            few: np.ndarray = self._lookups[table](hash_to_buckets(raw_ids, buckets) if buckets else raw_ids)
+            return few
         # each distinct id is looked up once, and then stands for all its places: a few ids are most of the column
         encoded = pa.array(raw_ids).dictionary_encode()
         distinct = encoded.dictionary.to_numpy()
@@ -208,6 +300,17 @@ class Encoder:
 @cache
 def _is_alike(first: Path, second: Path) -> bool:
     return filecmp.cmp(first, second, shallow=False)
+
+
+def _as_text(name: str, value: object) -> str:
+    """Give a value as a log has it."""
+    if isinstance(value, str):
+        return value
+    if value is None:
+        return ""
+    if isinstance(value, Real):
+        return str(value)
+    raise DataError(f"expected text, a number or nothing for `{name}`, found {value!r}")
 
 
 def _build_source(encoding: Encoding) -> Source:

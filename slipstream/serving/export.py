@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from slipstream.errors import ArtifactError, ConfigError
-from slipstream.io.artifacts import sync, wrap_write_errors
+from slipstream.io.artifacts import hash_file, sync, wrap_write_errors
+from slipstream.io.model_folder import WEIGHTS
 from slipstream.registry import Registry
 from slipstream.serving.examples import Examples, read_examples
 from slipstream.serving.model import ServedModel
@@ -88,6 +89,7 @@ def _write_onnx(model: ServedModel, path: Path, examples: Examples) -> np.ndarra
             verbose=False,
         )
         assert program is not None
+        program.model.metadata_props["slipstream.weights"] = hash_file(model.folder / WEIGHTS)
         nbytes = sum(buffer.nbytes for buffer in portable.buffers())
         program.save(str(path), external_data=nbytes > _LARGEST_FILE)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
 
-from slipstream.datasets.source import Source
 from slipstream.errors import ConfigError, DataError
 from slipstream.io.raw import RawBlock, find_raw_files, read_blocks
 from slipstream.schema import LABEL
@@ -54,7 +53,7 @@ class LineScorer:
                 f"source `{encoder.encoding.source}` makes a sample of several lines, so lines cannot be scored",
                 hint="predict from encoded rows in Python: slipstream.load(folder)",
             )
-        self._keep = {name: _find_field(name, self._source, encoder.encoding.columns) for name in keep}
+        self._keep = {name: _find_field(name, encoder.field_names) for name in keep}
 
     def is_labelled(self, block: RawBlock) -> bool:
         """Whether the lines of a file have labels, judged by its first block."""
@@ -139,13 +138,9 @@ def _nulls(like: pl.Series, dtype: type[pl.DataType] = pl.Float32) -> pl.Series:
     return pl.Series([None], dtype=dtype).new_from_index(0, len(like))
 
 
-def _find_field(name: str, source: Source, columns: dict[str, str]) -> str:
+def _find_field(name: str, field_names: Mapping[str, str]) -> str:
     """Give the field of a line that a column to keep means."""
-    if name in source.fields:
-        return name
-    by_column = {column: own for column, own in columns.items() if own in source.fields}
-    if name in by_column:
-        return by_column[name]
-    raise ConfigError(
-        f"expected --keep to name fields of a line, found `{name}`", hint=f"fields: {', '.join(source.fields)}"
-    )
+    if name in field_names:
+        return field_names[name]
+    known = ", ".join(dict.fromkeys(field_names.values()))
+    raise ConfigError(f"expected --keep to name fields of a line, found `{name}`", hint=f"fields: {known}")

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from slipstream.errors import DataError
+from slipstream.io.model_folder import FILES, read_description
 from slipstream.serving.encoder import Encoder
 from slipstream.serving.lines import has_labels, labelled_text
 from slipstream.serving.portable import PortableModel
-from slipstream.training.model_file import FILES, load_model, read_description, read_tensors
+from slipstream.training.model_file import load_model, read_tensors
 from slipstream.training.predict import click_probabilities
 
 _BATCH = 1024

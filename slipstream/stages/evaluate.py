@@ -15,8 +15,9 @@ import torch
 
 from slipstream.io.artifacts import MANIFEST, Artifact, open_artifact
 from slipstream.io.figures import SegregateFigures
+from slipstream.io.model_folder import FILES
 from slipstream.io.samples import read_shard
-from slipstream.training.model_file import FILES, load_model
+from slipstream.training.model_file import load_model
 from slipstream.training.order.shards import read_slot_maps
 from slipstream.training.predict import predict
 

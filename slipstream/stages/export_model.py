@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from slipstream.errors import ConfigError
-from slipstream.io.artifacts import MANIFEST, link_or_copy, open_artifact
+from slipstream.io.artifacts import MANIFEST, link_or_copy, open_artifact, write_json
+from slipstream.io.model_folder import FILES, read_description
 from slipstream.models.registry import read_model
 from slipstream.serving.export import FORMATS, write_portable
 from slipstream.serving.model import ServedModel
-from slipstream.training.model_file import FILES, quantize_model, read_description
+from slipstream.training.model_file import quantize_model
 from slipstream.training.representations import BITS
 
 _BESIDE = ("vocab/*", "examples.npz")
@@ -72,17 +73,28 @@ def _write_folder(source: Path, beside: list[str], out: Path, representation: st
     weights, description = FILES
     for name in beside:
         link_or_copy(source / name, out / name)
+    described = read_description(source) | _provenance(source)
     if representation is None:
         link_or_copy(source / weights, out / weights)
-        link_or_copy(source / description, out / description)
+        write_json(out / description, described)
     else:
         _check_representation(source, representation)
-        quantize_model(source, out, representation=representation)
+        quantize_model(source, out, representation=representation, description=described)
     return {
         "output": str(out),
         "bytes": (out / weights).stat().st_size,
         "representations": read_description(out)["representations"],
     }
+
+
+def _provenance(source: Path) -> dict[str, Any]:
+    """Give what the manifest of a train artifact says of the model, for a folder that has none."""
+    if not (source / MANIFEST).exists():
+        return {}
+    trained = open_artifact(source)
+    metrics = {split: trained.counts[split] for split in ("test", "val") if split in trained.counts}
+    made_by = {"slipstream": trained.manifest["slipstream"], "fingerprint": trained.fingerprint, "metrics": metrics}
+    return {"trained": made_by}
 
 
 def _check_representation(source: Path, representation: str) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from slipstream.io.artifacts import hash_file
+from slipstream.io.model_folder import FILES
 from slipstream.io.processors import usable_cores
 from slipstream.io.raw import STDIN, RawBlock, find_raw_files, fingerprint_raw, raw_size, read_blocks
 from slipstream.ops.metrics import QualityCounter
@@ -25,7 +26,6 @@ from slipstream.serving.ensemble import Ensemble
 from slipstream.serving.line_scorer import LineScorer, ScoredLines, own_column
 from slipstream.serving.model import ServedModel
 from slipstream.serving.score_file import ScoredBlock, ScoreFile
-from slipstream.training.model_file import FILES
 from slipstream.training.threads import torch_threads
 
 _BLOCK_BYTES = 8 << 20

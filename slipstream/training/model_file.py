@@ -15,7 +15,6 @@ not kept.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,12 +31,10 @@ from slipstream.embedding.tiers.rows import TieredRows
 from slipstream.embedding.tt.bag import TTEmbeddingBag
 from slipstream.errors import ArtifactError, ConfigError
 from slipstream.io.artifacts import write_json
+from slipstream.io.model_folder import DESCRIPTION, WEIGHTS, read_description
 from slipstream.io.tensors import StoredTensor, write_tensors
 from slipstream.models.registry import read_model
 from slipstream.training.representations import BITS, Representations
-
-FILES = _WEIGHTS, _DESCRIPTION = "model.safetensors", "model.json"
-"""Of a model, weights first."""
 
 
 def save_model(
@@ -75,13 +72,14 @@ def save_model(
     _write(folder, tensors | _dense_tensors(model), {**description, "representations": held})
 
 
-def quantize_model(source: Path, folder: Path, *, representation: str) -> None:
+def quantize_model(source: Path, folder: Path, *, representation: str, description: Mapping[str, Any]) -> None:
     """Round the fp32 tables of a trained model, each to one exact scale, and write it packed.
 
     Args:
         source: Folder of the model.
         folder: Where to.
         representation: `int8` or `int4`.
+        description: Goes to model.json, but for how tables are held.
 
     Raises:
         ArtifactError: `source` holds no model.
@@ -90,8 +88,7 @@ def quantize_model(source: Path, folder: Path, *, representation: str) -> None:
     bits = BITS.get(representation, 0)
     if not bits:
         raise ValueError(f"expected int8 or int4, found {representation!r}")
-    description = read_description(source)
-    tensors, _ = read_tensors(source / _WEIGHTS)
+    tensors, _ = read_tensors(source / WEIGHTS)
     held = dict(description["representations"])
     for name in [name for name, kind in held.items() if kind == "dense"]:
         table = tensors.pop(f"tables.{name}")
@@ -137,7 +134,7 @@ def load_model(folder: Path) -> tuple[nn.Module, StoredTables]:
         ArtifactError: The folder holds no whole model.
     """
     description = read_description(folder)
-    tensors, _ = read_tensors(folder / _WEIGHTS)
+    tensors, _ = read_tensors(folder / WEIGHTS)
     nbytes = sum(value.nbytes for name, value in tensors.items() if name.startswith("tables."))
     try:
         column_tables: list[str] = description["column_tables"]
@@ -156,33 +153,10 @@ def load_model(folder: Path) -> tuple[nn.Module, StoredTables]:
     except (ConfigError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError) as exc:
         # whatever a damaged description holds in the place of a name, a number or a table of them
         raise ArtifactError(
-            f"expected a whole model in `{folder}`, found no sense in `{_DESCRIPTION}`: {type(exc).__name__}: {exc}",
+            f"expected a whole model in `{folder}`, found no sense in `{DESCRIPTION}`: {type(exc).__name__}: {exc}",
             hint="export or train it again",
         ) from exc
     return network.eval(), columns
-
-
-def read_description(folder: Path) -> dict[str, Any]:
-    """Say what model.json says.
-
-    Raises:
-        ArtifactError: It is missing, damaged, or of an older form.
-    """
-    try:
-        description: dict[str, Any] = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))
-        if not isinstance(description, dict):
-            raise ValueError(f"{_DESCRIPTION} holds a {type(description).__name__}")
-    except (OSError, ValueError, RecursionError) as exc:
-        raise ArtifactError(
-            f"expected a trained model in `{folder}`: {exc}", hint="name the folder of a train artifact"
-        ) from exc
-    missing = [key for key in ("representations", "column_tables") if key not in description]
-    if missing:
-        raise ArtifactError(
-            f"expected {' and '.join(missing)} in `{folder / _DESCRIPTION}`, found none: it is of an older form",
-            hint="train again: `slipstream train --force`",
-        )
-    return description
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -201,8 +175,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _write(folder: Path, tensors: dict[str, Tensor], description: Mapping[str, Any]) -> None:
     stored = {name: StoredTensor.of(value.contiguous().numpy()) for name, value in tensors.items()}
-    write_tensors(folder / _WEIGHTS, stored)
-    write_json(folder / _DESCRIPTION, dict(description))
+    write_tensors(folder / WEIGHTS, stored)
+    write_json(folder / DESCRIPTION, dict(description))
 
 
 def _dense_tensors(model: nn.Module) -> dict[str, Tensor]:

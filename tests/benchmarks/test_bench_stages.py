@@ -22,6 +22,12 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
         ),
         ("segregate", ["--rows", "5000", "--slow-rows", "500"], {"slipstream", "FAE loop", "copy"}),
         ("score", ["--rows", "5000"], {"preprocess", "score", "torch", "onnx"}),
+        pytest.param(
+            "serve",
+            ["--rows", "3000", "--samples", "100", "--calls", "2"],
+            {"dense", "int8", "int4", "tt", "http"},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_benchmarks_run_at_toy_size(tmp_path: Path, name: str, options: list[str], contenders: set[str]):

@@ -72,14 +72,16 @@ def test_what_is_written_predicts_the_same_for_any_batch(model_of, kind: str, na
         np.testing.assert_allclose(found, model.predict(dense, rows), rtol=0, atol=1e-6)
 
 
-def test_tables_are_gathered_and_stay_packed(model_of, tmp_path: Path):
-    write_portable(model_of("int4"), tmp_path / "model.onnx", name="onnx")
+# four values of a row take two bytes at 4 bits
+@pytest.mark.parametrize(("kind", "stored", "width"), [("int8", "INT8", 4), ("int4", "UINT8", 2)])
+def test_tables_are_gathered_and_stay_packed(model_of, tmp_path: Path, kind: str, stored: str, width: int):
+    write_portable(model_of(kind), tmp_path / "model.onnx", name="onnx")
     graph = onnx.load(tmp_path / "model.onnx").graph
     operators = [node.op_type for node in graph.node]
     assert "Loop" not in operators
     assert sum(name.startswith("Gather") for name in operators) >= 26
-    packed = [tensor for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.UINT8]
-    assert len(packed) == 26 and all(tensor.dims[1] == 2 for tensor in packed)  # four values in two bytes
+    packed = [tensor for tensor in graph.initializer if tensor.data_type == getattr(onnx.TensorProto, stored)]
+    assert len(packed) == 26 and all(tensor.dims[1] == width for tensor in packed)
 
 
 def test_a_large_model_keeps_its_weights_in_a_file_beside_it(model_of, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

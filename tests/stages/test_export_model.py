@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from trained import HELD, artifact_of, predictions_from_disk, predictions_of, train
 from typer.testing import CliRunner
 
+from slipstream import __version__
 from slipstream.cli import app
 from slipstream.training.model_file import load_model
 
@@ -67,3 +68,17 @@ def test_an_export_that_cannot_be_is_refused(tiny_runs: Path, tmp_path: Path, ar
     done = CliRunner().invoke(app, ["export", "model", *(word.format(**folders) for word in arguments)])
     assert done.exit_code in (1, 2)
     assert message in done.stderr
+
+
+@pytest.mark.parametrize("options", [[], ["--quantize", "int8"]])
+def test_an_export_says_what_was_trained(tiny_runs: Path, tmp_path: Path, options: list[str]):
+    result = train(tiny_runs, train__mode="fae")
+    done = CliRunner().invoke(app, ["export", "model", str(artifact_of(result).path), *options, "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    trained = json.loads((tmp_path / "model.json").read_text())["trained"]
+    assert trained["fingerprint"] == artifact_of(result).fingerprint
+    assert trained["metrics"]["test"]["auc"] == result.counts("train")["test"]["auc"]
+    assert trained["slipstream"] == __version__
+    again = tmp_path / "again"  # an exported model has no manifest, and what was known of it goes on
+    assert CliRunner().invoke(app, ["export", "model", str(tmp_path), "--out", str(again)]).exit_code == 0
+    assert json.loads((again / "model.json").read_text())["trained"] == trained
