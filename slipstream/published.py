@@ -14,10 +14,10 @@ from slipstream.errors import ConfigError
 from slipstream.training.skipping.registry import CRITERIA
 
 _NOT_OF_THE_LOOP = (
-    *("lr_warmup", "lr_decay", "order", "chunk_batches", "staging_rows", "log_every"),
+    *("lr_warmup", "lr_decay", "order", "chunk_batches", "staging_rows", "log_every", "average"),
     *("checkpoint_minutes", "checkpoint_steps"),
 )
-"""Keys of `[train]`: it has a constant learning rate, no look-ahead, no reports and no checkpoints."""
+"""Keys of `[train]`: constant learning rate; no look-ahead, reports, mean of weights or checkpoints."""
 _NOT_OF_DROPPING = ("scope", "scorer", "floor", "reweight", "threshold", "refresh_steps", "window_steps")
 """Keys of `[skip]`: it decides once an epoch, by a threshold it finds itself, and weights nothing."""
 SKIP_KEYS = ("probe_share", "sample_ratio", "tolerance")

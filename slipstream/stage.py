@@ -92,6 +92,6 @@ def row_bytes_of(config: PipelineConfig) -> int:
 
 
 def trained_row_bytes(config: PipelineConfig) -> int:
-    """Count the bytes of one row in training: fp32 weights, and what the optimizer keeps of it."""
+    """Count the bytes of one row in training: fp32 weights, what the optimizer keeps of it, and its part in a mean."""
     width = config.model.row_width
-    return 4 * width + OPTIMIZERS.get(config.train.optimizer).state_bytes(width)
+    return 4 * width * (2 if config.train.average else 1) + OPTIMIZERS.get(config.train.optimizer).state_bytes(width)

@@ -143,6 +143,7 @@ def make_trainer(
         skipper=Skipper(skip_rule_of(config, parts), columns=parts.columns),
         schedule=schedule,
         log_every=train.log_every,
+        average=train.average,
         padding_slots=parts.padding_slots,
         on_report=on_report,
         between_chunks=between_chunks,

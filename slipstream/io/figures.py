@@ -223,6 +223,8 @@ class FitFigures:
     """By tier: hot, staging, cold; where there are any, what watches rows move, and tensor-train cores."""
     cpu_seconds: float = 0.0
     """Processor time of all threads in `train_seconds`; 0 in artifacts of older versions."""
+    averaged_steps: int | None = None
+    """Steps whose weights the model is the mean of; None where it is the weights of the last."""
     sync_bytes: int | None = None
     """Bytes of whole-table copies, in the published order."""
     sync_seconds: float | None = None

@@ -77,11 +77,12 @@ def run_stage(job: StageJob) -> TrainFigures:
                     if checkpoints.restore(trainer):
                         listener.resume(trainer.totals)
                     checkpoints.train(trainer, open_streams)
-        quality = _evaluate(config, parts, shards, scratch)
+        with trainer.step.serving():
+            quality = _evaluate(config, parts, shards, scratch)
+            _save(config, parts, trainer, processed, scratch)
         for split, measured in quality.items():
             for name, value in asdict(measured).items():
                 events.add_scalar(f"{split}/{name}", value, trainer.totals.steps)
-        _save(config, parts, trainer, processed, scratch)
     return _sum_up(config, parts, trainer, quality)
 
 

@@ -22,6 +22,7 @@ from slipstream.embedding.row_cache import Policy, RowCache
 from slipstream.embedding.tiers.placement import CachedRows, Placement, StagingHalves
 from slipstream.embedding.tiers.rows import TieredRows
 from slipstream.models.model import Model
+from slipstream.training.averaging import WeightAverage
 from slipstream.training.dense_optimizer import DenseOptimizer
 from slipstream.training.device import fitting_the_device
 from slipstream.training.representations import Representations, TableSpec
@@ -43,6 +44,7 @@ class Settings:
     staging_rows: int
     cache_ratio: float
     cache_policy: Policy
+    average: float
     optimizer: str
     eps: float
     weight_decay: float
@@ -165,6 +167,7 @@ def make_rows(settings: Settings, layout: SlotLayout, *, row_width: int, device:
             num_staged=num_staged,
             optimizer=settings.optimizer,
             device=device,
+            keeps_lead=settings.average > 0,
         )
 
 
@@ -238,6 +241,7 @@ def make_step(
         "precision": settings.precision,
         "kernels": settings.kernels,
         "most_distinct": layout.most_distinct(settings.batch_size),
+        "average": WeightAverage(rows, [*model.parameters(), *representations.cores()]) if settings.average else None,
     }
     asks_plain = settings.deterministic or settings.faithful or representations.has_cores
     if rows.device.type == "cuda" and not asks_plain:

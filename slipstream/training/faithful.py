@@ -134,7 +134,6 @@ class FaithfulTrainer:
             self._sync(to_device=True)
             self._train_hot(_drain(streams["hot"]), streams["hot"].remaining, epoch)
             self._sync(to_device=False)
-        self.step.set_exact_scales()
         self.totals.losses.append((self.step.take_loss_sum() + self._hot_step.take_loss_sum()) / self.totals.steps)
         self.totals.seconds, self.totals.cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
 

@@ -70,6 +70,7 @@ def fit_figures(
     asked: float,
     threshold: float | None,
     bytes_per_tier: dict[str, int],
+    averaged_steps: int | None = None,
     sync_bytes: int | None = None,
     sync_seconds: float | None = None,
 ) -> FitFigures:
@@ -90,6 +91,7 @@ def fit_figures(
         bytes_to_host=lookahead.bytes_to_host,
         hit_ratio=1 - lookahead.cold_lookups / max(lookahead.lookups, 1),
         bytes_per_tier=bytes_per_tier,
+        averaged_steps=averaged_steps,
         sync_bytes=sync_bytes,
         sync_seconds=sync_seconds,
     )
@@ -105,6 +107,7 @@ class Trainer:
         skipper: Leaves samples out.
         schedule: How epochs are cut.
         log_every: Steps between reports.
+        average: Share of training, its last part, whose weights are averaged by the step.
         padding_slots: Hot slots that stand for no id, for criteria that watch rows; None for none.
         on_report: Hears reports.
         between_chunks: Called with the trainer whenever no row is moving, for checkpoints.
@@ -119,6 +122,7 @@ class Trainer:
         skipper: Skipper,
         schedule: Schedule,
         log_every: int,
+        average: float = 0.0,
         padding_slots: np.ndarray | None = None,
         on_report: Callable[[StepReport], None] = lambda report: None,
         between_chunks: Callable[[Trainer], None] = lambda trainer: None,
@@ -131,6 +135,7 @@ class Trainer:
             hot_rows = step.rows.buffer[: step.rows.num_hot]
             step.tracker = skipper.criterion.make_tracker(hot_rows, padding_slots=padding_slots)
         self._lr_schedule, self._schedule = lr_schedule, schedule
+        self._averages_from = 1.0 - average
         self._log_every, self._on_report, self._between_chunks = log_every, on_report, between_chunks
         self._started, self._cpu_started = time.perf_counter(), time.process_time()
 
@@ -154,7 +159,6 @@ class Trainer:
         self.position = Position(epoch=self._schedule.epochs)
         self._report()
         self.lookahead.flush()
-        self.step.set_exact_scales()
         self.totals.seconds, self.totals.cpu_seconds = self.elapsed(), self.elapsed_cpu()
 
     def decided_position(self) -> Position:
@@ -177,6 +181,7 @@ class Trainer:
             asked=self.skipper.rule.target_drop if self.skipper.criterion.drops else 0.0,
             threshold=self.skipper.threshold,
             bytes_per_tier=self._bytes_per_tier(),
+            averaged_steps=None if self.step.average is None else self.step.average.num_steps(),
         )
 
     def _bytes_per_tier(self) -> dict[str, int]:
@@ -227,6 +232,7 @@ class Trainer:
             if tracker is not None and is_due and not tracker.is_open:
                 tracker.open_window()
             progress = (span[0] + (span[1] - span[0]) * done / len(batches)) / schedule.epochs
+            self.step.is_averaging = self.step.average is not None and progress >= self._averages_from
             self._train_batch(batch, self._lr_schedule(progress))
             position.batches_done = done + 1
 

@@ -9,7 +9,8 @@ Shape suffixes: B batch, F columns, K columns of tables in tiers, J columns of t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -155,10 +156,28 @@ class Representations:
             largest.append(torch.stack(parts).amax() if parts else torch.zeros((), device=rows.device))
         self.grids.set_abs_max(torch.stack(largest))
 
+    @contextmanager
+    def exact_scales(self, rows: TieredRows) -> Iterator[None]:
+        """Have every scale exact for as long as this is entered; the tiers are flushed."""
+        if self.grids is None:
+            yield
+            return
+        kept = self.grids.scale.clone(), self.grids.peak.clone()
+        self.set_exact_scales(rows)
+        try:
+            yield
+        finally:
+            self.grids.scale.copy_(kept[0])
+            self.grids.peak.copy_(kept[1])
+
     def scale_of(self, name: str) -> Tensor:
         """Step between two levels of a table on few bits, in force. Shape ()."""
         assert self.grids is not None, name
         return self.grids.scale[self.layout.tiered.index(name)]
+
+    def cores(self) -> list[Tensor]:
+        """Every tensor-train core of every table."""
+        return [core for bag in self.bags.values() for core in bag.tt_cores]
 
     def core_bytes(self) -> int:
         """Bytes of all cores, optimizer state included, and of the renumbered slots."""

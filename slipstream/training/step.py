@@ -7,7 +7,8 @@ is how the tests prove it.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from slipstream.embedding.duplicates import Distinct, sum_duplicates
 from slipstream.embedding.tiers.lookahead import StagedBatch
 from slipstream.embedding.tiers.rows import TieredRows, update_rows
+from slipstream.training.averaging import WeightAverage
 from slipstream.training.dense_optimizer import DenseOptimizer
 from slipstream.training.representations import Representations
 from slipstream.training.skipping.trackers import RowTracker, pulls_of_lookups
@@ -48,6 +50,7 @@ class TrainStep:
         deterministic: Whether results on CUDA must repeat to the bit.
         kernels: What looks rows up and updates them: plain `torch`, or one `triton` kernel each.
         most_distinct: How many distinct rows a batch can look up at most; None: as many as it has lookups.
+        average: The mean of the weights over steps, of those with `is_averaging`; None for none.
     """
 
     def __init__(
@@ -63,12 +66,16 @@ class TrainStep:
         deterministic: bool = False,
         kernels: Kernels = "torch",
         most_distinct: int | None = None,
+        average: WeightAverage | None = None,
     ) -> None:
         self.representations = representations
         self._most_distinct, self._batch_size = most_distinct, batch_size
         self._padding = rows.padding(0)
         self.tracker: RowTracker | None = None
         """Watches the rows that steps look up, where a rule asks for it."""
+        self.average = average
+        self.is_averaging = False
+        """Whether steps from now on count in the mean of the weights."""
         self._kernels = kernels
         # needs Triton, which only a GPU brings along
         self._row_kernels = import_module("slipstream.embedding.tiers.kernels") if kernels == "triton" else None
@@ -112,9 +119,16 @@ class TrainStep:
         """Look up what the model predicts from, once no row is staged. Shape (B, F, D)."""
         return self.representations.look_up(self.rows, slots_BF)
 
-    def set_exact_scales(self) -> None:
-        """Get ready for evaluation, once no row is staged: scales of tables on few bits become exact."""
-        self.representations.set_exact_scales(self.rows)
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        """Let the model and what it looks up be what is served, for as long as this is entered.
+
+        That is the mean of the weights, where there is one, with exact scales of tables on few bits. No row may be
+        staged. Afterwards everything is as it was, so that training goes on as if nobody had looked.
+        """
+        mean = nullcontext() if self.average is None else self.average.in_place()
+        with mean, self.representations.exact_scales(self.rows):
+            yield
 
     def take_loss_sum(self) -> float:
         """Sum of the mean losses of the batches since the last call; waits for the device."""
@@ -151,7 +165,11 @@ class TrainStep:
                 ),
             )
         summed = self._sum_by_row(gradients, distinct)
+        before = self.rows.buffer.index_select(0, distinct.rows) if self.is_averaging else None
         self._update(values, summed, distinct, None if weights is None else self._weigh_rows(weights, distinct))
+        if self.average is not None and before is not None:
+            self.average.follow_rows(distinct.rows, before)
+            self.average.count()
         self._loss_sum += loss.detach() / (len(batch) if weights is None else weights.sum())
 
     def _pad(self, num_lookups: int) -> Tensor:
@@ -222,8 +240,8 @@ class _Variant:
 class FixedShapeStep(TrainStep):
     """A step whose full batches all have one shape, captured as a CUDA graph after a few of them.
 
-    Batches of another size, the last of an epoch, take the plain path. Steps with weights, and steps in a window of
-    the tracker, are graphs of their own, so that no other step pays for what they need.
+    Batches of another size, the last of an epoch, take the plain path. Steps with weights, steps in a window of the
+    tracker and steps that are averaged are graphs of their own, so that no other step pays for what they need.
 
     Args:
         batch_size: B of full batches.
@@ -247,7 +265,7 @@ class FixedShapeStep(TrainStep):
             is_hot=False,
         )
         self._pad(num_lookups)  # once for all: graphs read it where it is
-        self._variants: dict[tuple[bool, bool], _Variant] = {}
+        self._variants: dict[tuple[bool, bool, bool], _Variant] = {}
         self._memory: Any = None
 
     def __call__(self, batch: StagedBatch, lr: float) -> None:
@@ -277,7 +295,7 @@ class FixedShapeStep(TrainStep):
     def _load(self, batch: StagedBatch) -> _Variant:
         """Copy a batch to where its kind of step reads it."""
         is_watched = self.tracker is not None and self.tracker.is_open
-        key = (batch.weights is not None, is_watched)
+        key = (batch.weights is not None, is_watched, self.is_averaging)
         if key not in self._variants:
             weights = None if batch.weights is None else self._weights_like(batch.weights)
             self._variants[key] = _Variant(batch=replace(self._static, weights=weights))

@@ -42,6 +42,8 @@ def collect_state(trainer: Trainer) -> tuple[dict[str, Any], dict[str, StoredTen
     tensors |= {f"dense_state.{i}": value for i, value in enumerate(trainer.step.dense_optimizer.state)}
     state["tables"], extra = trainer.step.representations.state()
     tensors |= {f"tables.{name}": value for name, value in extra.items()}
+    if trainer.step.average is not None:
+        tensors |= {f"average.{name}": value for name, value in trainer.step.average.state().items()}
     changing = {name: value.detach().cpu().numpy() for name, value in tensors.items()}
     changing |= _prefixed("skipper.", arrays) | _prefixed("tracker.", tracked)
     copies = {name: value.copy() for name, value in changing.items()}
@@ -77,6 +79,8 @@ def restore_state(trainer: Trainer, state: Mapping[str, Any], weights: Path) -> 
     trainer.skipper.restore(state["skipper"], _below(arrays, "skipper."))
     if trainer.step.tracker is not None:
         trainer.step.tracker.restore(_below(arrays, "tracker."))
+    if trainer.step.average is not None:
+        trainer.step.average.restore(_below(tensors, "average."))
     trainer.lookahead.restore_counters(state["lookahead"])
     trainer.step.representations.restore(state["tables"], _below(tensors, "tables."))
 

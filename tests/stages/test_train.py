@@ -78,6 +78,18 @@ def test_every_exact_mode_gives_the_same_model_to_the_bit(tiny_runs: Path, held:
     assert_same_training(first, other)
 
 
+@pytest.mark.parametrize("held", ["dense", "mixed"])
+def test_the_mean_of_weights_is_the_same_wherever_rows_live(tiny_runs: Path, held: str):
+    options: dict[str, Any] = {"train__average": 0.4, "tables": HELD[held], "train__log_every": 10}
+    first = train(tiny_runs, train__mode="fae", **options)
+    for mode in ("resident", "baseline", "cached"):
+        assert_same_training(first, train(tiny_runs, train__mode=mode, train__cache_ratio=0.5, **options))
+    last_weights = train(tiny_runs, train__mode="fae", **(options | {"train__average": 0.0}))
+    assert losses_of(first) == losses_of(last_weights)  # training itself goes on from the weights
+    assert not np.array_equal(predictions_of(first, "test"), predictions_of(last_weights, "test"))
+    assert 0.35 < first.counts("train")["averaged_steps"] / first.counts("train")["steps"] < 0.45
+
+
 @pytest.mark.parametrize("policy", ["rank", "lfu"])
 def test_a_cache_gives_the_same_model_to_the_bit(tiny_runs: Path, fae: RunResult, policy: str):
     cached = train(
@@ -172,6 +184,8 @@ def plain_training(result: RunResult, batches: list[Batch]) -> dict[str, Tensor]
         rows_of_slot[torch.from_numpy(slots).long()] = torch.arange(len(slots))
     state = {name: torch.zeros(len(t)) if name[0] == "t" else torch.zeros_like(t) for name, t in tensors.items()}
     moments = {name: (torch.zeros_like(t), torch.zeros_like(t)) for name, t in tensors.items()}
+    averaged: list[dict[str, Tensor]] = []
+    last_plain = len(batches) - (result.counts("train").get("averaged_steps") or 0)
     for step, batch in enumerate(batches, start=1):
         rows = rows_of_slot[torch.from_numpy(batch.slots).long()]
         looked_up = torch.stack([tensors[f"tables.{name}"][rows[:, at]] for at, name in enumerate(TABLES)], dim=1)
@@ -195,6 +209,10 @@ def plain_training(result: RunResult, batches: list[Batch]) -> dict[str, Tensor]
                 else:
                     state[name] += gradient**2 / mean_weights(weights, torch.zeros(len(rows), dtype=torch.int64), 1)
                     tensor -= config.lr * gradient / (state[name].sqrt() + config.eps)
+        if step > last_plain:
+            averaged.append({name: tensor.detach().double() for name, tensor in tensors.items()})
+    if averaged:
+        return {name: torch.stack([one[name] for one in averaged]).mean(dim=0).float() for name in tensors}
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
@@ -239,21 +257,23 @@ def seen_batches(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "lr", "order"),
+    ("optimizer", "lr", "order", "average"),
     [
-        ("sgd", 0.05, "interleaved"),
-        ("rowwise_adagrad", 0.02, "interleaved"),
-        ("rowwise_adagrad", 0.02, "mixed"),
-        ("adam", 0.003, "interleaved"),
+        ("sgd", 0.05, "interleaved", 0.0),
+        ("rowwise_adagrad", 0.02, "interleaved", 0.0),
+        ("rowwise_adagrad", 0.02, "mixed", 0.0),
+        ("adam", 0.003, "interleaved", 0.0),
+        ("rowwise_adagrad", 0.02, "interleaved", 0.3),
+        ("sgd", 0.05, "mixed", 1.0),
     ],
 )
 def test_training_equals_a_plain_loop_over_the_same_batches(
-    tiny_runs: Path, seen_batches: list[Batch], optimizer: str, lr: float, order: str
+    tiny_runs: Path, seen_batches: list[Batch], optimizer: str, lr: float, order: str, average: float
 ):
-    result = train(
-        tiny_runs, train__mode="fae", train__optimizer=optimizer, train__lr=lr, train__order=order, train__log_every=7
-    )
+    options = {"train__optimizer": optimizer, "train__lr": lr, "train__order": order, "train__average": average}
+    result = train(tiny_runs, train__mode="fae", train__log_every=7, **options)
     assert min(map(len, seen_batches)) < result.config.train.batch_size
+    assert result.counts("train").get("averaged_steps", 0) == pytest.approx(average * len(seen_batches), abs=2)
     expected = plain_training(result, seen_batches)
     for name, tensor in model_of(result).items():
         torch.testing.assert_close(

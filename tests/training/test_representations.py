@@ -184,15 +184,19 @@ def test_a_scale_is_exact_before_and_after_training():
     def exact(at: int) -> Tensor:
         return step.rows.buffer[torch.from_numpy(layout.slot_maps[f"cat_{at}"]).long()].abs().max() / LEVELS[KINDS[at]]
 
-    for moment in ("before", "after"):
-        if moment == "after":
-            step.rows.buffer.mul_(0.5)  # weights that shrink are seen once training ends
-            for number in range(4):
-                step(make_batch(layout, number)[0], 0.1)
-            assert grids.scale[0] > 1.5 * exact(0)
-            step.set_exact_scales()
+    def assert_exact() -> None:
         for at in (0, 2, 3):
             torch.testing.assert_close(grids.scale[at], exact(at))
+
+    assert_exact()
+    step.rows.buffer.mul_(0.5)  # weights that shrink are seen where the model is served
+    for number in range(4):
+        step(make_batch(layout, number)[0], 0.1)
+    scale, peak = grids.scale.clone(), grids.peak.clone()
+    assert scale[0] > 1.5 * exact(0)
+    with step.serving():
+        assert_exact()
+    assert torch.equal(grids.scale, scale) and torch.equal(grids.peak, peak)
 
 
 # --- tensor-train cores --------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ class TieredRows:
         num_staged: S.
         optimizer: Name of the rule that rows are updated by, whose state travels with them.
         device: Where the buffer lives.
+        keeps_lead: Whether a row has its lead beside it, for the mean over steps (`training/averaging.py`).
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class TieredRows:
         num_staged: int,
         optimizer: str,
         device: torch.device,
+        keeps_lead: bool = False,
     ) -> None:
         if not 0 <= num_hot <= num_rows:
             raise ValueError(f"expected 0 to {num_rows} hot rows, found {num_hot}")
@@ -64,6 +66,12 @@ class TieredRows:
         """What the rule keeps, in its order, of every position."""
         self.cold_state = [torch.zeros(shape) for shape in shapes[1].values()]
         """What the rule keeps of every cold row."""
+        self.buffer_lead = torch.zeros_like(self.buffer) if keeps_lead else None
+        """n times what the row at a position is ahead of its mean over n steps. Shape of `buffer`."""
+        self.cold_lead = torch.zeros_like(self.cold) if keeps_lead else None
+        """The same of every cold row."""
+        self.mean_over = 0
+        """Steps that rows are given the mean over by `gather`; 0 gives them as they are."""
 
     @property
     def first_spare(self) -> int:
@@ -82,7 +90,14 @@ class TieredRows:
     @property
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """(device tensor, host tensor) of everything that travels with a row."""
-        return [(self.buffer, self.cold), *zip(self.buffer_state, self.cold_state, strict=True)]
+        travelling = [(self.buffer, self.cold), *self._state_pairs]
+        if self.buffer_lead is not None and self.cold_lead is not None:
+            travelling.append((self.buffer_lead, self.cold_lead))
+        return travelling
+
+    @property
+    def _state_pairs(self) -> list[tuple[Tensor, Tensor]]:
+        return list(zip(self.buffer_state, self.cold_state, strict=True))
 
     @property
     def row_bytes(self) -> int:
@@ -90,8 +105,9 @@ class TieredRows:
         return sum(host.element_size() * host[:1].numel() for _, host in self.pairs) if self.num_cold else 0
 
     def bytes_per_tier(self) -> dict[str, int]:
-        """Bytes of the hot rows, of staging and of the cold rows, optimizer state included."""
-        per_row = 4 * self.embedding_dim + self.rule.state_bytes(self.embedding_dim)
+        """Bytes of the hot rows, of staging and of the cold rows, with all that travels with a row."""
+        leads = 0 if self.buffer_lead is None else 1
+        per_row = 4 * self.embedding_dim * (1 + leads) + self.rule.state_bytes(self.embedding_dim)
         return {
             "hot": self.num_hot * per_row,
             "staging": self.num_staged * per_row,
@@ -108,13 +124,13 @@ class TieredRows:
         """
         is_hot = slots < self.num_hot
         hot, cold = slots[is_hot], slots[~is_hot] - self.num_hot
-        pairs = self.pairs if state else self.pairs[:1]
+        pairs = [(self.buffer, self.cold), *(self._state_pairs if state else [])]
         for (buffer, host), values in zip(pairs, (weights, *state), strict=True):
             buffer[hot.to(self.device)] = values[is_hot].to(self.device)
             host[cold] = values[~is_hot]
 
     def gather(self, slots: Tensor) -> Tensor:
-        """Rows wherever they live, on the device. No chunk may be at work.
+        """Rows wherever they live, on the device, or their means where `mean_over` says so. No chunk may be at work.
 
         Args:
             slots: On the host. Shape (n,), integer.
@@ -122,19 +138,26 @@ class TieredRows:
         Returns:
             Shape (n, D).
         """
+        rows = self._gather(self.buffer, self.cold, slots)
+        if self.mean_over:
+            assert self.buffer_lead is not None and self.cold_lead is not None
+            rows.sub_(self._gather(self.buffer_lead, self.cold_lead, slots).div_(self.mean_over))
+        return rows
+
+    def _gather(self, buffer: Tensor, host: Tensor, slots: Tensor) -> Tensor:
         is_hot = slots < self.num_hot
         if bool(is_hot.all()):
-            return self.buffer.index_select(0, slots.to(self.device))
+            return buffer.index_select(0, slots.to(self.device))
         rows = torch.empty(len(slots), self.embedding_dim, device=self.device)
-        rows[is_hot.to(self.device)] = self.buffer[slots[is_hot].to(self.device)]
-        rows[~is_hot.to(self.device)] = self.cold[slots[~is_hot] - self.num_hot].to(self.device)
+        rows[is_hot.to(self.device)] = buffer[slots[is_hot].to(self.device)]
+        rows[~is_hot.to(self.device)] = host[slots[~is_hot] - self.num_hot].to(self.device)
         return rows
 
     def read_state(self, slots: Tensor) -> list[Tensor]:
         """Say what the rule keeps, wherever it lives, on the host. Shapes (n,) per row, (n, D) per element."""
         is_hot = slots < self.num_hot
         found = []
-        for buffer, host in self.pairs[1:]:
+        for buffer, host in self._state_pairs:
             state = torch.empty(len(slots), *host.shape[1:])
             state[is_hot] = buffer[slots[is_hot].to(self.device)].cpu()
             state[~is_hot] = host[slots[~is_hot] - self.num_hot]
