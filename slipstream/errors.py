@@ -10,6 +10,9 @@
 Misuse of a function is a ValueError or TypeError; an impossible state is an assert.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class SlipstreamError(Exception):
     """An expected failure: one sentence on what was expected, found and where, and a hint on what to do."""
@@ -41,3 +44,15 @@ class CapacityError(SlipstreamError):
 
 class TrainingError(SlipstreamError):
     """Training cannot go on."""
+
+
+def did_you_mean(name: str, known: Iterable[str], *, prefix: str = "") -> str | None:
+    """Ask for the known name that is closest to a misspelt one; None where none is close.
+
+    Args:
+        name: What was found.
+        known: What is allowed.
+        prefix: Put before the name: the section of a key, with its dot.
+    """
+    close = difflib.get_close_matches(name, [*known], n=1)
+    return f"did you mean `{prefix}{close[0]}`?" if close else None

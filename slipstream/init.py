@@ -16,12 +16,11 @@ import polars as pl
 
 from slipstream.datasets.columns import as_text
 from slipstream.datasets.times import count_periods
-from slipstream.errors import ConfigError, DataError
+from slipstream.errors import ConfigError, DataError, did_you_mean
 from slipstream.io.artifacts import write_atomically
 from slipstream.io.raw import estimate_text_bytes, find_raw_files, is_parquet, read_blocks
 from slipstream.ops.delimited import read_fields
 from slipstream.ops.quoting import unquote
-from slipstream.registry import did_you_mean
 
 Kind = Literal["label", "sparse", "dense", "time", "keep", "left out"]
 
@@ -146,8 +145,8 @@ def _find_label(table: pl.DataFrame, asked: str) -> str:
     if asked:
         if asked not in table.columns:
             raise ConfigError(
-                f"expected --label to name a column, found `{asked}`{did_you_mean(asked, table.columns)}",
-                hint="columns: " + ", ".join(table.columns),
+                f"expected --label to name a column, found `{asked}`",
+                hint=did_you_mean(asked, table.columns) or "columns: " + ", ".join(table.columns),
             )
         return asked
     binary = [name for name in table.columns if set(table[name].unique()) == {"0", "1"}]

@@ -6,7 +6,6 @@ The schema is closed: unknown keys, wrong types and values out of range are `Con
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
 import tomllib
@@ -17,7 +16,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from slipstream.errors import ConfigError
+from slipstream.errors import ConfigError, did_you_mean
 from slipstream.registry import Registry
 
 _SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -145,9 +144,8 @@ def build(cls: type[_T], tree: Mapping[str, Any], prefix: str = "") -> _T:
         if key in getattr(cls, "refused", {}):
             raise ConfigError(f"`{prefix}{key}`: {cls.refused[key]}")  # type: ignore[attr-defined]
         if key not in specs:
-            close = difflib.get_close_matches(key, specs, n=1, cutoff=0.5)
-            known = f"did you mean `{prefix}{close[0]}`?" if close else f"known keys: {', '.join(specs)}"
-            raise ConfigError(f"unknown key `{prefix}{key}`", hint=known)
+            hint = did_you_mean(key, specs, prefix=prefix) or f"known keys: {', '.join(specs)}"
+            raise ConfigError(f"unknown key `{prefix}{key}`", hint=hint)
     values = {}
     for name, spec in specs.items():
         required = spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
@@ -247,8 +245,7 @@ def _build_chosen(base: Any, registry: Registry[Any], value: Any, key: str) -> A
 
 def _choose(choices: Sequence[Any], value: Any, key: str) -> Any:
     if value not in choices or isinstance(value, bool):
-        close = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1)
-        hint = f"did you mean `{close[0]}`?" if close else None
+        hint = did_you_mean(str(value), map(str, choices))
         raise ConfigError(f"`{key}` must be one of {', '.join(map(str, choices))}, found {value!r}", hint=hint)
     return value
 

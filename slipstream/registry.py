@@ -13,14 +13,15 @@ what it holds.
 from __future__ import annotations
 
 import ast
-import difflib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
+
+from slipstream.errors import did_you_mean
 
 T = TypeVar("T")
 
@@ -89,8 +90,9 @@ class Registry(Generic[T]):
         """
         entries = self._all()
         if name not in entries:
+            hint = did_you_mean(name, entries)
             raise ValueError(
-                f"expected a {self._what}: {', '.join(entries)}; found `{name}`{did_you_mean(name, entries)}"
+                f"expected a {self._what}: {', '.join(entries)}; found `{name}`{f'; {hint}' if hint else ''}"
             )
         item = entries[name].item
         return cast(T, find_attribute(item) if isinstance(item, str) else item)
@@ -125,12 +127,6 @@ def find_attribute(path: str) -> Any:
     """Import what `module:attribute` names."""
     module, _, attribute = path.partition(":")
     return getattr(import_module(module), attribute)
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`; did you mean …?` where a known name is close, else nothing."""
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean `{close[0]}`?" if close else ""
 
 
 def _find_modules(package: str, is_thing: Callable[[ast.stmt], bool]) -> dict[str, _Entry]:

@@ -103,7 +103,7 @@ MAY_IMPORT = {
     },
     "dataset_schema": {"options", "registry", "errors", "schema"},
     "options": {"registry", "errors"},
-    "registry": set(),
+    "registry": {"errors"},
     "shipped": {"errors"},
     "progress": set(),
     "schema": set(),

@@ -28,13 +28,11 @@ from statistics import NormalDist
 from typing import IO, TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
-import numpy.typing as npt
 
 from slipstream.datasets.synthetic_teacher import (
     HEAD_IDS,
     NUM_LEVELS,
     PROBABILITY_BITS,
-    Int,
     Teacher,
     TeacherScore,
     hash_integers,
@@ -206,16 +204,16 @@ class SyntheticSpec:
 class LogRows:
     """Consecutive rows of a log before they become text."""
 
-    labels: npt.NDArray[np.uint8]
-    """1 for a click. Shape (n,)."""
-    integers: Int
-    """Shape (13, n); `MISSING_INTEGER` for an empty field."""
-    ids: Int
-    """Value of each table, by popularity on the first day. Shape (26, n); `MISSING_ID` for an empty field."""
-    levels: Int
-    """The teacher's level, an index of its click probabilities. Shape (n,)."""
-    probabilities: npt.NDArray[np.float64]
-    """The chance of a click that the label was drawn with, exactly. Shape (n,)."""
+    labels: np.ndarray
+    """1 for a click. Shape (n,), uint8."""
+    integers: np.ndarray
+    """Shape (13, n), int64; `MISSING_INTEGER` for an empty field."""
+    ids: np.ndarray
+    """Value of each table, by popularity on the first day. Shape (26, n), int64; `MISSING_ID` if empty."""
+    levels: np.ndarray
+    """The teacher's level, an index of its click probabilities. Shape (n,), int64."""
+    probabilities: np.ndarray
+    """The chance of a click that the label was drawn with, exactly. Shape (n,), float64."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -266,7 +264,7 @@ def generate_rows(spec: SyntheticSpec, start: int, stop: int) -> LogRows:
     )
 
 
-def make_tokens(spec: SyntheticSpec, table: int, ids: Int) -> npt.NDArray[np.uint32]:
+def make_tokens(spec: SyntheticSpec, table: int, ids: np.ndarray) -> np.ndarray:
     """Return the tokens that stand for ids of one table in the text.
 
     A bijection of 32-bit integers, salted by seed and table: no two ids of a table share a token.
@@ -277,7 +275,7 @@ def make_tokens(spec: SyntheticSpec, table: int, ids: Int) -> npt.NDArray[np.uin
         ids: Any shape, >= 0.
 
     Returns:
-        Tokens, the shape of `ids`; written as 8 lower-case hexadecimal digits.
+        Tokens, the shape of `ids`, uint32; written as 8 lower-case hexadecimal digits.
 
     Source: the integer hash `lowbias32` by Chris Wellons.
     """
@@ -317,38 +315,6 @@ def write_log(
     with _open_text(out_path) as file:
         tally = _Tally(spec)
         _write_rows(spec, 0, spec.num_samples, file, tally, progress, chunk_rows)
-    return tally.summary()
-
-
-def write_day_logs(
-    spec: SyntheticSpec,
-    folder: Path,
-    *,
-    gz: bool = False,
-    progress: Callable[[int], None] | None = None,
-    chunk_rows: int = 16 * BLOCK_ROWS,
-) -> LogSummary:
-    """Write one file per day, `day_0` and so on; joined they are the file of `write_log`.
-
-    Args:
-        spec: What to write.
-        folder: Where; made if it is not there.
-        gz: Compress the files and add `.gz` to their names.
-        progress: As for `write_log`.
-        chunk_rows: As for `write_log`.
-
-    Returns:
-        Counts and the teacher's scores over all days.
-
-    Raises:
-        ValueError: chunk_rows is out of range.
-        OSError: A file cannot be written.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    tally = _Tally(spec)
-    for day, (start, stop) in enumerate(pairwise(spec.day_starts())):
-        with _open_text(folder / f"day_{day}{'.gz' if gz else ''}") as file:
-            _write_rows(spec, start, stop, file, tally, progress, chunk_rows)
     return tally.summary()
 
 
@@ -395,10 +361,10 @@ class _Tally:
 class _Plan:
     """What a spec needs ready before the first row: lookup tables, small whatever the vocabulary."""
 
-    rank_knots: tuple[Int, ...]
-    integer_knots: tuple[Int, ...]
+    rank_knots: tuple[np.ndarray, ...]
+    integer_knots: tuple[np.ndarray, ...]
     missing_below: tuple[int, ...]
-    ids_by_day: tuple[Int | None, ...]
+    ids_by_day: tuple[np.ndarray | None, ...]
     teacher: Teacher
 
 
@@ -429,18 +395,18 @@ def _plan(spec: SyntheticSpec) -> _Plan:
 
 
 @lru_cache(maxsize=4)
-def _token_salts(seed: int) -> npt.NDArray[np.uint32]:
+def _token_salts(seed: int) -> np.ndarray:
     tables = np.arange(NUM_TABLES)
     return hash_integers(seed, _PURPOSE_TOKEN, 0, tables).astype(np.uint32)
 
 
-def _words(spec: SyntheticSpec, block: int, *, stream: int = 0) -> npt.NDArray[np.uint64]:
+def _words(spec: SyntheticSpec, block: int, *, stream: int = 0) -> np.ndarray:
     """Return the random words of a block, shape (_NUM_WORDS, BLOCK_ROWS): per column one run, for speed."""
     source = np.random.PCG64(np.random.SeedSequence([spec.seed, block, stream]))
     return source.random_raw(_NUM_WORDS * BLOCK_ROWS).reshape(_NUM_WORDS, BLOCK_ROWS)
 
 
-def _draw(plan: _Plan, words: npt.NDArray[np.uint64], day: int) -> tuple[Int, Int]:
+def _draw(plan: _Plan, words: np.ndarray, day: int) -> tuple[np.ndarray, np.ndarray]:
     """Return integers and ids for the words of rows of one day.
 
     Of a column's word the upper half is where in its distribution the value lies, the next quarter whether
@@ -485,7 +451,7 @@ def _segments(spec: SyntheticSpec, start: int, stop: int) -> Iterator[LogRows]:
         start = end
 
 
-def _make_rows(plan: _Plan, words: npt.NDArray[np.uint64], day: int) -> LogRows:
+def _make_rows(plan: _Plan, words: np.ndarray, day: int) -> LogRows:
     integers, ids = _draw(plan, words, day)
     levels = plan.teacher.levels(integers, ids)
     threshold = plan.teacher.probability_of_level.take(levels)
@@ -499,7 +465,7 @@ def _make_rows(plan: _Plan, words: npt.NDArray[np.uint64], day: int) -> LogRows:
     )
 
 
-def _interpolate(knots: Int, uniform: Int, *, out: Int) -> Int:
+def _interpolate(knots: np.ndarray, uniform: np.ndarray, *, out: np.ndarray) -> np.ndarray:
     """Return the whole part of a quantile function at 32-bit uniform numbers."""
     knot = uniform >> _FRACTION_BITS
     np.bitwise_and(uniform, (1 << _FRACTION_BITS) - 1, out=out)
@@ -510,7 +476,7 @@ def _interpolate(knots: Int, uniform: Int, *, out: Int) -> Int:
     return out
 
 
-def _rank_knots(size: int, top_share: float, exponent: float) -> Int:
+def _rank_knots(size: int, top_share: float, exponent: float) -> np.ndarray:
     """Return the quantile function of popularity ranks: one favourite, then a Zipf-Mandelbrot law.
 
     Its offset flattens the head until rank 1 is no more popular than the favourite, rank 0.
@@ -540,7 +506,7 @@ def _zipf_share(rank: float, size: int, offset: float, exponent: float) -> float
     return (math.pow(rank + offset, power) - low) / (high - low)
 
 
-def _integer_knots(shape: _IntegerShape) -> Int:
+def _integer_knots(shape: _IntegerShape) -> np.ndarray:
     uniform = np.arange((1 << _KNOT_BITS) + 1) / (1 << _KNOT_BITS)
     normal = NormalDist(math.log(shape.median), shape.sigma)
     below = shape.minus_one + shape.zero
@@ -551,15 +517,16 @@ def _integer_knots(shape: _IntegerShape) -> Int:
     return _fixed(value, limit=shape.largest + 1)
 
 
-def _fixed(values: npt.NDArray[np.float64], limit: int) -> Int:
+def _fixed(values: np.ndarray, limit: int) -> np.ndarray:
     """Return fixed-point numbers below limit; 16 significant bits, to be the same on every platform."""
     mantissa, exponent = np.frexp(values)
     rounded = np.ldexp(np.rint(np.ldexp(mantissa, 16)), exponent - 16)
-    fixed: Int = np.rint(np.ldexp(rounded, _FIXED_BITS)).astype(np.int64)
-    return np.minimum(fixed, (limit << _FIXED_BITS) - 1)
+    fixed = np.rint(np.ldexp(rounded, _FIXED_BITS)).astype(np.int64)
+    below: np.ndarray = np.minimum(fixed, (limit << _FIXED_BITS) - 1)
+    return below
 
 
-def _ids_by_day(spec: SyntheticSpec, table: int) -> Int | None:
+def _ids_by_day(spec: SyntheticSpec, table: int) -> np.ndarray | None:
     """Return the ids of the first popularity ranks on each day, shape (num_days, ranks); None if steady.
 
     Overnight some ranks are picked and their ids change places: each moves as if it had become up to eight
@@ -637,7 +604,7 @@ _LINE = np.dtype([*_FIELDS.items(), ("end", "u1")])
 
 
 @lru_cache(maxsize=1)
-def _numbers() -> tuple[Int, Int]:
+def _numbers() -> tuple[np.ndarray, np.ndarray]:
     """Return ASCII of small numbers, as little-endian words.
 
     First a tab and then nothing, -1, or 0 to 9999: -2 to 9999 after adding 2. Then 0 to 9999 as four digits.
@@ -647,11 +614,11 @@ def _numbers() -> tuple[Int, Int]:
     return _as_words([b"\t" + number for number in plain]), _as_words(padded)
 
 
-def _as_words(texts: list[bytes]) -> Int:
+def _as_words(texts: list[bytes]) -> np.ndarray:
     return np.frombuffer(b"".join(text.ljust(8, b"\0") for text in texts), dtype="<i8").astype(np.int64)
 
 
-def _as_hexadecimal(tokens: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint64]:
+def _as_hexadecimal(tokens: np.ndarray) -> np.ndarray:
     """Return 8 ASCII digits per token as little-endian words.
 
     All digits of a token at once: halves, then bytes, then nibbles swap places and move apart.

@@ -17,11 +17,8 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from slipstream.ops.split import mix64
-
-Int = npt.NDArray[np.int64]
 
 NUM_LEVELS = 1 << 16
 """Distinct click probabilities, in ascending order."""
@@ -77,8 +74,8 @@ class Teacher:
     """
 
     def __init__(self, *, seed: int, table_sizes: tuple[int, ...], dim: int, noise_ratio: float, ctr: float) -> None:
-        self._effects: list[Int] = []
-        self._vectors: dict[int, Int] = {}
+        self._effects: list[np.ndarray] = []
+        self._vectors: dict[int, np.ndarray] = {}
         self._scales = [0] * len(_VARIANCE_SHARES)
         self._bias = 0
         self._ctr = ctr
@@ -91,9 +88,9 @@ class Teacher:
                 self._vectors[table] = np.stack(columns, axis=1)
         logits = (np.arange(NUM_LEVELS) - NUM_LEVELS // 2) / _LOGIT_ONE
         probability = (1 - noise_ratio) / (1 + np.exp(-logits)) + noise_ratio * ctr
-        self.probability_of_level: Int = np.rint(probability * (1 << PROBABILITY_BITS)).astype(np.int64)
+        self.probability_of_level: np.ndarray = np.rint(probability * (1 << PROBABILITY_BITS)).astype(np.int64)
 
-    def components(self, integers: Int, ids: Int) -> tuple[Int, Int, Int]:
+    def components(self, integers: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the three parts of the score before they are weighed.
 
         Args:
@@ -122,7 +119,7 @@ class Teacher:
             pairs += left[:, axis]
         return dense, single, pairs
 
-    def levels(self, integers: Int, ids: Int) -> Int:
+    def levels(self, integers: np.ndarray, ids: np.ndarray) -> np.ndarray:
         """Return the level of each sample's click probability; shape (n,), 0 <= level < NUM_LEVELS.
 
         Args:
@@ -131,7 +128,7 @@ class Teacher:
         """
         return self._weigh(self.components(integers, ids), self._bias)
 
-    def calibrate(self, integers: Int, ids: Int, *, signal: float) -> None:
+    def calibrate(self, integers: np.ndarray, ids: np.ndarray, *, signal: float) -> None:
         """Choose weights and bias so that a pilot sample has the wanted spread of logits and share of clicks.
 
         Args:
@@ -153,7 +150,7 @@ class Teacher:
                 high = bias
         self._bias = low
 
-    def score(self, clicks: Int, skips: Int) -> TeacherScore:
+    def score(self, clicks: np.ndarray, skips: np.ndarray) -> TeacherScore:
         """Score the teacher on labels counted per level.
 
         Args:
@@ -178,7 +175,7 @@ class Teacher:
             logloss = loss / (positives + negatives)
         return TeacherScore(num_samples=positives + negatives, positives=positives, auc=auc, logloss=logloss)
 
-    def _weigh(self, parts: tuple[Int, Int, Int], bias: int) -> Int:
+    def _weigh(self, parts: tuple[np.ndarray, np.ndarray, np.ndarray], bias: int) -> np.ndarray:
         level = np.zeros_like(parts[0])
         for part, scale in zip(parts, self._scales, strict=True):
             level += part * scale
@@ -187,7 +184,7 @@ class Teacher:
         return np.clip(level, 0, NUM_LEVELS - 1, out=level)
 
 
-def hash_integers(seed: int, purpose: int, table: int, values: Int) -> npt.NDArray[np.uint64]:
+def hash_integers(seed: int, purpose: int, table: int, values: np.ndarray) -> np.ndarray:
     """Hash integers to 64 random-looking bits, differently for each (seed, purpose, table).
 
     Args:
@@ -203,7 +200,7 @@ def hash_integers(seed: int, purpose: int, table: int, values: Int) -> npt.NDArr
     return mix64(values.astype(np.uint64) * np.uint64(_ODD) + mix64(key + np.uint64(_ODD)))
 
 
-def _planted(seed: int, table: int, size: int, *, purpose: int, bits: int) -> Int:
+def _planted(seed: int, table: int, size: int, *, purpose: int, bits: int) -> np.ndarray:
     """Return bell-shaped values, smaller for rarer ids; the last is 0, for the id -1 of a missing value."""
     num_rows = size if size <= HEAD_IDS else 2 * HEAD_IDS
     rows = np.arange(num_rows)
@@ -216,21 +213,21 @@ def _planted(seed: int, table: int, size: int, *, purpose: int, bits: int) -> In
     return np.append(values * _DECAY_IDS // (_DECAY_IDS + rank), 0)
 
 
-def _log_table() -> Int:
+def _log_table() -> np.ndarray:
     values = np.arange(_LOG_EXACT + _LOG_COARSE)
     values[_LOG_EXACT:] = _LOG_EXACT + ((values[_LOG_EXACT:] - _LOG_EXACT) << _LOG_COARSE_BITS)
-    logs: Int = np.rint(np.log1p(values) * _LOG_ONE).astype(np.int64)
+    logs: np.ndarray = np.rint(np.log1p(values) * _LOG_ONE).astype(np.int64)
     return logs
 
 
-def _log_index(integers: Int) -> Int:
+def _log_index(integers: np.ndarray) -> np.ndarray:
     if not len(integers) or int(integers.max()) < _LOG_EXACT:
         return integers
     coarse = _LOG_EXACT + ((integers - _LOG_EXACT) >> _LOG_COARSE_BITS)
     return np.where(integers < _LOG_EXACT, integers, coarse)
 
 
-def _scale_for(part: Int, deviation: float) -> int:
+def _scale_for(part: np.ndarray, deviation: float) -> int:
     """Return the integer weight that gives a part the wanted standard deviation, in units of logit."""
     count = len(part)
     centred = part - int(part.sum()) // count

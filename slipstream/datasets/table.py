@@ -26,11 +26,10 @@ from slipstream.dataset_schema import LabelRule, TableLayout
 from slipstream.datasets.columns import as_text
 from slipstream.datasets.source import ColumnarSource, ParsedBlock, SourceOptions
 from slipstream.datasets.times import EXPECTED_TIME, count_periods
-from slipstream.errors import DataError
+from slipstream.errors import DataError, did_you_mean
 from slipstream.io.raw import is_parquet, read_blocks
 from slipstream.ops.delimited import read_fields
 from slipstream.ops.quoting import unquote
-from slipstream.registry import did_you_mean
 from slipstream.schema import LABEL, MISSING_ID, dense_name, table_name
 
 _LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1, "False": 0, "True": 1, "FALSE": 0, "TRUE": 1}
@@ -310,8 +309,9 @@ def _require_columns(wanted: Sequence[str], found: Sequence[str], where: str) ->
     for name in wanted:
         if name not in found:
             raise DataError(
-                f"expected a column `{name}` in {where}, found {_list(found)}{did_you_mean(name, found)}",
-                hint="check `dataset.columns` and `dataset.separator`; for files without a header set `dataset.names`",
+                f"expected a column `{name}` in {where}, found {_list(found)}",
+                hint=did_you_mean(name, found)
+                or "check `dataset.columns` and `dataset.separator`; for files without a header set `dataset.names`",
             )
 
 

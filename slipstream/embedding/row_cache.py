@@ -20,16 +20,14 @@ Shape suffixes: N rows of the table, S positions of the cache, L lookups of a re
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from slipstream.errors import CapacityError
 from slipstream.ops.runs import is_run_start
 
-Int32 = NDArray[np.int32]
-Int64 = NDArray[np.int64]
 Policy = Literal["lfu", "rank"]
 
 ABSENT = -1
@@ -41,23 +39,25 @@ _NO_CEILING = -1  # below every score: the pool holds nothing
 class CachePlan:
     """What `RowCache.admit` decided: where every lookup finds its row, and which rows have to move first.
 
+    Positions are int32, rows int64.
+
     The bookkeeping already describes the cache after the moves; the caller makes them true, write-backs
     first, because a fetched row may take the position of an evicted one.
     """
 
-    positions: Int32
+    positions: np.ndarray
     """Cache position of every lookup, in the order and shape of the request."""
-    distinct_positions: Int32
+    distinct_positions: np.ndarray
     """Every position of the request once, in no particular order. Shape (U,)."""
-    inverse: Int32
+    inverse: np.ndarray
     """`distinct_positions[inverse]` are the flattened positions. Shape (L,)."""
-    fetch_rows: Int64
+    fetch_rows: np.ndarray
     """Rows to copy into the cache, ascending."""
-    fetch_positions: Int32
+    fetch_positions: np.ndarray
     """Where each of `fetch_rows` goes."""
-    evict_rows: Int64
+    evict_rows: np.ndarray
     """Evicted rows that had changed and must be written back; unchanged ones just vanish."""
-    evict_positions: Int32
+    evict_positions: np.ndarray
     """Where each of `evict_rows` still lies, until `fetch_rows` are copied in."""
     num_hits: int
     """Distinct rows of the request that were already there."""
@@ -165,11 +165,11 @@ class RowCache:
         per_position = (self._row_of_position, self._score, self._last_admit, self._scratch, self._is_dirty)
         return self._position_of_row.nbytes + sum(a.nbytes for a in per_position) + self._pool.nbytes
 
-    def resident_rows(self) -> Int64:
+    def resident_rows(self) -> np.ndarray:
         """Rows in the cache, by position: row `resident_rows()[p]` sits at position p."""
         return self._row_of_position[: self._num_used].copy()
 
-    def lookup(self, rows: ArrayLike) -> tuple[Int32, NDArray[np.bool_]]:
+    def lookup(self, rows: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
         """Find rows without changing anything: no counts, no evictions.
 
         Args:
@@ -188,7 +188,7 @@ class RowCache:
         self,
         rows: ArrayLike,
         *,
-        lookups: NDArray[np.integer[Any]] | None = None,
+        lookups: np.ndarray | None = None,
         keep_admits: int = 0,
         is_announced: bool = False,
     ) -> CachePlan:
@@ -288,7 +288,7 @@ class RowCache:
             self._position_of_row[np.concatenate(marked)] = ABSENT
         return num_fitting
 
-    def distinct(self, positions: NDArray[np.integer[Any]]) -> tuple[Int32, Int32]:
+    def distinct(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """List every position of a request once, without sorting.
 
         Args:
@@ -309,7 +309,7 @@ class RowCache:
         """Note that the rows at these positions no longer equal their copy in the table."""
         self._is_dirty[np.asarray(positions)] = True
 
-    def take_dirty(self) -> tuple[Int64, Int32]:
+    def take_dirty(self) -> tuple[np.ndarray, np.ndarray]:
         """Hand over the changed rows for writing back, and call them clean.
 
         Returns:
@@ -320,7 +320,7 @@ class RowCache:
         self.stats.write_backs += positions.size
         return self._row_of_position[positions], positions.astype(np.int32)
 
-    def warm(self, rows: ArrayLike, counts: ArrayLike | None = None) -> tuple[Int64, Int32]:
+    def warm(self, rows: ArrayLike, counts: ArrayLike | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Place rows into positions that are still free, before training.
 
         Args:
@@ -357,7 +357,7 @@ class RowCache:
         self._num_used = 0
         self._forget_pool()
 
-    def _checked_rows(self, rows: ArrayLike) -> NDArray[np.integer[Any]]:
+    def _checked_rows(self, rows: ArrayLike) -> np.ndarray:
         array = np.asarray(rows)
         if array.size == 0:
             return array.astype(np.int64)
@@ -368,7 +368,7 @@ class RowCache:
             raise ValueError(f"expected rows in [0, {self.num_rows}), found {low if low < 0 else high}")
         return array
 
-    def _protect_and_choose(self, found: Int64, num_missing: int, keep_admits: int) -> Int64:
+    def _protect_and_choose(self, found: np.ndarray, num_missing: int, keep_admits: int) -> np.ndarray:
         """Open admit number `num_admits + 1`: stamp the rows found, then choose who leaves for the others."""
         number = self.num_admits + 1
         num_victims = num_missing - (self.capacity - self._num_used)
@@ -385,7 +385,7 @@ class RowCache:
         self.num_admits = number
         return victims
 
-    def _choose_victims(self, count: int, oldest_kept: int) -> Int64:
+    def _choose_victims(self, count: int, oldest_kept: int) -> np.ndarray:
         """Find the `count` positions of lowest score that were last admitted before `oldest_kept`.
 
         Exact without a look at the whole cache: the pool holds every position whose score is at or below a
@@ -417,7 +417,7 @@ class RowCache:
         self._pool_ceiling = int(np.partition(score[candidates], size - 1)[size - 1])
         self._pool = np.flatnonzero(score <= self._pool_ceiling)
 
-    def _replace(self, victims: Int64, rows: Int64) -> Int32:
+    def _replace(self, victims: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Put rows where the victims were and then into free positions; a new row's count is 0.
 
         The two maps, row to position and position to row, are changed together: victims lose theirs first, since the
@@ -439,15 +439,15 @@ class RowCache:
             self._score[positions] += self._scaled(self._row_counts[rows])
         return positions.astype(np.int32)
 
-    def _scaled(self, counts: NDArray[np.integer[Any]]) -> Int64:
+    def _scaled(self, counts: np.ndarray) -> np.ndarray:
         limit = np.int64(1) << (61 - self._shift)  # far above any real count, and the sum cannot overflow
         return np.minimum(counts.astype(np.int64), limit) << self._shift
 
     def _raise_counts(
         self,
-        distinct_positions: Int32,
-        inverse: Int32,
-        lookups: NDArray[np.integer[Any]] | None,
+        distinct_positions: np.ndarray,
+        inverse: np.ndarray,
+        lookups: np.ndarray | None,
         num_lookups: int,
     ) -> None:
         if self.policy == "lfu":
@@ -469,13 +469,14 @@ class RowCache:
         self._pool_ceiling = _NO_CEILING
 
 
-def _sorted_distinct(values: NDArray[np.integer[Any]]) -> Int64:
+def _sorted_distinct(values: np.ndarray) -> np.ndarray:
     """Sort and drop duplicates: three times as fast as np.unique, which goes through a hash table."""
     ordered = np.sort(values.astype(np.int64))
-    return ordered[is_run_start(ordered)]
+    distinct: np.ndarray = ordered[is_run_start(ordered)]
+    return distinct
 
 
-def _checked_counts(counts: ArrayLike, size: int) -> NDArray[np.integer[Any]]:
+def _checked_counts(counts: ArrayLike, size: int) -> np.ndarray:
     array = np.asarray(counts)
     if array.shape != (size,) or (size and not np.issubdtype(array.dtype, np.integer)):
         raise ValueError(f"expected {size} integer counts, found shape {array.shape} of {array.dtype}")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 
-def is_run_start(ordered: np.ndarray) -> NDArray[np.bool_]:
+def is_run_start(ordered: np.ndarray) -> np.ndarray:
     """Whether each value of a sorted array is the first of its kind. Shape (n,), bool."""
     starts = np.empty(len(ordered), bool)
     starts[:1] = True

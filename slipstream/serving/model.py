@@ -6,6 +6,7 @@ Shape suffixes: n samples, F looked-up columns, D width of a row.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -149,9 +150,8 @@ class ServedModel(nn.Module):
     def portable(self) -> PortableModel:
         """Give the whole model as one module of plain operations, with weights of its own."""
         tensors, _ = read_tensors(self.folder / FILES[0])
-        network, _ = load_model(self.folder)
         return PortableModel(
-            network,
+            deepcopy(self.network),
             tensors,
             representations=self.description["representations"],
             column_tables=self.description["column_tables"],

@@ -19,7 +19,6 @@ dense values as they are fed to the model, so it gets the stored ones; to get To
 
 from __future__ import annotations
 
-import difflib
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from slipstream.errors import CapacityError, ConfigError
+from slipstream.errors import CapacityError, ConfigError, did_you_mean
 from slipstream.io.artifacts import Artifact, hash_file, wrap_write_errors, write_atomically, write_json
 from slipstream.io.figures import PreprocessFigures
 from slipstream.io.samples import count_samples
@@ -100,10 +99,9 @@ def check_format(export_format: str) -> None:
         ConfigError: It is not.
     """
     if export_format not in FORMATS:
-        close = difflib.get_close_matches(export_format, FORMATS, n=1)
         raise ConfigError(
             f"expected a format among {', '.join(FORMATS)}, found `{export_format}`",
-            hint=f"did you mean `{close[0]}`?" if close else None,
+            hint=did_you_mean(export_format, FORMATS),
         )
 
 

@@ -24,7 +24,6 @@ from slipstream.datasets.synthetic import (
     default_table_sizes,
     generate_rows,
     make_tokens,
-    write_day_logs,
     write_log,
 )
 from slipstream.ops.split import chronological_bounds
@@ -60,22 +59,11 @@ def test_chunks_do_not_change_the_bytes(small_text: bytes, tmp_path: Path, chunk
     assert max(written) <= chunk_rows
 
 
-def test_day_files_joined_are_the_single_file(small_text: bytes, tmp_path: Path):
-    summary = write_day_logs(SMALL, tmp_path / "days")
-    days = [(tmp_path / "days" / f"day_{day}").read_bytes() for day in range(7)]
-    assert b"".join(days) == small_text
-    assert [day.count(b"\n") for day in days] == [2858] + [2857] * 6
-    assert sorted(path.name for path in (tmp_path / "days").iterdir()) == [f"day_{day}" for day in range(7)]
-    assert summary == write_log(SMALL, tmp_path / "log.tsv")
-
-
-def test_gz_files_hold_the_same_text_and_no_trace_of_when(small_text: bytes, tmp_path: Path):
+def test_a_gz_file_holds_the_same_text_and_no_trace_of_when(small_text: bytes, tmp_path: Path):
     write_log(SMALL, tmp_path / "log.tsv.gz")
-    write_day_logs(SMALL, tmp_path, gz=True)
     packed = (tmp_path / "log.tsv.gz").read_bytes()
     assert gzip.decompress(packed) == small_text
     assert packed[3:8] == bytes(5)  # flags: no name; time: 0
-    assert b"".join(gzip.decompress((tmp_path / f"day_{day}.gz").read_bytes()) for day in range(7)) == small_text
 
 
 @pytest.mark.parametrize("field", ["seed", "drift_ratio", "ctr", "signal", "teacher_dim", "noise_ratio"])

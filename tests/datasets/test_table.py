@@ -178,7 +178,7 @@ def test_a_byte_order_mark_and_windows_line_ends_do_not_matter(tmp_path: Path, c
     [
         ([b""], "has no lines"),
         ([b"\n\n"], "has no lines"),
-        ([b"id,user,city,prize,when,clicked\n"], r"expected a column `price` in the header of .*did you mean `prize`"),
+        ([b"id,user,city,prize,when,clicked\n"], r"expected a column `price` in the header of .*, found .*`prize`"),
         ([b"id,user,city,price,when,clicked,user\n"], "names `user` more than once"),
         ([HEADER, b"user,id,city,price,when,clicked\n"], "the headers of .* differ"),
         ([HEADER + b"1,2,3,4,5,x\n" * 3], r"3 of the first 4 lines .*\n  line 2: clicked: expected 0 or 1, found 'x'"),

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -191,7 +191,7 @@ class CachedEmbeddingBag(nn.Module):
             else:
                 self.register_buffer(f"cache_{name}", near, persistent=False)
 
-    def _warm(self, counts: NDArray[np.integer[Any]] | None, num_rows: int) -> None:
+    def _warm(self, counts: np.ndarray | None, num_rows: int) -> None:
         if counts is None:
             rows, positions = self.row_cache.warm(np.arange(num_rows))
         else:
@@ -375,11 +375,11 @@ class CachedEmbeddingBag(nn.Module):
         """Give the cache tensors, writable without autograd or its version counter taking notice."""
         return {name: getattr(self, f"cache_{name}").data for name in self._host.tables}
 
-    def _real_rows(self, ids: Tensor) -> NDArray[np.integer[Any]]:
-        rows: NDArray[np.integer[Any]] = ids.detach().cpu().numpy().reshape(-1)
+    def _real_rows(self, ids: Tensor) -> np.ndarray:
+        rows: np.ndarray = ids.detach().cpu().numpy().reshape(-1)
         return rows if self.padding_idx is None else rows[rows != self.padding_idx]
 
-    def _resident_view(self, rows: NDArray[np.integer[Any]]) -> tuple[NDArray[np.int32], Tensor]:
+    def _resident_view(self, rows: np.ndarray) -> tuple[np.ndarray, Tensor]:
         """Make rows resident: their positions, and the cache tensor to look them up in."""
         self._forget_updated()
         plan = self._admit(rows, is_announced=self._num_announced > 0)
@@ -397,7 +397,7 @@ class CachedEmbeddingBag(nn.Module):
                 self.row_cache.mark_dirty(plan.distinct_positions)
         return plan.positions, weight
 
-    def _frozen_view(self, rows: NDArray[np.integer[Any]]) -> tuple[NDArray[np.int32], Tensor]:
+    def _frozen_view(self, rows: np.ndarray) -> tuple[np.ndarray, Tensor]:
         """Find rows where they are: positions in the cache, or in a small table that mixes both places."""
         positions, is_missing = self.row_cache.lookup(rows)
         near = self._near()["weight"]
@@ -412,7 +412,7 @@ class CachedEmbeddingBag(nn.Module):
         mixed[index_on(near.device, np.flatnonzero(is_missing))] = absent.to(near.device)
         return inverse.astype(np.int32), mixed
 
-    def _admit(self, rows: NDArray[np.integer[Any]], *, is_announced: bool = False) -> CachePlan:
+    def _admit(self, rows: np.ndarray, *, is_announced: bool = False) -> CachePlan:
         try:
             plan = self.row_cache.admit(rows, keep_admits=self._keep_admits(), is_announced=is_announced)
         except CapacityError as error:

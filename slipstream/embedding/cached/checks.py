@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from slipstream.errors import CapacityError
@@ -38,7 +37,7 @@ def too_many_rows(
     )
 
 
-def as_counts(counts: ArrayLike | Tensor | None, num_rows: int) -> NDArray[np.integer[Any]] | None:
+def as_counts(counts: ArrayLike | Tensor | None, num_rows: int) -> np.ndarray | None:
     """Give access counts as an array.
 
     Raises:

@@ -2,6 +2,9 @@
 
     from slipstream.embedding.cached.colossal import CachedEmbeddingBag, EvictionStrategy
 
+A bag is its own `cache_weight_mgr`. What there is no room for here says so when it is asked for, and what to do
+instead: the other classes, lookups by position, prints.
+
 Source: hpcaitech/ColossalAI, legacy cache_embedding: the signatures, and hit and miss counts after each batch.
 """
 
@@ -33,6 +36,29 @@ _STRATEGIES: dict[EvictionStrategy, EvictStrategy] = {
     EvictionStrategy.LFU: "lfu",
     EvictionStrategy.DATASET: "dataset",
 }
+
+
+_ABSENT_CLASSES = {
+    "CachedParamMgr": "a bag is its own manager: make a CachedEmbeddingBag",
+    "ParallelCachedEmbeddingBag": "a table is never cut here: make a CachedEmbeddingBag in one process",
+    "ParallelCachedEmbeddingBagTablewise": "a cache serves one table: make a CachedEmbeddingBag for each",
+    "ParallelCachedEmbeddingBagTablewiseSpiltCache": "a cache serves one table: make a CachedEmbeddingBag for each",
+    "TablewiseEmbeddingBagConfig": "a cache serves one table: make a CachedEmbeddingBag for each",
+}
+_ABSENT_MEMBERS = {
+    "prepare_ids": "forward finds the positions of rows itself; prefetch(batches) makes rows resident ahead of it",
+    "reorder": "pass ids_freq_mapping and warmup_ratio when the bag is made",
+    "print_comm_stats": "read bytes_to_device and bytes_to_host",
+    "print_comm_stats_": "read bytes_to_device and bytes_to_host",
+    "swap_in_bandwidth": "read bytes_to_device; copies are not timed, for that would make each wait for the last",
+    "swap_out_bandwidth": "read bytes_to_host; copies are not timed, for that would make each wait for the last",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ABSENT_CLASSES:
+        raise ImportError(f"expected CachedEmbeddingBag or EvictionStrategy, found {name}: {_ABSENT_CLASSES[name]}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class CachedEmbeddingBag(bag.CachedEmbeddingBag):
@@ -116,6 +142,8 @@ class CachedEmbeddingBag(bag.CachedEmbeddingBag):
         """Distinct rows that were in the cache already, of each training batch."""
         self.num_miss_history: list[int] = []
         """Distinct rows that had to be fetched, of each training batch."""
+        self.num_write_back_history: list[int] = []
+        """Changed rows that left for the host table to make room, of each training batch."""
 
     @classmethod
     def from_pretrained(
@@ -158,9 +186,44 @@ class CachedEmbeddingBag(bag.CachedEmbeddingBag):
     ) -> Tensor:
         """Pool the rows of every bag, then let `shape_hook` change the result."""
         stats = self.row_cache.stats
-        hits, misses = stats.hits, stats.misses
+        hits, misses, write_backs = stats.hits, stats.misses, stats.write_backs
         pooled = super().forward(input, offsets, per_sample_weights)
         if self.training:
             self.num_hits_history.append(stats.hits - hits)
             self.num_miss_history.append(stats.misses - misses)
+            self.num_write_back_history.append(stats.write_backs - write_backs)
         return pooled if shape_hook is None else shape_hook(pooled)
+
+    @property
+    def cache_weight_mgr(self) -> CachedEmbeddingBag:
+        """What keeps the cache: the bag itself."""
+        return self
+
+    @property
+    def cuda_available_row_num(self) -> int:
+        """Rows that the cache has room for before one must leave."""
+        return self.row_cache.capacity - self.row_cache.num_resident
+
+    def cpu_weight_data(self, row_idx: int) -> Tensor:
+        """Give one row as the host table has it after a flush. Shape (D,)."""
+        return self.weight[row_idx]
+
+    def set_cache_op(self, cache_op: bool = True) -> None:
+        """Say whether lookups are by row number, as they always are here.
+
+        Raises:
+            ValueError: They are to be by cache position.
+        """
+        if not cache_op:
+            raise ValueError(
+                "expected set_cache_op(True), found False: lookups are by row number; prefetch(batches) makes the rows "
+                "of several batches resident at once, and their forwards move nothing"
+            )
+
+    def set_cache_mgr_async_copy(self, flag: bool) -> None:
+        """Have no effect: copies to and from a device wait for nothing but the buffer they need."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _ABSENT_MEMBERS:
+            raise AttributeError(f"{name} is not known here: {_ABSENT_MEMBERS[name]}")
+        return super().__getattr__(name)

@@ -3,11 +3,8 @@
 Shape suffixes: N rows of the table, S positions of the cache, D embedding_dim.
 """
 
-from typing import Any
-
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 Tables = dict[str, Tensor]
@@ -34,12 +31,12 @@ class HostTables:
         """Bytes of the staging buffers."""
         return sum(s.buffer.nbytes for s in (*self._outward.values(), *self._homeward.values()))
 
-    def read(self, rows: NDArray[np.int64]) -> Tensor:
+    def read(self, rows: np.ndarray) -> Tensor:
         """Copy weights out, for rows that are not in the cache."""
         self.land()
         return self.tables["weight"].index_select(0, torch.from_numpy(rows.astype(np.int64)))
 
-    def fetch(self, rows: NDArray[np.int64], positions: NDArray[np.integer[Any]], near: Tables) -> None:
+    def fetch(self, rows: np.ndarray, positions: np.ndarray, near: Tables) -> None:
         """Copy rows and their state into the cache; none of them may be under way home."""
         for part in self._parts(rows.size):
             index = torch.from_numpy(rows[part])
@@ -52,7 +49,7 @@ class HostTables:
                 staging.mark_in_use()
                 self.bytes_to_device += staged.nbytes
 
-    def write_back(self, rows: NDArray[np.int64], positions: NDArray[np.int32], near: Tables) -> None:
+    def write_back(self, rows: np.ndarray, positions: np.ndarray, near: Tables) -> None:
         """Begin copying rows and their state home."""
         for part in self._parts(rows.size):
             self.land()  # the buffers are free again
@@ -121,7 +118,7 @@ class _Staging:
             self._copied = None
 
 
-def index_on(device: torch.device, positions: NDArray[np.integer[Any]]) -> Tensor:
+def index_on(device: torch.device, positions: np.ndarray) -> Tensor:
     """Positions as an index on a device, without waiting for the copy."""
     index = torch.from_numpy(positions.astype(np.int64))
     if device.type == "cuda":

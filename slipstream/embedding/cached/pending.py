@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from slipstream.embedding.cached.host_tables import index_on
@@ -22,15 +21,13 @@ from slipstream.embedding.row_cache import RowCache
 class PendingForward:
     """A training forward whose update is still to come."""
 
-    positions: NDArray[np.int32]
-    """Distinct positions it looked up. Shape (U,)."""
+    positions: np.ndarray
+    """Distinct positions it looked up. Shape (U,), int32."""
     leaf: Tensor | None
     """The alias of the cache tensor that its gradient arrives at; None when that is the parameter itself."""
 
 
-def sum_gradients(
-    pending: Sequence[PendingForward], weight: Tensor, row_cache: RowCache
-) -> tuple[NDArray[np.int32], Tensor]:
+def sum_gradients(pending: Sequence[PendingForward], weight: Tensor, row_cache: RowCache) -> tuple[np.ndarray, Tensor]:
     """Sum the gradients of forwards to one per position.
 
     Args:
@@ -39,7 +36,7 @@ def sum_gradients(
         row_cache: Which brings the positions of several forwards together.
 
     Returns:
-        Positions, shape (U,), and gradients, shape (U, D), float32 or float64.
+        Positions, shape (U,), int32, and gradients, shape (U, D), float32 or float64.
     """
     positions = pending[0].positions
     if len(pending) > 1:

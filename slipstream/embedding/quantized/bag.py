@@ -15,7 +15,7 @@ Source: DQRM (Zhou et al. 2024) for the scheme; ALPT (Li et al. 2022) for traini
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal, Unpack, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,7 @@ from slipstream.embedding.duplicates import sum_duplicates
 from slipstream.embedding.quantized.abs_max import AbsMaxTracker
 from slipstream.embedding.quantized.base import (
     Bag,
-    Mode,
-    TableScale,
+    BagOptions,
     check_rows,
     check_table,
     position_of,
@@ -92,20 +91,15 @@ class QuantizedEmbeddingBag(Bag):
     Args:
         num_embeddings: N.
         embedding_dim: D. Even to pack 4 bits, a multiple of 4 to pack 2.
-        bits: 16, 8, 4 or 2.
-        scale_per: One scale per "table" or per "row".
         period: Training steps between two refreshes of a table's scale, >= 1.
         master_dtype: "float32" (dtype may make it float64) or "int8".
-        mode: "sum", "mean" or "max". The default is "sum", that of nn.EmbeddingBag is "mean".
-        padding_idx: Row whose lookups count for nothing and which is never updated; zero at the start.
-        include_last_offset: Whether offsets end with L.
         sparse: Whether the gradient of the weight is sparse.
         _weight: Initial weights, shape (N, D); a float32 master shares them. Default: uniform in
             +-sqrt(1 / N), as DLRM.
-        dtype: float32 or float64, of the output and of a float master. Default: that of `_weight`, else
-            torch's.
         device: Where to put the table.
         generator: Randomness of initial weights and of stochastic rounding; None is torch's global generator.
+        **options: Those of every bag of quantised rows: see `Bag`. The padding row is never updated, and zero at the
+            start; `dtype` is also that of a float master, and unless given that of `_weight`.
 
     Raises:
         ValueError: An option is not in its set, `period` < 1, or the weights have the wrong shape or are not
@@ -131,29 +125,17 @@ class QuantizedEmbeddingBag(Bag):
         num_embeddings: int,
         embedding_dim: int,
         *,
-        bits: int = 4,
-        scale_per: TableScale = "table",
         period: int = 200,
         master_dtype: MasterDtype = "float32",
-        mode: Mode = "sum",
-        padding_idx: int | None = None,
-        include_last_offset: bool = False,
         sparse: bool = True,
         _weight: Tensor | None = None,
-        dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
+        **options: Unpack[BagOptions],
     ) -> None:
-        super().__init__(
-            num_embeddings,
-            embedding_dim,
-            bits=bits,
-            scale_per=scale_per,
-            mode=mode,
-            padding_idx=padding_idx,
-            include_last_offset=include_last_offset,
-            dtype=dtype if dtype is not None or _weight is None else _weight.dtype,
-        )
+        if _weight is not None and options.get("dtype") is None:
+            options["dtype"] = _weight.dtype
+        super().__init__(num_embeddings, embedding_dim, **options)
         check_choice("master_dtype", master_dtype, ("float32", "int8"))
         if period < 1:
             raise ValueError(f"period: expected at least 1 step, found {period}; 200 costs next to nothing")
@@ -169,7 +151,7 @@ class QuantizedEmbeddingBag(Bag):
         self._tracked_address = 0
         self.register_buffer("num_steps", torch.zeros((), dtype=torch.int64))
         self._create_master(_weight, device)
-        if scale_per == "table":
+        if self.scale_per == "table":
             self.register_buffer("scale", torch.ones((), dtype=torch.float32, device=device))
             self.refresh_scale()
 
@@ -431,17 +413,8 @@ class QuantizedEmbeddingBag(Bag):
         Raises:
             ValueError: `embedding_dim` does not fill whole bytes at these bits, or a weight is not finite.
         """
-        packed = PackedEmbeddingBag(
-            self.num_embeddings,
-            self.embedding_dim,
-            bits=self.bits,
-            scale_per=self.scale_per,
-            mode=self.mode,
-            padding_idx=self.padding_idx,
-            include_last_offset=self.include_last_offset,
-            dtype=self.dtype,
-            device=self._table().device,
-        )
+        size, device = (self.num_embeddings, self.embedding_dim), self._table().device
+        packed = PackedEmbeddingBag(*size, device=device, **self.options())
         for part in row_chunks(self.num_embeddings):
             packed.write_rows(part, self.master_rows(part), self._table_scale())
         return packed

@@ -4,7 +4,7 @@ Shape suffixes: N rows of a table, D embedding_dim, B bags, L lookups, U unique 
 """
 
 from collections.abc import Iterator
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypedDict, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,38 @@ MASK_ROWS_PER_LOOKUP = 4
 """Up to this many rows per lookup a bitmap of the table finds the unique rows faster than a sort."""
 
 
+class LookupOptions(TypedDict, total=False):
+    """How a bag of quantised rows looks up."""
+
+    mode: Mode
+    padding_idx: int | None
+    include_last_offset: bool
+    dtype: torch.dtype | None
+
+
+class BagOptions(LookupOptions, total=False):
+    """What every bag of quantised rows takes by name: the grid, and how to look up."""
+
+    bits: int
+    scale_per: TableScale
+
+
 class Bag(nn.Module):
-    """What a training bag and a packed bag share: arguments, checks, deduplication and pooling."""
+    """What a training bag and a packed bag share: arguments, checks, deduplication and pooling.
+
+    Args:
+        num_embeddings: N.
+        embedding_dim: D.
+        bits: 16, 8, 4 or 2.
+        scale_per: One scale per "table" or per "row".
+        mode: "sum", "mean" or "max". The default is "sum", that of nn.EmbeddingBag is "mean".
+        padding_idx: Row whose lookups count for nothing.
+        include_last_offset: Whether offsets end with L.
+        dtype: float32 or float64, of the output. Default: torch's.
+
+    Raises:
+        ValueError: An option is not in its set.
+    """
 
     scale: Tensor
 
@@ -32,12 +62,12 @@ class Bag(nn.Module):
         num_embeddings: int,
         embedding_dim: int,
         *,
-        bits: int,
-        scale_per: TableScale,
-        mode: Mode,
-        padding_idx: int | None,
-        include_last_offset: bool,
-        dtype: torch.dtype | None,
+        bits: int = 4,
+        scale_per: TableScale = "table",
+        mode: Mode = "sum",
+        padding_idx: int | None = None,
+        include_last_offset: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_bits(bits)
@@ -61,6 +91,17 @@ class Bag(nn.Module):
         self.padding_idx = None if padding_idx is None else padding_idx % num_embeddings
         self.include_last_offset = include_last_offset
         self.dtype = float_dtype(dtype)
+
+    def options(self) -> BagOptions:
+        """Give the options that a bag with the same lookups is made with."""
+        return {
+            "bits": self.bits,
+            "scale_per": self.scale_per,
+            "mode": self.mode,
+            "padding_idx": self.padding_idx,
+            "include_last_offset": self.include_last_offset,
+            "dtype": self.dtype,
+        }
 
     def _rows_on_grid(self, rows: Tensor, *, is_unique: bool) -> Tensor:
         """Values that the forward sees for rows. Shape (U, D)."""

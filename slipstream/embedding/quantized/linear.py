@@ -29,6 +29,11 @@ from slipstream.embedding.quantized.numbers import (
 LinearScale = Literal["channel", "matrix"]
 
 
+def _check_grid(bits: int, scale_per: str) -> None:
+    check_bits(bits)
+    check_choice("scale_per", scale_per, ("channel", "matrix"))
+
+
 class QuantizedLinear(nn.Linear):
     """An `nn.Linear` whose weight is rounded to the grid at every forward.
 
@@ -63,8 +68,7 @@ class QuantizedLinear(nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_bits(bits)
-        check_choice("scale_per", scale_per, ("channel", "matrix"))
+        _check_grid(bits, scale_per)
         super().__init__(in_features, out_features, bias, device=device, dtype=float_dtype(dtype))
         self.bits = bits
         self.scale_per = scale_per
@@ -186,8 +190,7 @@ class PackedLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_bits(bits)
-        check_choice("scale_per", scale_per, ("channel", "matrix"))
+        _check_grid(bits, scale_per)
         self.in_features = in_features
         self.out_features = out_features
         self.bits = bits
@@ -263,8 +266,7 @@ def quantize_linears(
         ValueError: An option is not in its set, `module` is itself an `nn.Linear`, or a name in `skip` is not
             that of a linear layer inside it. Nothing is changed then.
     """
-    check_bits(bits)
-    check_choice("scale_per", scale_per, ("channel", "matrix"))
+    _check_grid(bits, scale_per)
     if type(module) is nn.Linear:
         raise ValueError(
             "quantize_linears: expected a module that contains nn.Linear layers, found an nn.Linear; "

@@ -4,12 +4,12 @@ Shape suffixes: N rows of a table, D embedding_dim, U unique rows of a lookup.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from slipstream.embedding.quantized.base import Bag, Mode, TableScale, check_table, row_chunks
+from slipstream.embedding.quantized.base import Bag, BagOptions, LookupOptions, TableScale, check_table, row_chunks
 from slipstream.embedding.quantized.numbers import (
     check_divides,
     check_stored_dtype,
@@ -34,13 +34,8 @@ class PackedEmbeddingBag(Bag):
     Args:
         num_embeddings: N.
         embedding_dim: D. Even at 4 bits, a multiple of 4 at 2 bits.
-        bits: 16, 8, 4 or 2.
-        scale_per: "table" or "row".
-        mode: "sum", "mean" or "max".
-        padding_idx: Row whose lookups count for nothing.
-        include_last_offset: Whether offsets end with L.
-        dtype: float32 or float64, of the output.
         device: Where to put the table.
+        **options: Those of every bag of quantised rows: see `Bag`.
 
     Raises:
         ValueError: An option is not in its set, or D does not fill whole bytes.
@@ -53,28 +48,14 @@ class PackedEmbeddingBag(Bag):
         num_embeddings: int,
         embedding_dim: int,
         *,
-        bits: int = 4,
-        scale_per: TableScale = "table",
-        mode: Mode = "sum",
-        padding_idx: int | None = None,
-        include_last_offset: bool = False,
-        dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        **options: Unpack[BagOptions],
     ) -> None:
-        super().__init__(
-            num_embeddings,
-            embedding_dim,
-            bits=bits,
-            scale_per=scale_per,
-            mode=mode,
-            padding_idx=padding_idx,
-            include_last_offset=include_last_offset,
-            dtype=dtype,
-        )
-        check_divides(embedding_dim, bits)
-        columns = embedding_dim // values_per_byte(bits)
-        scales = (num_embeddings,) if scale_per == "row" else ()
-        self.register_buffer("packed", torch.zeros(num_embeddings, columns, dtype=storage_dtype(bits), device=device))
+        super().__init__(num_embeddings, embedding_dim, **options)
+        check_divides(embedding_dim, self.bits)
+        shape = (num_embeddings, embedding_dim // values_per_byte(self.bits))
+        scales = (num_embeddings,) if self.scale_per == "row" else ()
+        self.register_buffer("packed", torch.zeros(shape, dtype=storage_dtype(self.bits), device=device))
         self.register_buffer("scale", torch.ones(scales, dtype=torch.float32, device=device))
 
     @torch.no_grad()
@@ -118,10 +99,7 @@ def quantize_table(
     weight: Tensor,
     bits: int,
     scale_per: TableScale = "row",
-    *,
-    mode: Mode = "sum",
-    padding_idx: int | None = None,
-    include_last_offset: bool = False,
+    **options: Unpack[LookupOptions],
 ) -> PackedEmbeddingBag:
     """Quantise a trained table after the fact, to compare with training on the grid.
 
@@ -129,9 +107,7 @@ def quantize_table(
         weight: Shape (N, D), float32 or float64.
         bits: 16, 8, 4 or 2.
         scale_per: One exact scale per "table" or per "row".
-        mode: "sum", "mean" or "max".
-        padding_idx: Row whose lookups count for nothing.
-        include_last_offset: Whether offsets end with L.
+        **options: mode, padding_idx, include_last_offset and dtype as for `Bag`; the dtype of the weight unless given.
 
     Returns:
         A bag on the device of `weight`.
@@ -143,17 +119,8 @@ def quantize_table(
     """
     check_table(weight, tuple(weight.shape))
     weight = weight.detach()
-    packed = PackedEmbeddingBag(
-        weight.shape[0],
-        weight.shape[1],
-        bits=bits,
-        scale_per=scale_per,
-        mode=mode,
-        padding_idx=padding_idx,
-        include_last_offset=include_last_offset,
-        dtype=weight.dtype,
-        device=weight.device,
-    )
+    options = {"dtype": weight.dtype, **options}
+    packed = PackedEmbeddingBag(*weight.shape, bits=bits, scale_per=scale_per, device=weight.device, **options)
     scale = table_scale(weight, bits) if scale_per == "table" else None
     for part in row_chunks(weight.shape[0]):
         packed.write_rows(part, weight[part], scale)

@@ -9,13 +9,13 @@ convention of `nn.EmbeddingBag` holds.
 """
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import torch
 from torch import Tensor
 
-from slipstream.embedding.tt.shapes import WeightDist, tt_svd
-from slipstream.embedding.tt.tables import CacheGradient, Mode, TTTables
+from slipstream.embedding.tt.shapes import tt_svd
+from slipstream.embedding.tt.tables import TTOptions, TTTables
 
 
 class TTEmbeddingBag(TTTables):
@@ -43,21 +43,21 @@ class TTEmbeddingBag(TTTables):
         tt_ranks: Inner ranks, one fewer than cores: 1 to 3 integers >= 1.
         tt_p_shapes: Row factors, one a core, product >= N; None for balanced ones.
         tt_q_shapes: Column factors, one a core, product == D; None for balanced ones.
-        optimizer: What `sparse=True` applies, by its name in `slipstream.embedding.rules.OPTIMIZERS`, to the slices
-            of cores that a batch uses and to the rows of a cache that has rows of its own. Cores have no rows and
-            take the element-wise rule: "adagrad" for "rowwise_adagrad".
-        learning_rate: Of the fused optimizer.
-        eps: Of the optimizer.
-        sparse: Whether to update inside the backward pass.
-        use_cache: Whether to count ids and to have a cache.
+        padding_idx: Row that no bag counts; None for none.
+        include_last_offset: Whether offsets end with the number of lookups.
+        optimizer: What `sparse=True` applies to the slices of cores that a batch uses and to the rows of a cache
+            that has rows of its own, by its name in `slipstream.embedding.rules.OPTIMIZERS`; "sgd" unless given.
+            Cores have no rows and take the element-wise rule: "adagrad" for "rowwise_adagrad".
+        learning_rate: Of the fused optimizer, 0.1.
+        eps: Of the optimizer, 1e-10.
+        sparse: Whether to update inside the backward pass; True.
+        use_cache: Whether to count ids and to have a cache; False.
         cache_size: Rows the cache holds; 0 for a tenth of the table.
         hashtbl_size: Ids whose counts are kept, >= cache_size (see `IdCounter`); 0 counts exactly, in memory
             that grows with the distinct ids seen.
-        cache_gradient: Where gradients of cached rows go, see above.
-        weight_dist: "uniform", "normal", "approx-uniform", "approx-normal"; see `entry_variance`.
-        mode: "sum", "mean" or "max"; "max" on a GPU leaves the order of torch's own backward to torch.
-        padding_idx: Row that no bag counts; None for none.
-        include_last_offset: Whether offsets end with the number of lookups.
+        cache_gradient: Where gradients of cached rows go, see above; "cores".
+        weight_dist: "uniform", "normal", "approx-uniform" or, unless given, "approx-normal"; see `entry_variance`.
+        mode: "sum" (unless given), "mean" or "max"; "max" on a GPU leaves the order of torch's own backward to torch.
         dtype: Of the cores; None for torch's default.
         device: Of the cores; None for torch's default.
         generator: Source of randomness on the CPU; None for torch's own. The same draw on every device.
@@ -86,43 +86,11 @@ class TTEmbeddingBag(TTTables):
         tt_p_shapes: Sequence[int] | None = None,
         tt_q_shapes: Sequence[int] | None = None,
         *,
-        optimizer: str = "sgd",
-        learning_rate: float = 0.1,
-        eps: float = 1e-10,
-        sparse: bool = True,
-        use_cache: bool = False,
-        cache_size: int = 0,
-        hashtbl_size: int = 0,
-        cache_gradient: CacheGradient = "cores",
-        weight_dist: WeightDist = "approx-normal",
-        mode: Mode = "sum",
         padding_idx: int | None = None,
         include_last_offset: bool = False,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        generator: torch.Generator | None = None,
+        **options: Unpack[TTOptions],
     ) -> None:
-        super().__init__(
-            1,
-            num_embeddings,
-            embedding_dim,
-            tt_ranks,
-            tt_p_shapes,
-            tt_q_shapes,
-            optimizer=optimizer,
-            learning_rate=learning_rate,
-            eps=eps,
-            sparse=sparse,
-            use_cache=use_cache,
-            cache_size=cache_size,
-            hashtbl_size=hashtbl_size,
-            cache_gradient=cache_gradient,
-            weight_dist=weight_dist,
-            mode=mode,
-            dtype=dtype,
-            device=device,
-            generator=generator,
-        )
+        super().__init__(1, num_embeddings, embedding_dim, tt_ranks, tt_p_shapes, tt_q_shapes, **options)
         if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
             raise ValueError(
                 f"expected padding_idx in {-num_embeddings}..{num_embeddings - 1}, found "
@@ -233,8 +201,7 @@ class BatchedTTEmbeddingBags(TTTables):
         tt_ranks: Inner ranks of each table.
         tt_p_shapes: Row factors of each table.
         tt_q_shapes: Column factors of each table.
-        **options: As for `TTEmbeddingBag`, without padding_idx and include_last_offset; one cache serves
-            all tables.
+        **options: As for `TTEmbeddingBag`, from `optimizer` on; one cache serves all tables.
 
     Attributes:
         tt_cores: Core k has shape (T, p_k, r_{k-1}, q_k, r_k).

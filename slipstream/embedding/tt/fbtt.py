@@ -2,9 +2,10 @@
 
     from slipstream.embedding.tt.fbtt import OptimType, TTEmbeddingBag, TableBatchedTTEmbeddingBag
 
-What differs where the original would go wrong or cannot: it runs on a CPU, for any embedding_dim; optimizers that the
-original takes for Adagrad without a word are refused; and offsets are those of `nn.EmbeddingBag`, as the original's own
-documentation shows them. Its code wants the end of the last bag too: say `include_last_offset=True` for that.
+What differs where the original would go wrong or cannot: it runs on a CPU, for any embedding_dim; of the optimizers
+that the original takes for Adagrad without a word, Adam is Adam and the others are refused; and offsets are those of
+`nn.EmbeddingBag`, as the original's own documentation shows them. Its code wants the end of the last bag too: say
+`include_last_offset=True` for that.
 
 Source: facebookresearch/FBTT-Embedding, README.md and the signatures of tt_embeddings_ops.py.
 """
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from slipstream.embedding.tt import bag
 from slipstream.embedding.tt.shapes import suggested_tt_shapes, tt_to_dense
+from slipstream.embedding.tt.tables import TTTables
 
 __all__ = ["OptimType", "TTEmbeddingBag", "TableBatchedTTEmbeddingBag", "suggested_tt_shapes", "tt_matrix_to_full"]
 
@@ -42,11 +44,13 @@ class OptimType(Enum):
         return self.value
 
 
+_NAIVE = "naive-uniform"
 _RULES: dict[OptimType, str] = {
     OptimType.SGD: "sgd",
     OptimType.EXACT_SGD: "sgd",
     OptimType.EXACT_ADAGRAD: "adagrad",
     OptimType.EXACT_ROWWISE_ADAGRAD: "rowwise_adagrad",
+    OptimType.ADAM: "adam",
 }
 
 
@@ -62,11 +66,14 @@ class TTEmbeddingBag(bag.TTEmbeddingBag):
         tt_p_shapes: Row factors.
         tt_q_shapes: Column factors.
         optimizer: Of the fused update, an `OptimType`.
-        **options: As for `slipstream.embedding.TTEmbeddingBag`. `weight_dist="naive-uniform"` and
-            `enforce_embedding_dim` are not known.
+        weight_dist: As for `slipstream.embedding.TTEmbeddingBag`, or "naive-uniform": every core from
+            uniform(0, 1 / √num_embeddings).
+        enforce_embedding_dim: Of no effect: the product of the column factors is always embedding_dim, where FBTT
+            rounds it up and then stops.
+        **options: As for `slipstream.embedding.TTEmbeddingBag`.
 
     Raises:
-        ValueError: The optimizer is one that FBTT names and does not have, or a shape does not fit.
+        ValueError: The optimizer is one that FBTT names and neither has, or a shape does not fit.
         TypeError: More shapes than there are.
     """
 
@@ -79,12 +86,13 @@ class TTEmbeddingBag(bag.TTEmbeddingBag):
         tt_p_shapes: Sequence[int] | None = None,
         tt_q_shapes: Sequence[int] | None = None,
         optimizer: OptimType = OptimType.SGD,
+        weight_dist: str = "approx-normal",
+        enforce_embedding_dim: bool = False,
         **options: Any,
     ) -> None:
-        ranks, row_shapes, column_shapes = _sort_shapes(shapes, tt_ranks, tt_p_shapes, tt_q_shapes)
-        super().__init__(
-            num_embeddings, embedding_dim, ranks, row_shapes, column_shapes, optimizer=_rule_of(optimizer), **options
-        )
+        sizes = (num_embeddings, embedding_dim, *_sort_shapes(shapes, tt_ranks, tt_p_shapes, tt_q_shapes))
+        super().__init__(*sizes, optimizer=_rule_of(optimizer), weight_dist=_known(weight_dist), **options)
+        _redraw(self, weight_dist, options.get("generator"))
 
     def forward(
         self,
@@ -122,6 +130,8 @@ class TableBatchedTTEmbeddingBag(bag.BatchedTTEmbeddingBags):
         tt_p_shapes: Row factors.
         tt_q_shapes: Column factors.
         optimizer: Of the fused update.
+        weight_dist: As for `TTEmbeddingBag`.
+        enforce_embedding_dim: As for `TTEmbeddingBag`.
         **options: As for `slipstream.embedding.BatchedTTEmbeddingBags`.
     """
 
@@ -135,11 +145,13 @@ class TableBatchedTTEmbeddingBag(bag.BatchedTTEmbeddingBags):
         tt_p_shapes: Sequence[int] | None = None,
         tt_q_shapes: Sequence[int] | None = None,
         optimizer: OptimType = OptimType.SGD,
+        weight_dist: str = "approx-normal",
+        enforce_embedding_dim: bool = False,
         **options: Any,
     ) -> None:
-        ranks, row_shapes, column_shapes = _sort_shapes(shapes, tt_ranks, tt_p_shapes, tt_q_shapes)
-        sizes = (num_tables, num_embeddings, embedding_dim, ranks, row_shapes, column_shapes)
-        super().__init__(*sizes, optimizer=_rule_of(optimizer), **options)
+        sizes = (num_tables, num_embeddings, embedding_dim, *_sort_shapes(shapes, tt_ranks, tt_p_shapes, tt_q_shapes))
+        super().__init__(*sizes, optimizer=_rule_of(optimizer), weight_dist=_known(weight_dist), **options)
+        _redraw(self, weight_dist, options.get("generator"))
 
 
 def tt_matrix_to_full(
@@ -205,3 +217,17 @@ def _rule_of(optimizer: OptimType) -> str:
             f"expected one of {known}, found {optimizer!r}: FBTT names it too, and computes Adagrad instead"
         )
     return _RULES[optimizer]
+
+
+def _known(weight_dist: str) -> Any:
+    return "uniform" if weight_dist == _NAIVE else weight_dist
+
+
+@torch.no_grad()
+def _redraw(tables: TTTables, weight_dist: str, generator: torch.Generator | None) -> None:
+    """Draw the cores anew where FBTT's distribution is none of ours."""
+    if weight_dist != _NAIVE:
+        return
+    for core in tables.tt_cores:
+        drawn = torch.rand(core.shape, dtype=torch.float64, generator=generator)
+        core.copy_(drawn / tables.num_embeddings**0.5)

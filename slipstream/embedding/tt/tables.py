@@ -6,7 +6,7 @@ row + table · prod(p), so that all tables share one range.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +35,26 @@ Mode = Literal["sum", "mean", "max"]
 _CHUNK_ROWS = 16_384
 
 
+class TTOptions(TypedDict, total=False):
+    """What every tensor-train bag takes by name; `TTEmbeddingBag` says what each means."""
+
+    optimizer: str
+    learning_rate: float
+    eps: float
+    sparse: bool
+    use_cache: bool
+    cache_size: int
+    hashtbl_size: int
+    cache_gradient: CacheGradient
+    weight_dist: WeightDist
+    mode: Mode
+    dtype: torch.dtype | None
+    device: torch.device | str | None
+    generator: torch.Generator | None
+
+
 class TTTables(nn.Module):
-    """Cores, fused optimizer and cache of tables of one shape; see `TTEmbeddingBag` for what they mean."""
+    """Cores, fused optimizer and cache of tables of one shape; `TTEmbeddingBag` says what the arguments mean."""
 
     cache_ids: Tensor
     cache_weight: Tensor

@@ -1,5 +1,7 @@
 """Calls as ColossalAI's CachedEmbedding takes them."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -49,6 +51,44 @@ def test_histories_count_distinct_rows_and_evaluation_leaves_none():
             bag(torch.tensor(rows), torch.tensor([0]))
         bag.eval()(torch.tensor([1]), torch.tensor([0]))
     assert (bag.num_hits_history, bag.num_miss_history) == ([0, 1], [2, 1])
+
+
+def test_rows_that_learnt_and_make_room_are_counted_as_written_back():
+    bag = CachedEmbeddingBag(9, 2, cache_ratio=0.25, warmup_ratio=0.0)
+    optimizer = torch.optim.SGD(bag.parameters(), lr=0.1)
+    for rows in ([4, 7], [4, 8], [1, 2]):
+        bag(torch.tensor(rows), torch.tensor([0])).sum().backward()
+        optimizer.step()
+    assert bag.num_write_back_history == [0, 1, 2]
+
+
+def test_the_bag_answers_for_its_manager():
+    bag = CachedEmbeddingBag(8, 2, cache_ratio=0.5, warmup_ratio=0.0)
+    with torch.no_grad():
+        bag(torch.tensor([4, 7]), torch.tensor([0]))
+    assert bag.cache_weight_mgr.num_miss_history == [2]
+    assert bag.cache_weight_mgr.cuda_available_row_num == 2
+    bag.cache_weight_mgr.flush()
+    assert torch.equal(bag.cache_weight_mgr.cpu_weight_data(4), bag.weight[4])
+    bag.set_cache_op(True)
+    bag.set_cache_mgr_async_copy(True)
+
+
+@pytest.mark.parametrize(
+    "name", ["prepare_ids", "reorder", "print_comm_stats", "swap_in_bandwidth", "swap_out_bandwidth"]
+)
+def test_members_that_are_not_known_say_what_to_do(name: str):
+    with pytest.raises(AttributeError, match=f"{name} is not known here: "):
+        getattr(CachedEmbeddingBag(8, 2), name)
+
+
+def test_lookups_by_position_and_classes_over_several_devices_say_what_to_do():
+    with pytest.raises(ValueError, match=re.escape("prefetch(batches)")):
+        CachedEmbeddingBag(8, 2).set_cache_op(False)
+    with pytest.raises(ImportError, match="found ParallelCachedEmbeddingBag: a table is never cut here"):
+        from slipstream.embedding.cached.colossal import ParallelCachedEmbeddingBag  # noqa: F401
+    with pytest.raises(ImportError, match="cannot import name 'Nothing'"):
+        from slipstream.embedding.cached.colossal import Nothing  # noqa: F401
 
 
 @pytest.mark.parametrize("num_rows", [1, 7, 99, 1000])

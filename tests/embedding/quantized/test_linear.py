@@ -45,11 +45,11 @@ def test_a_quantised_linear_equals_the_reference_and_its_packed_self(
 def test_swapping_the_linears_of_a_model_shares_parameters_and_keeps_the_optimizer() -> None:
     torch.manual_seed(0)  # by chance every rectifier is off, and nothing has a gradient
     shared = nn.Linear(4, 4)
-    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Sequential(shared, shared), nn.Linear(4, 1))
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Sequential(shared, shared), nn.Linear(4, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     keys, before = list(model.state_dict()), [id(p) for p in model.parameters()]
     assert quantize_linears(model, 4, skip=["3"]) == ["0", "2.0", "2.1"]
-    assert [type(m) for m in model] == [QuantizedLinear, nn.ReLU, nn.Sequential, nn.Linear]
+    assert [type(m) for m in model] == [QuantizedLinear, nn.Tanh, nn.Sequential, nn.Linear]
     assert model[2][0] is model[2][1]
     assert list(model.state_dict()) == keys
     assert [id(p) for p in model.parameters()] == before
@@ -62,7 +62,7 @@ def test_swapping_the_linears_of_a_model_shares_parameters_and_keeps_the_optimiz
 def test_a_model_of_quantised_parts_learns() -> None:
     torch.manual_seed(0)
     bag = QuantizedEmbeddingBag(30, 8, period=10, generator=torch.Generator().manual_seed(0))
-    top = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1))
+    top = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1))
     quantize_linears(top, 8)
     optimizer = torch.optim.SGD([*bag.parameters(), *top.parameters()], lr=0.3)
     ids = torch.arange(30)[:, None]
@@ -74,7 +74,7 @@ def test_a_model_of_quantised_parts_learns() -> None:
         optimizer.step()
     assert float(loss.detach()) < 0.1
     bag.eval()
-    packed_top = nn.Sequential(top[0].pack(), nn.ReLU(), top[2].pack())
+    packed_top = nn.Sequential(top[0].pack(), nn.Tanh(), top[2].pack())
     assert torch.equal(packed_top(bag.pack()(ids)), top(bag(ids)))
 
 

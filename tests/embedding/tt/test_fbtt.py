@@ -14,6 +14,14 @@ from slipstream.embedding.tt.fbtt import (
     tt_matrix_to_full,
 )
 
+TAKEN = {
+    OptimType.SGD,
+    OptimType.EXACT_SGD,
+    OptimType.EXACT_ADAGRAD,
+    OptimType.EXACT_ROWWISE_ADAGRAD,
+    OptimType.ADAM,
+}
+
 
 def test_the_documented_constructions_work():
     tt_emb = TTEmbeddingBag(
@@ -86,10 +94,14 @@ def test_offsets_with_the_last_end_are_an_error_that_says_so():
     assert bag(torch.tensor([1, 2, 3]), torch.tensor([0, 2, 3]), True).shape == (2, 8)
 
 
-def test_steps_are_those_of_the_bag_it_stands_for():
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [(OptimType.EXACT_SGD, "sgd"), (OptimType.EXACT_ADAGRAD, "adagrad"), (OptimType.ADAM, "adam")],
+)
+def test_steps_are_those_of_the_bag_it_stands_for(theirs: OptimType, ours: str):
     made = [
-        TTEmbeddingBag(50, 6, [2, 2], optimizer=OptimType.EXACT_ADAGRAD, generator=torch.Generator().manual_seed(1)),
-        OwnBag(50, 6, [2, 2], optimizer="adagrad", generator=torch.Generator().manual_seed(1)),
+        TTEmbeddingBag(50, 6, [2, 2], optimizer=theirs, generator=torch.Generator().manual_seed(1)),
+        OwnBag(50, 6, [2, 2], optimizer=ours, generator=torch.Generator().manual_seed(1)),
     ]
     for bag in made:
         bag(torch.tensor([1, 7, 7]), torch.tensor([0, 2])).square().sum().backward()
@@ -97,7 +109,7 @@ def test_steps_are_those_of_the_bag_it_stands_for():
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("optimizer", [OptimType.ADAM, OptimType.LAMB, OptimType.PARTIAL_ROWWISE_ADAM])
+@pytest.mark.parametrize("optimizer", sorted(set(OptimType) - TAKEN, key=str))
 def test_optimizers_that_the_original_takes_for_adagrad_are_refused(optimizer: OptimType):
     with pytest.raises(ValueError, match="computes Adagrad instead"):
         TTEmbeddingBag(50, 6, [2, 2], optimizer=optimizer)
@@ -145,6 +157,22 @@ def test_cores_that_could_be_read_in_another_order_are_refused():
         tt_matrix_to_full(P, Q, RANKS, cores, [1, 2, 0, 3])
     with pytest.raises(ValueError, match="expected core 0"):
         tt_matrix_to_full([9, 4, 2], Q, RANKS, cores, [1, 0, 2, 3])
+
+
+@pytest.mark.parametrize("weight_dist", ["uniform", "naive-uniform", "normal", "approx-uniform", "approx-normal"])
+@pytest.mark.parametrize("enforce", [False, True])
+def test_every_initialisation_of_the_original_is_known_by_its_name(weight_dist: str, enforce: bool):
+    bag = TTEmbeddingBag(1000, 12, [4, 4], weight_dist=weight_dist, enforce_embedding_dim=enforce)
+    assert bag.full_weight().shape == (1000, 12)
+    with pytest.raises(ValueError, match="expected weight_dist in"):
+        TTEmbeddingBag(1000, 12, [4, 4], weight_dist="gaussian")
+
+
+def test_naive_uniform_cores_lie_between_0_and_the_root_of_the_rows():
+    bag = TableBatchedTTEmbeddingBag(2, 100, 8, [4, 4], weight_dist="naive-uniform")
+    for core in bag.tt_cores:
+        assert 0 <= core.min() and 0.09 < core.max() < 0.1
+        assert not torch.equal(core[0], core[1])
 
 
 def test_shapes_are_suggested():
