@@ -20,14 +20,13 @@ import pyarrow as pa
 from slipstream.dataset_schema import TableLayout
 from slipstream.datasets.registry import SOURCES
 from slipstream.datasets.source import Source, SourceOptions
-from slipstream.errors import ArtifactError, DataError
+from slipstream.errors import ArtifactError, DataError, did_you_mean
 from slipstream.io.artifacts import Artifact, hash_file, link_or_copy
 from slipstream.io.figures import PreprocessFigures
 from slipstream.io.lookups import lookup_path, open_lookup
 from slipstream.io.model_folder import WEIGHTS
 from slipstream.ops.dense import DenseEncoding
 from slipstream.ops.vocabulary import RowLookup, hash_to_buckets
-from slipstream.registry import did_you_mean
 from slipstream.schema import MISSING_ID, OOV_ROW, dense_name, table_name
 
 _FEW = 256
@@ -250,9 +249,8 @@ class Encoder:
     def _field_of(self, name: str) -> str:
         if name not in self.field_names:
             raise DataError(
-                f"expected values of the fields {', '.join(self.source.fields)}; found `{name}`"
-                f"{did_you_mean(name, list(self.field_names))}",
-                hint="leave out what the log does not have",
+                f"expected values of the fields {', '.join(self.source.fields)}; found `{name}`",
+                hint=did_you_mean(name, self.field_names) or "leave out what the log does not have",
             )
         return self.field_names[name]
 
