@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from slipstream.config import PipelineConfig
 from slipstream.embedding.rules import OPTIMIZERS
+from slipstream.errors import CapacityError
 from slipstream.io.artifacts import Artifact, StageKey
-from slipstream.options import to_dict
+from slipstream.options import parse_budget, to_dict
 from slipstream.progress import Progress
 from slipstream.training.skipping.registry import make_criterion
 
@@ -95,3 +96,26 @@ def trained_row_bytes(config: PipelineConfig) -> int:
     """Count the bytes of one row in training: fp32 weights, what the optimizer keeps of it, and its part in a mean."""
     width = config.model.row_width
     return 4 * width * (2 if config.train.average else 1) + OPTIMIZERS.get(config.train.optimizer).state_bytes(width)
+
+
+def affordable_rows(budget: str | int, num_rows: int, num_oov: int, row_bytes: int) -> int:
+    """Count the rows that a hot budget holds.
+
+    Args:
+        budget: As `segregate.hot_budget`.
+        num_rows: V; more are never hot.
+        num_oov: OOV rows, which always are.
+        row_bytes: Accelerator bytes of one hot row, all included.
+
+    Raises:
+        CapacityError: The OOV rows alone take more.
+    """
+    asked = parse_budget(budget, total_bytes=num_rows * row_bytes)
+    affordable = min(asked // row_bytes, num_rows)
+    if affordable < num_oov:
+        raise CapacityError(
+            f"`segregate.hot_budget` = {budget} is {asked:,} bytes and holds {affordable} rows of {row_bytes} "
+            f"bytes; the OOV rows of {num_oov} tables are always hot",
+            hint=f"raise it to at least {num_oov * row_bytes} bytes",
+        )
+    return affordable

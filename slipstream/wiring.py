@@ -22,6 +22,7 @@ from slipstream.ops.learning_rate import learning_rate
 from slipstream.options import pick
 from slipstream.training.assemble import Assembly, Settings, assemble
 from slipstream.training.device import resolve_device
+from slipstream.training.footprint import assemble_weightless
 from slipstream.training.loop import StepReport, Trainer
 from slipstream.training.order.schedule import Schedule, default_segment_steps
 from slipstream.training.representations import TableSpec
@@ -104,6 +105,38 @@ def put_together(
         num_dense=figures.num_dense,
         seed=config.train_seed,
         device=device,
+    )
+
+
+def put_together_weightless(
+    config: PipelineConfig,
+    *,
+    layout: SlotLayout,
+    specs: Sequence[TableSpec],
+    figures: TableFigures,
+    counts: np.ndarray,
+    on_cuda: bool,
+) -> Assembly:
+    """Put together what would train, with tensors that have no memory: see `footprint.py`.
+
+    Args:
+        config: The pipeline.
+        layout: As in `put_together`.
+        specs: As there.
+        figures: As there.
+        counts: As there.
+        on_cuda: Whether the step is the one that a GPU gets.
+    """
+    return assemble_weightless(
+        pick(Settings, config.train),
+        layout=layout,
+        specs=specs,
+        padding_rows=figures.padding_rows or {},
+        counts=counts,
+        network=config.model,
+        linear_bits=config.tables.quantize_linears,
+        num_dense=figures.num_dense,
+        on_cuda=on_cuda,
     )
 
 

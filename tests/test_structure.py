@@ -34,6 +34,7 @@ MAY_IMPORT = {
         "init",
         "shipped",
         "forecast",
+        "sizing",
         "compare",
         "stage",
         "stage_list",
@@ -47,7 +48,7 @@ MAY_IMPORT = {
         "schema",
     },
     "report": {
-        *("report", "init", "compare", "stage", "pipeline", "config", "options"),
+        *("report", "init", "compare", "sizing", "stage", "pipeline", "config", "options"),
         *("io", "ops", "errors", "progress", "schema"),
     },
     "compare": {"pipeline", "training", "config", "errors", "io", "progress", "schema"},
@@ -77,8 +78,12 @@ MAY_IMPORT = {
             "schema",
         )
     },
+    "sizing": {
+        *("sizing", "wiring", "pipeline", "stage", "training", "config", "options", "io", "ops"),
+        *("errors", "progress"),
+    },
     "wiring": {"training", "embedding", "models", "config", "options", "io", "ops", "errors"},
-    "stage": {"training.skipping", "embedding.rules", "config", "options", "io", "ops", "progress"},
+    "stage": {"training.skipping", "embedding.rules", "config", "options", "io", "ops", "errors", "progress"},
     "serving": {
         *("serving", "training", "embedding", "models", "datasets", "io", "ops"),
         *("registry", "dataset_schema", "errors", "progress", "schema"),
@@ -112,7 +117,7 @@ MAY_IMPORT = {
 """From top to bottom; `a.b` is the room `b` of `a` alone."""
 
 HEAVY = {"torch", "polars", "pyarrow"}
-TORCH_BELONGS_TO = {"wiring", "serving", "embedding", "models", "training", "stages"}
+TORCH_BELONGS_TO = {"sizing", "wiring", "serving", "embedding", "models", "training", "stages"}
 
 
 def component(path: Path) -> str:

@@ -6,9 +6,10 @@ need them, so that help and `check` start at once.
 
 front.py      the application, options that commands share, how they answer and fail
 commands.py   commands on pipelines, artifacts and models
+checks.py     commands that say what a run would take, and whether it can be trusted
 """
 
-from slipstream.cli import commands
+from slipstream.cli import commands, checks  # isort: skip  # help lists commands in this order
 from slipstream.cli.front import app, main
 
-__all__ = ["app", "commands", "main"]
+__all__ = ["app", "checks", "commands", "main"]

@@ -1,6 +1,7 @@
 """How results are shown: tables and progress on the terminal, JSON, and an HTML page with charts.
 
 terminal.py   Rich renderables
+sizes.py      the same, of what hardware a pipeline needs
 document.py   the JSON document of a run
 facts.py      what a run left behind, read from its artifacts and condensed
 charts.py     frames to Altair charts
@@ -8,6 +9,7 @@ page.py       sections, tables and charts to one HTML file
 run_page.py, compare_page.py   what stands on the page of a run, and of a comparison
 """
 
+from slipstream.report.sizes import sizes_table
 from slipstream.report.terminal import (
     RichProgress,
     comparison_table,
@@ -31,5 +33,6 @@ __all__ = [
     "run_table",
     "score_table",
     "show_bytes",
+    "sizes_table",
     "stage_line",
 ]

@@ -23,7 +23,6 @@ import numpy as np
 import polars as pl
 
 from slipstream.config import SegregateConfig
-from slipstream.errors import CapacityError
 from slipstream.io.artifacts import Artifact, write_atomically, write_json
 from slipstream.io.capacity import require_disk
 from slipstream.io.counts import read_counts
@@ -34,7 +33,7 @@ from slipstream.ops.parallel import in_order
 from slipstream.options import parse_budget
 from slipstream.progress import Progress
 from slipstream.schema import SHARD_GROUPS, dense_name, table_name
-from slipstream.stage import StageJob, row_bytes_of
+from slipstream.stage import StageJob, affordable_rows, row_bytes_of
 
 _WORKERS = 2
 
@@ -132,7 +131,7 @@ def _choose(
     oov_rows = offsets[:-1]
     if config.access_threshold:
         return take_above_threshold(counts, oov_rows, access_threshold=config.access_threshold)
-    num_rows = _affordable_rows(config.hot_budget, len(counts), len(oov_rows), row_bytes)
+    num_rows = affordable_rows(config.hot_budget, len(counts), len(oov_rows), row_bytes)
     starts = column_offsets(offsets, PreprocessFigures.of(processed).column_tables)
 
     def samples() -> Iterator[np.ndarray]:
@@ -161,18 +160,6 @@ def _load_choice(path: Path, num_rows: int) -> HotSet | None:
     with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
         is_hot = np.unpackbits(arrays["is_hot"], count=num_rows).astype(bool)
         return HotSet(is_hot=is_hot, access_threshold=int(arrays["access_threshold"]))
-
-
-def _affordable_rows(budget: str | int, num_rows: int, num_oov: int, row_bytes: int) -> int:
-    asked = parse_budget(budget, total_bytes=num_rows * row_bytes)
-    affordable = min(asked // row_bytes, num_rows)
-    if affordable < num_oov:
-        raise CapacityError(
-            f"`segregate.hot_budget` = {budget} is {asked:,} bytes and holds {affordable} rows of {row_bytes} "
-            f"bytes; the OOV rows of {num_oov} tables are always hot",
-            hint=f"raise it to at least {num_oov * row_bytes} bytes",
-        )
-    return affordable
 
 
 def _doubt_budget(config: SegregateConfig, num_rows: int, row_bytes: int) -> list[str]:

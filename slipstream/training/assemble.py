@@ -225,12 +225,23 @@ def represent(
 
 
 def make_step(
-    settings: Settings, model: nn.Module, rows: TieredRows, representations: Representations, *, num_dense: int
+    settings: Settings,
+    model: nn.Module,
+    rows: TieredRows,
+    representations: Representations,
+    *,
+    num_dense: int,
+    on_cuda: bool | None = None,
 ) -> TrainStep:
-    """Make the step: of fixed shape where a CUDA graph can hold it."""
+    """Make the step: of fixed shape where a CUDA graph can hold it; `on_cuda` is whether it is for a GPU."""
     layout = representations.layout
+    on_cuda = rows.device.type == "cuda" if on_cuda is None else on_cuda
     optimizer = DenseOptimizer(
-        model.parameters(), optimizer=settings.optimizer, eps=settings.eps, weight_decay=settings.weight_decay
+        model.parameters(),
+        optimizer=settings.optimizer,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        at_once=on_cuda,
     )
     options: dict[str, Any] = {
         "model": model,
@@ -244,7 +255,7 @@ def make_step(
         "average": WeightAverage(rows, [*model.parameters(), *representations.cores()]) if settings.average else None,
     }
     asks_plain = settings.deterministic or settings.faithful or representations.has_cores
-    if rows.device.type == "cuda" and not asks_plain:
+    if on_cuda and not asks_plain:
         num_tables = len(layout.column_tables)
         return FixedShapeStep(batch_size=settings.batch_size, num_dense=num_dense, num_tables=num_tables, **options)
     batch_size = None if settings.faithful else settings.batch_size

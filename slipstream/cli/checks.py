@@ -1,0 +1,63 @@
+"""Commands that say beforehand what a run would take, and afterwards whether it can be trusted."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from slipstream.cli.front import (
+    DEFAULT_PIPELINE,
+    NO_OVERRIDES,
+    RUNS,
+    JsonOption,
+    PipelineArgument,
+    RunsOption,
+    SetOption,
+    answer,
+    app,
+    load,
+)
+
+
+@app.command(epilog="Example: slipstream size tiny --hit-ratio 90%,95% --device-memory 80GB")
+def size(
+    pipeline: PipelineArgument = DEFAULT_PIPELINE,
+    hit_ratio: Annotated[
+        list[str], typer.Option(metavar="SHARE", help="Share of lookups to serve from the device; repeatable.")
+    ] = NO_OVERRIDES,
+    hot_samples: Annotated[
+        list[str], typer.Option(metavar="SHARE", help="Share of samples to serve wholly from there; repeatable.")
+    ] = NO_OVERRIDES,
+    budget: Annotated[
+        list[str], typer.Option(metavar="BYTES", help="Bytes for hot rows, or a share of all rows; repeatable.")
+    ] = NO_OVERRIDES,
+    device_memory: Annotated[
+        list[str], typer.Option(metavar="BYTES", help="Memory of a device that has to hold it all; repeatable.")
+    ] = NO_OVERRIDES,
+    profile: Annotated[bool, typer.Option("--profile", help="Profile first where that is not done.")] = False,
+    runs: RunsOption = RUNS,
+    overrides: SetOption = NO_OVERRIDES,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what hardware a pipeline needs, from its profile: memory by part, for what you ask of the hot set."""
+    config = load(pipeline, overrides)
+    from rich.console import Console
+
+    from slipstream.report import RichProgress, sizes_table, stage_line
+    from slipstream.sizing.answers import read_questions, size_pipeline
+
+    console = Console(stderr=True)
+    sizes = size_pipeline(
+        config,
+        runs,
+        read_questions(hit_ratios=hit_ratio, hot_samples=hot_samples, budgets=budget, device_memories=device_memory),
+        profiles=profile,
+        progress=RichProgress(console),
+        on_stage=lambda stage: console.print(stage_line(stage)),
+    )
+    if as_json:
+        typer.echo(json.dumps(sizes.to_json(), indent=1))
+    else:
+        answer(sizes_table(sizes))
