@@ -225,6 +225,13 @@ class FitFigures:
     """Processor time of all threads in `train_seconds`; 0 in artifacts of older versions."""
     averaged_steps: int | None = None
     """Steps whose weights the model is the mean of; None where it is the weights of the last."""
+    input_seconds: float | None = None
+    """Of `train_seconds`, those that the thread that trains waited for samples: to be read, and chosen."""
+    move_seconds: float | None = None
+    """Those it spent on finding, moving and staging rows, or waited for them."""
+    compute_seconds: float | None = None
+    """Those of its steps; what is left are checks, checkpoints and what ends training. On CUDA a step is begun, not
+    awaited: the device's seconds show where the thread next waits for it. None of the three in the published order."""
     sync_bytes: int | None = None
     """Bytes of whole-table copies, in the published order."""
     sync_seconds: float | None = None

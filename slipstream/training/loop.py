@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -55,6 +55,8 @@ class LoopTotals:
     """Wall time of training, loading and scoring included, evaluation left out."""
     cpu_seconds: float = 0.0
     """Processor time of the same, of all threads of the process."""
+    input_seconds: float = 0.0
+    """Of `seconds`, waiting for samples: reading them, and choosing which to skip."""
     losses: list[float] = field(default_factory=list)
     """Mean loss of each stretch of `log_every` steps."""
     loss_sum: float = 0.0
@@ -154,8 +156,11 @@ class Trainer:
         preparer = RoundPreparer(self._schedule, self.skipper, score=self._score, position=self.position)
         self._preparer = preparer
         with closing(preparer.run(open_streams)) as rounds:
+            asked = time.perf_counter()
             for prepared in rounds:
+                self.totals.input_seconds += time.perf_counter() - asked
                 self._train_round(prepared)
+                asked = time.perf_counter()
         self.position = Position(epoch=self._schedule.epochs)
         self._report()
         self.lookahead.flush()
@@ -173,7 +178,7 @@ class Trainer:
 
     def figures(self) -> FitFigures:
         """Sum up what training amounted to."""
-        return fit_figures(
+        figures = fit_figures(
             self.totals,
             self.lookahead,
             classified=self.skipper.classified,
@@ -182,6 +187,12 @@ class Trainer:
             threshold=self.skipper.threshold,
             bytes_per_tier=self._bytes_per_tier(),
             averaged_steps=None if self.step.average is None else self.step.average.num_steps(),
+        )
+        return replace(
+            figures,
+            input_seconds=self.totals.input_seconds,
+            move_seconds=self.lookahead.move_seconds,
+            compute_seconds=self.lookahead.compute_seconds,
         )
 
     def _bytes_per_tier(self) -> dict[str, int]:

@@ -24,12 +24,14 @@ from slipstream.cli import app
 from slipstream.compare import ComparedVariant, Spread
 from slipstream.config import PipelineConfig
 from slipstream.errors import ArtifactError, ConfigError
+from slipstream.io.capacity import show_bytes
 from slipstream.progress import Silent
 from slipstream.report import page as page_module
 from slipstream.report.compare_page import write_comparison_page
 from slipstream.report.facts import RunFacts, open_run
 from slipstream.report.page import Figure, Grid, Page, render_page
 from slipstream.report.run_page import run_page
+from slipstream.stage import row_bytes_of
 
 MOST_BYTES = 2_000_000
 OPTIONS: dict[str, Any] = {
@@ -147,6 +149,30 @@ def test_bytes_and_seconds_are_those_of_the_manifests(page: Page, facts: RunFact
     assert [row[0] for row in _grid(page, "Stages")] == list(facts.artifacts)
 
 
+def test_a_steps_time_is_that_of_training_in_parts(page: Page, result: Result):
+    trained = result.figures["train"]
+    parts = [trained[f"{name}_seconds"] for name in ("input", "move", "compute")]
+    assert min(parts) > 0 and sum(parts) <= trained["train_seconds"]
+    [figure] = [
+        part for one in page.sections for part in one.parts if getattr(part, "title", "") == "Where a step's time went"
+    ]
+    assert isinstance(figure, Figure)
+    [bars] = figure.spec["datasets"].values()
+    milliseconds = [bar["ms"] for bar in bars]
+    assert milliseconds[:3] == pytest.approx([1000 * seconds / trained["steps"] for seconds in parts])
+    assert sum(milliseconds) == pytest.approx(1000 * trained["train_seconds"] / trained["steps"])
+
+
+def test_bytes_of_tables_are_those_of_their_rows(page: Page, facts: RunFacts):
+    row_bytes = row_bytes_of(facts.config)
+    for row, table in zip(_grid(page, "Tables"), facts.tables().iter_rows(named=True), strict=True):
+        assert (row[2], row[6]) == (show_bytes(table["rows"] * row_bytes), show_bytes(table["hot_rows"] * row_bytes))
+
+
+def test_seeds_and_versions_say_how_it_was_made(page: Page, result: Result):
+    assert [row[1] for row in _grid(page, "Seeds")] == [str(result.run.config.seed), str(result.run.config.train_seed)]
+
+
 def test_the_command_can_be_pasted_into_a_shell(page: Page):
     text = render_page(page)
     assert html.escape("slipstream run 'it'\"'\"'s'") in text
@@ -253,10 +279,10 @@ def test_a_browser_draws_every_chart_of_a_run_and_has_nothing_to_say(result: Res
     size = result.report(tmp_path / "report.html")
     text = _assert_is_whole(tmp_path / "report.html", chromium, tmp_path / "profile")
     assert size == len(text.encode())
-    assert text.count('data-chart="') == 15
+    assert text.count('data-chart="') == 16
     for label in re.findall(r'<div class="chart" role="img"[^>]*aria-label="([^"]*)"', text):
         assert len(label) > 20
-    assert len(re.findall(r'<div class="chart" role="img"', text)) == 15
+    assert len(re.findall(r'<div class="chart" role="img"', text)) == 16
     assert set(re.findall(r'href="#(section-\d+)"', text)) == set(re.findall(r'<section id="(section-\d+)"', text))
 
 

@@ -14,7 +14,8 @@ Shape suffixes: B batch, T tables, L = B·T lookups, U distinct positions, C dis
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -166,6 +167,10 @@ class LookAhead:
         """Lookups of all batches so far."""
         self.cold_lookups = 0
         """Those that went to rows of the cold tier."""
+        self.move_seconds = 0.0
+        """Seconds that whoever called `run` spent on finding, moving and staging rows, or waited for them."""
+        self.compute_seconds = 0.0
+        """Seconds it spent in `step`."""
 
     @property
     def bytes_to_device(self) -> int:
@@ -201,38 +206,51 @@ class LookAhead:
         with closing(self._find_all_cold(batches)) as found, self._make_host() as host:
             self._mover.mark_computed()  # the buffer as it is now: filled, trained on, read
             pending = _Pending(found)
+            began = time.perf_counter()
             following = host.submit(self._prepare, pending, 1)
             for chunk_batches in self._chunk_sizes():
                 if (chunk := following.result()) is None:
                     break
                 self._mover.await_moved(chunk.moved)
+                self.move_seconds += time.perf_counter() - began
                 between_chunks()
+                began = time.perf_counter()
                 self._activate(chunk)
                 following = host.submit(self._leave_and_prepare, chunk.plan, pending, chunk_batches)
+                staged = time.perf_counter()
                 for batch in chunk.batches:
                     if self._frozen is not None:
                         self._frozen.keep_hot(batch.find_positions)
                     step(batch)
+                self.move_seconds += staged - began
+                began = time.perf_counter()
+                self.compute_seconds += began - staged
+            self.move_seconds += time.perf_counter() - began
 
     def flush(self) -> None:
         """Write back every row that changed; afterwards the tiers hold the whole model."""
         self._mover.mark_computed()
         self._mover.write_back(*self._placement.release())
 
-    def counters(self) -> dict[str, int]:
+    def counters(self) -> dict[str, float]:
         """Say what it counted so far, for a checkpoint."""
         return {
             "lookups": self.lookups,
             "cold_lookups": self.cold_lookups,
             "bytes_to_device": self.bytes_to_device,
             "bytes_to_host": self.bytes_to_host,
+            "move_seconds": self.move_seconds,
+            "compute_seconds": self.compute_seconds,
         }
 
-    def restore_counters(self, counters: dict[str, int]) -> None:
+    def restore_counters(self, counters: Mapping[str, float]) -> None:
         """Go on counting from a checkpoint."""
-        self.lookups, self.cold_lookups = counters["lookups"], counters["cold_lookups"]
-        self._mover.bytes_to_device = counters["bytes_to_device"]
-        self._mover.bytes_to_host = counters["bytes_to_host"]
+        self.lookups, self.cold_lookups = int(counters["lookups"]), int(counters["cold_lookups"])
+        self._mover.bytes_to_device = int(counters["bytes_to_device"])
+        self._mover.bytes_to_host = int(counters["bytes_to_host"])
+        # checkpoints of older versions did not measure them
+        self.move_seconds = counters.get("move_seconds", 0.0)
+        self.compute_seconds = counters.get("compute_seconds", 0.0)
 
     def freeze(self) -> FrozenTiers:
         """All rows as they are now, to be read while training goes on, until `thaw`; between chunks only."""
