@@ -85,7 +85,8 @@ class TrainStep:
         self._lr = torch.zeros((), device=rows.device)
         # a tensor, so that a captured step counts on; float64 counts 2⁵³ steps
         self._num_steps = torch.zeros((), dtype=torch.float64, device=rows.device)
-        self._loss_sum = torch.zeros((), device=rows.device)
+        # in float64 a sum of float32 losses is exact, wherever checkpoints cut it
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=rows.device)
         if rows.device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
 

@@ -71,9 +71,9 @@ def test_how_threads_wait_is_said_before_torch_is_loaded(module: str):
     code = {
         "cli": """
 import os
-from slipstream import cli
-cli.app = lambda: print(os.environ["OMP_WAIT_POLICY"])
-cli.main()
+from slipstream.cli import front
+front.app = lambda: print(os.environ["OMP_WAIT_POLICY"])
+front.main()
 """,
         "api": """
 import os, slipstream
