@@ -151,7 +151,8 @@ class SegregateConfig:
         require(self.samples_per_shard >= 1, "segregate.samples_per_shard", "at least 1", self.samples_per_shard)
 
 
-Representation = Literal["dense", "int8", "int4", "tt"]
+Representation = Literal["dense", "int8", "int4", "int2", "tt"]
+ScalePer = Literal["table", "row"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,6 +163,8 @@ class TableChoice:
     """As `tables.representation`, for this table."""
     period: int | None = None
     """As `tables.period`, for this table."""
+    scale_per: ScalePer | None = None
+    """As `tables.scale_per`, for this table."""
     tt_ranks: tuple[int, ...] | None = None
     """As `tables.tt_ranks`, for this table."""
 
@@ -180,6 +183,8 @@ class TableRule:
     """As `tables.representation`, for these tables."""
     period: int | None = None
     """As `tables.period`, for these tables."""
+    scale_per: ScalePer | None = None
+    """As `tables.scale_per`, for these tables."""
     tt_ranks: tuple[int, ...] | None = None
     """As `tables.tt_ranks`, for these tables."""
 
@@ -194,10 +199,13 @@ class TablesConfig:
     """How tables are held: in full, on few bits, or as products of small tensors."""
 
     representation: Representation = "dense"
-    """`dense` fp32; `int8`, `int4` trained on the grid they are stored on, from an fp32 master; `tt` tensor-train
-    cores instead of rows."""
+    """`dense` fp32; `int8`, `int4`, `int2` trained on the grid they are stored on, from an fp32 master; `tt`
+    tensor-train cores instead of rows."""
+    scale_per: ScalePer = "table"
+    """What shares the step between two levels of an `int8`, `int4` or `int2` table: the whole `table`, or each `row`
+    has its own, four bytes a row more and exact at every lookup."""
     period: int = 200
-    """Steps between refreshes of the scale of an `int8` or `int4` table; the first period has more, at 1, 2, 4, …."""
+    """Steps between refreshes of a scale per table; the first period has more, at 1, 2, 4, …."""
     tt_ranks: tuple[int, ...] = (16, 16)
     """Inner ranks of `tt` tables; one more core than ranks."""
     quantize_linears: int = 0
@@ -405,12 +413,14 @@ class PipelineConfig:
             self.name,
         )
         require(0 <= self.seed < 2**32, "seed", "in [0, 2^32)", self.seed)
-        if "int4" in self.tables.used and self.model.row_width % 2:
-            raise ConfigError(
-                f"`model.embedding_dim` must make rows of even width for int4 tables, two values to a byte; found "
-                f"{self.model.embedding_dim}, which makes rows of {self.model.row_width} in `{self.model.name}`",
-                hint="set another model.embedding_dim, or use int8",
-            )
+        for representation, per_byte in (("int4", 2), ("int2", 4)):
+            if representation in self.tables.used and self.model.row_width % per_byte:
+                raise ConfigError(
+                    f"`model.embedding_dim` must make rows of a multiple of {per_byte} values for {representation} "
+                    f"tables, which put {per_byte} into a byte; found {self.model.embedding_dim}, which makes rows of "
+                    f"{self.model.row_width} in `{self.model.name}`",
+                    hint="set another model.embedding_dim, or use int8",
+                )
         if "tt" in self.tables.used and self.train.faithful:
             raise ConfigError(
                 "`train.faithful` does not go with tt tables: the published order copies whole tables of rows",

@@ -54,7 +54,7 @@ def choose_tables(config: TablesConfig, tables: Mapping[str, int], padding_rows:
     specs = []
     for name, num_rows in tables.items():
         choice = config.choice_for(name, num_rows)
-        assert choice.representation and choice.period and choice.tt_ranks
+        assert choice.representation and choice.scale_per and choice.period and choice.tt_ranks
         if choice.representation == "tt" and name in padding_rows:
             raise ConfigError(
                 f"table `{name}` has a padding row, which must stay zero, and tensor-train cores have no single rows",
@@ -65,6 +65,7 @@ def choose_tables(config: TablesConfig, tables: Mapping[str, int], padding_rows:
                 name=name,
                 num_rows=num_rows,
                 representation=choice.representation,
+                scale_per=choice.scale_per,
                 period=choice.period,
                 tt_ranks=choice.tt_ranks,
             )

@@ -353,6 +353,7 @@ CONDITIONS: dict[str, dict[str, Any]] = {
     "train.cache_ratio": {"train__mode": "cached"},
     "train.cache_policy": {"train__mode": "cached"},
     "tables.period": {"tables__representation": "int8"},
+    "tables.scale_per": {"tables__representation": "int8"},
     "tables.tt_ranks": {"tables__representation": "tt"},
     "skip.sample_ratio": {"train__faithful": True, "train__chunk_batches": 16},
     "skip.probe_share": {"train__faithful": True, "train__chunk_batches": 16},
@@ -429,7 +430,9 @@ def test_a_key_changes_its_own_stage_and_none_before_it(
 @pytest.mark.parametrize("key", CONDITIONS)
 def test_a_key_that_means_nothing_makes_nothing_run_again(tmp_path: Path, key: str):
     changed = OTHER_VALUES.get(key) or {
-        key.replace(".", "__"): {"cache_ratio": 0.5, "cache_policy": "lfu", "period": 7}.get(key.split(".")[1], 0.25)
+        key.replace(".", "__"): {"cache_ratio": 0.5, "cache_policy": "lfu", "period": 7, "scale_per": "row"}.get(
+            key.split(".")[1], 0.25
+        )
     }
     assert fingerprints(tiny_config(), tmp_path) == fingerprints(tiny_config(**changed), tmp_path)
 
@@ -496,7 +499,7 @@ def test_the_largest_rule_that_fits_holds_and_overrides_win():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"tables": {"representation": "in4"}}, "tables.representation` must be one of dense, int8, int4, tt"),
+        ({"tables": {"representation": "in4"}}, "tables.representation` must be one of dense, int8, int4, int2, tt"),
         ({"tables": {"rules": [{"representation": "tt"}]}}, "missing key `tables.rules\\[0\\].min_rows`"),
         ({"tables": {"rules": [{"min_rows": 1, "rank": 2}]}}, "unknown key `tables.rules\\[0\\].rank`"),
         ({"tables": {"period": 0}}, "`tables.period` must be at least 1"),
@@ -505,7 +508,7 @@ def test_the_largest_rule_that_fits_holds_and_overrides_win():
         ({"tables": {"quantize_linears": 3}}, "must be 0, 4 or 8"),
         (
             {"tables": {"representation": "int4"}, "model__embedding_dim": 3, "model__bottom_mlp": [3]},
-            "`model.embedding_dim` must make rows of even width for int4 tables",
+            "`model.embedding_dim` must make rows of a multiple of 2 values for int4 tables",
         ),
         (
             {"tables": {"representation": "tt"}, "train__faithful": True, "train__mode": "fae"},

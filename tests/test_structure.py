@@ -214,6 +214,7 @@ ACROSS_MODULES = {
     "fuzz/test_readers.py": "every reader, on damaged input",
     "io/test_compressed.py": "every reader of compressed files",
     "io/test_durability.py": "every writer, on a pretended disk that loses power",
+    "pipelines/test_kills.py": "a whole run, killed at every stage",
     "pipelines/test_real_criteo.py": "a whole run on the real log",
     "pipelines/test_real_scoring.py": "real logs, scored by models of other real logs",
     "pipelines/test_shipped.py": "the pipelines that are shipped",

@@ -29,7 +29,12 @@ HELD: dict[str, dict[str, Any]] = {
             {"min_rows": 2, "representation": "int8"},
             {"min_rows": 470, "representation": "tt", "tt_ranks": [3]},
         ],
-        "overrides": {"cat_1": {"representation": "dense"}, "cat_2": {"representation": "int4", "period": 3}},
+        "overrides": {
+            "cat_1": {"representation": "dense"},
+            "cat_2": {"representation": "int4", "period": 3},
+            "cat_3": {"representation": "int2"},
+            "cat_4": {"representation": "int4", "scale_per": "row"},
+        },
     },
 }
 """Ways to hold tables: sections `[tables]` by a short name."""

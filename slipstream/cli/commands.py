@@ -355,7 +355,7 @@ def model(
     artifact: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a train artifact or an exported model.")],
     out: Annotated[Path, typer.Option("--out", metavar="PATH", help="Folder to write to; a file for other formats.")],
     quantize: Annotated[
-        str, typer.Option("--quantize", metavar="NAME", help="Round fp32 tables: int8 or int4, one scale each.")
+        str, typer.Option("--quantize", metavar="NAME", help="Round fp32 tables: int8, int4 or int2, one scale each.")
     ] = "",
     format_name: Annotated[
         str, typer.Option("--format", metavar="NAME", help="folder; onnx; torch, for torch.export.")

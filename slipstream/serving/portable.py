@@ -70,7 +70,7 @@ class _DenseRows(nn.Module):
 
 
 class _PackedRows(nn.Module):
-    """Rows of 8-bit integers, or of pairs of 4-bit ones in a byte, the even column in the low half."""
+    """Rows of 8-bit integers, or of several of 4 or 2 bits in a byte, the first column in the lowest bits."""
 
     packed: Tensor
     scale: Tensor
@@ -83,11 +83,14 @@ class _PackedRows(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         found = self.packed[rows].to(torch.int32)
-        if self._bits == 4:
-            # halves of a byte are two's complement: 0 … 7 stand for themselves, 8 … 15 for -8 … -1
-            halves = torch.stack([found % 16, found // 16], dim=-1).flatten(-2)
-            found = (halves + 8) % 16 - 8
-        return found.to(torch.float32) * self.scale
+        if self._bits < 8:
+            # a byte is cut into pieces, lowest bits first; each is two's complement: of 4 bits, 0 … 7 stand for
+            # themselves and 8 … 15 for -8 … -1
+            size = 2**self._bits
+            pieces = [found // size**at % size for at in range(8 // self._bits)]
+            found = (torch.stack(pieces, dim=-1).flatten(-2) + size // 2) % size - size // 2
+        scale = self.scale if self.scale.dim() == 0 else self.scale[rows].unsqueeze(-1)
+        return found.to(torch.float32) * scale
 
 
 class _CoreRows(nn.Module):

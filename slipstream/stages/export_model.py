@@ -12,6 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from slipstream.embedding.quantized.numbers import values_per_byte
 from slipstream.errors import ConfigError
 from slipstream.io.artifacts import MANIFEST, link_or_copy, open_artifact, write_json
 from slipstream.io.model_folder import FILES, read_description
@@ -102,7 +103,9 @@ def _check_representation(source: Path, representation: str) -> None:
     if representation not in known:
         raise ConfigError(f"expected one of {', '.join(known)}, found `{representation}`")
     width = read_model(read_description(source)).row_width
-    if BITS[representation] == 4 and width % 2:
+    per_byte = values_per_byte(BITS[representation])
+    if width % per_byte:
         raise ConfigError(
-            f"int4 puts two values in a byte, and the model's rows have {width}", hint="use --quantize int8"
+            f"{representation} puts {per_byte} values in a byte, and the model's rows have {width}",
+            hint="use --quantize int8",
         )

@@ -3,7 +3,8 @@
 A model stores its tables by name in row order, whatever was hot, so it is the same file for every placement:
 
     model.safetensors   tables.cat_0 (N, D)                                  fp32 rows
-                        tables.cat_1.packed (N, D·bits/8), .scale ()         int8 and int4 tables
+                        tables.cat_1.packed (N, D·bits/8), .scale ()         int8, int4 and int2 tables,
+                                                           or .scale (N,)    with a scale per row
                         tables.cat_2.core_0 (p, r, q, r'), ...               tensor-train cores
                         dense.bottom.0.weight, ...                           fp32 layers
                         dense.bottom.0.packed, .scale, .bias                 layers on few bits
@@ -15,7 +16,7 @@ not kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from slipstream.embedding.quantized import PackedLinear, QuantizedLinear
 from slipstream.embedding.quantized.abs_max import CHUNK_ROWS
-from slipstream.embedding.quantized.numbers import dequantize, pack, quantize, table_scale, unpack
+from slipstream.embedding.quantized.numbers import dequantize, pack, quantize, row_scales, table_scale, unpack
 from slipstream.embedding.tiers.rows import TieredRows
 from slipstream.embedding.tt.bag import TTEmbeddingBag
 from slipstream.errors import ArtifactError, ConfigError
@@ -65,10 +66,9 @@ def save_model(
         elif held[name] == "dense":
             tensors[f"tables.{name}"] = rows.gather(torch.from_numpy(slots)).cpu()
         else:
-            scale = representations.scale_of(name).cpu()
+            scale = representations.scale_of(name)
             parts = (rows.gather(part).cpu() for part in torch.from_numpy(slots).split(CHUNK_ROWS))
-            packed = [pack(quantize(part, scale, BITS[held[name]]), BITS[held[name]]) for part in parts]
-            tensors |= {f"tables.{name}.packed": torch.cat(packed), f"tables.{name}.scale": scale}
+            tensors |= _pack_table(name, parts, None if scale is None else scale.cpu(), BITS[held[name]])
     _write(folder, tensors | _dense_tensors(model), {**description, "representations": held})
 
 
@@ -78,7 +78,7 @@ def quantize_model(source: Path, folder: Path, *, representation: str, descripti
     Args:
         source: Folder of the model.
         folder: Where to.
-        representation: `int8` or `int4`.
+        representation: `int8`, `int4` or `int2`.
         description: Goes to model.json, but for how tables are held.
 
     Raises:
@@ -87,14 +87,12 @@ def quantize_model(source: Path, folder: Path, *, representation: str, descripti
     """
     bits = BITS.get(representation, 0)
     if not bits:
-        raise ValueError(f"expected int8 or int4, found {representation!r}")
+        raise ValueError(f"expected int8, int4 or int2, found {representation!r}")
     tensors, _ = read_tensors(source / WEIGHTS)
     held = dict(description["representations"])
     for name in [name for name, kind in held.items() if kind == "dense"]:
         table = tensors.pop(f"tables.{name}")
-        scale = table_scale(table, bits)
-        packed = [pack(quantize(part, scale, bits), bits) for part in table.split(CHUNK_ROWS)]
-        tensors |= {f"tables.{name}.packed": torch.cat(packed), f"tables.{name}.scale": scale}
+        tensors |= _pack_table(name, table.split(CHUNK_ROWS), table_scale(table, bits), bits)
         held[name] = representation
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder, tensors, {**description, "representations": held})
@@ -173,6 +171,17 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ArtifactError(f"expected a safetensors file at `{path}`: {exc}") from exc
 
 
+def _pack_table(name: str, parts: Iterable[Tensor], scale: Tensor | None, bits: int) -> dict[str, Tensor]:
+    """Round a table, in parts, to its scale, or each row to its own where there is none; fill whole bytes."""
+    packed, scales = [], []
+    for part in parts:
+        steps = row_scales(part, bits) if scale is None else scale
+        packed.append(pack(quantize(part, steps, bits), bits))
+        scales.append(steps)
+    stored = torch.cat(scales) if scale is None else scale
+    return {f"tables.{name}.packed": torch.cat(packed), f"tables.{name}.scale": stored}
+
+
 def _write(folder: Path, tensors: dict[str, Tensor], description: Mapping[str, Any]) -> None:
     stored = {name: StoredTensor.of(value.contiguous().numpy()) for name, value in tensors.items()}
     write_tensors(folder / WEIGHTS, stored)
@@ -206,7 +215,12 @@ def _read_table(
         bag = _read_cores(tensors, name, num_rows, embedding_dim)
         return lambda rows: bag(rows.unsqueeze(1))
     packed, scale, bits = tensors[f"tables.{name}.packed"], tensors[f"tables.{name}.scale"], BITS[held]
-    return lambda rows: dequantize(unpack(packed.index_select(0, rows), bits), scale)
+
+    def look_up(rows: Tensor) -> Tensor:
+        steps = scale if scale.dim() == 0 else scale.index_select(0, rows)
+        return dequantize(unpack(packed.index_select(0, rows), bits), steps)
+
+    return look_up
 
 
 def _read_cores(tensors: Mapping[str, Tensor], name: str, num_rows: int, embedding_dim: int) -> TTEmbeddingBag:

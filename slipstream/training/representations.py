@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from slipstream.embedding.quantized.abs_max import CHUNK_ROWS
+from slipstream.embedding.quantized.base import TableScale
 from slipstream.embedding.quantized.grids import RowGrids
 from slipstream.embedding.tiers.rows import TieredRows
 from slipstream.embedding.tt.bag import TTEmbeddingBag
 from slipstream.training.slot_layout import SlotLayout
 
-Representation = Literal["dense", "int8", "int4", "tt"]
-BITS: dict[str, int] = {"dense": 0, "int8": 8, "int4": 4}
+Representation = Literal["dense", "int8", "int4", "int2", "tt"]
+BITS: dict[str, int] = {"dense": 0, "int8": 8, "int4": 4, "int2": 2}
 """Bits of a row's values, 0 for fp32."""
 
 
@@ -36,8 +37,9 @@ class TableSpec:
     name: str
     num_rows: int
     representation: Representation = "dense"
+    scale_per: TableScale = "table"
     period: int = 200
-    """Steps between refreshes of the scale."""
+    """Steps between refreshes of a scale per table."""
     tt_ranks: tuple[int, ...] = (16, 16)
 
 
@@ -72,6 +74,7 @@ class Representations:
             self.grids = RowGrids(
                 bits=[BITS[spec.representation] for spec in tiered],
                 periods=[spec.period for spec in tiered],
+                scales_per=[spec.scale_per for spec in tiered],
                 table_of_column=[layout.tiered.index(layout.column_tables[at]) for at in layout.columns],
                 device=device,
             )
@@ -150,9 +153,9 @@ class Representations:
         if self.grids is None:
             return
         largest = []
-        for name, bits in zip(self.layout.tiered, self.grids.bits, strict=True):
+        for name, is_scaled in zip(self.layout.tiered, self.grids.is_scaled_as_a_whole, strict=True):
             slots = torch.from_numpy(self.layout.slot_maps[name])
-            parts = [rows.gather(part).abs().amax() for part in slots.split(CHUNK_ROWS)] if bits else []
+            parts = [rows.gather(part).abs().amax() for part in slots.split(CHUNK_ROWS)] if is_scaled else []
             largest.append(torch.stack(parts).amax() if parts else torch.zeros((), device=rows.device))
         self.grids.set_abs_max(torch.stack(largest))
 
@@ -170,10 +173,11 @@ class Representations:
             self.grids.scale.copy_(kept[0])
             self.grids.peak.copy_(kept[1])
 
-    def scale_of(self, name: str) -> Tensor:
-        """Step between two levels of a table on few bits, in force. Shape ()."""
+    def scale_of(self, name: str) -> Tensor | None:
+        """Step between two levels of a table on few bits, in force, shape (); None where each row has its own."""
         assert self.grids is not None, name
-        return self.grids.scale[self.layout.tiered.index(name)]
+        table = self.layout.tiered.index(name)
+        return self.grids.scale[table] if self.grids.is_scaled_as_a_whole[table] else None
 
     def cores(self) -> list[Tensor]:
         """Every tensor-train core of every table."""

@@ -47,7 +47,7 @@ def test_the_export_leaves_alone_what_is_not_fp32(tiny_runs: Path, tmp_path: Pat
     arguments = [str(artifact_of(result).path), "--quantize", "int4", "--out", str(tmp_path), "--json"]
     done = CliRunner().invoke(app, ["export", "model", *arguments])
     held = json.loads(done.stdout)["representations"]
-    assert set(held.values()) == {"int8", "int4", "tt"}
+    assert set(held.values()) == {"int8", "int4", "int2", "tt"}
     assert held["cat_1"] == "int4"
     before, after = (load_file(folder / "model.safetensors") for folder in (artifact_of(result).path, tmp_path))
     assert set(before) - set(after) == {"tables.cat_1"}
@@ -56,7 +56,7 @@ def test_the_export_leaves_alone_what_is_not_fp32(tiny_runs: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{train}", "--quantize", "int3", "--out", "{out}"], "expected one of int8, int4, found `int3`"),
+        (["{train}", "--quantize", "int3", "--out", "{out}"], "expected one of int8, int4, int2, found `int3`"),
         (["{segregate}", "--out", "{out}"], "expected a trained model"),
         (["{train}", "--out", "{train}"], "there is a model in"),
         (["{out}", "--out", "{out}"], "expected a trained model"),

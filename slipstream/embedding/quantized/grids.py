@@ -1,10 +1,12 @@
 """Tables trained on the grid they will be stored on, while their rows live in tiers.
 
-Each table on few bits has one symmetric scale. Looked-up rows are rounded to the grid before the model sees them, and
-gradients pass straight through to the fp32 master rows, which stay in the tiers. So the scheme knows nothing of
-placement, and all placements still give the same model.
+Each table on few bits has one symmetric scale, or one per row. Looked-up rows are rounded to the grid before the model
+sees them, and gradients pass straight through to the fp32 master rows, which stay in the tiers. So the scheme knows
+nothing of placement, and all placements still give the same model.
 
-**The scale** is max|w| / n, n = 2^(bits-1) - 1. Reading a table of a billion rows every 200 steps is no option, nor is
+**A scale per row** is max|w| / n of the row, n = 2^(bits-1) - 1, computed at every lookup: always exact.
+
+**A scale per table** is max|w| / n of the table. Reading a table of a billion rows every 200 steps is no option, nor is
 reading rows that are on their way between tiers. Therefore
 
     before training and after it   max|w| is that of the whole table, exactly, from one pass over it
@@ -31,7 +33,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from slipstream.embedding.quantized.numbers import SMALLEST_ABS_MAX, check_bits, max_level, on_grid
+from slipstream.embedding.quantized.base import TableScale
+from slipstream.embedding.quantized.numbers import SMALLEST_ABS_MAX, check_bits, max_level, on_grid, scale_for
 
 Bits = int
 """16, 8, 4 or 2, or 0 for a table that is not rounded."""
@@ -43,6 +46,7 @@ class RowGrids:
     Args:
         bits: Of each table, 0 for fp32.
         periods: Training steps between refreshes of each table's scale, >= 1.
+        scales_per: "table" or "row", for each table.
         table_of_column: Table that each column looks up. Shape (K,).
         device: Where lookups are.
     """
@@ -52,6 +56,7 @@ class RowGrids:
         *,
         bits: Sequence[Bits],
         periods: Sequence[int],
+        scales_per: Sequence[TableScale],
         table_of_column: Sequence[int],
         device: torch.device,
     ) -> None:
@@ -61,6 +66,8 @@ class RowGrids:
         if min(periods, default=1) < 1:
             raise ValueError(f"expected periods of at least 1 step, found {min(periods)}")
         self.bits = list(bits)
+        is_whole = [bool(width) and per == "table" for width, per in zip(bits, scales_per, strict=True)]
+        self.is_scaled_as_a_whole = is_whole
         self.num_steps = 0
         self.scale = torch.ones(len(self.bits), device=device)
         """Step between two levels, in force. Shape (tables,)."""
@@ -68,13 +75,16 @@ class RowGrids:
         """Largest |w| seen. Shape (tables,)."""
         self._levels = torch.tensor([max_level(width) if width else 1 for width in bits], device=device)
         self._table_of_column = torch.tensor(table_of_column, dtype=torch.int64, device=device)
+        whole = [table for table, is_one in enumerate(is_whole) if is_one]
         self._due = {
-            period: torch.tensor([t for t, p in enumerate(periods) if p == period and bits[t]], device=device)
-            for period in {p for t, p in enumerate(periods) if bits[t]}
+            period: torch.tensor([table for table in whole if periods[table] == period], device=device)
+            for period in {periods[table] for table in whole}
         }
+        # columns whose tables are alike are rounded together
+        kinds = [(bits[table], is_whole[table]) for table in table_of_column]
         self._columns = {
-            width: torch.tensor([c for c, t in enumerate(table_of_column) if bits[t] == width], device=device)
-            for width in sorted({bits[t] for t in table_of_column} - {0})
+            kind: torch.tensor([column for column, one in enumerate(kinds) if one == kind], device=device)
+            for kind in sorted({kind for kind in kinds if kind[0]})
         }
 
     def set_abs_max(self, abs_max: Tensor) -> None:
@@ -98,7 +108,9 @@ class RowGrids:
         In place on fixed tensors, so that it can be captured in a CUDA graph.
         """
         with torch.no_grad():
-            for columns in self._columns.values():
+            for (_, is_whole), columns in self._columns.items():
+                if not is_whole:
+                    continue
                 rows = self._pick(looked_up_BKD, columns)
                 flat = rows.reshape(len(rows), -1)
                 largest = torch.maximum(flat.amax(0), flat.amin(0).neg_()).view(len(columns), -1).amax(1)
@@ -109,14 +121,21 @@ class RowGrids:
 
     def round(self, looked_up_BKD: Tensor) -> Tensor:
         """Give the rows as they would be stored: equal to the bit to quantised and dequantised ones."""
-        scale = self.scale.index_select(0, self._table_of_column).unsqueeze(1)
         rounded = looked_up_BKD
-        for width, columns in self._columns.items():
-            if len(columns) == looked_up_BKD.shape[1]:
-                return on_grid(looked_up_BKD, scale, width)
-            part = on_grid(looked_up_BKD.index_select(1, columns), scale.index_select(0, columns), width)
+        for (width, is_whole), columns in self._columns.items():
+            rows = self._pick(looked_up_BKD, columns)
+            part = on_grid(rows, self._scale_of(rows, columns, width, is_whole), width)
+            if rows is looked_up_BKD:
+                return part
             rounded = rounded.index_copy(1, columns, part)
         return rounded
+
+    def _scale_of(self, rows: Tensor, columns: Tensor, width: int, is_whole: bool) -> Tensor:
+        """Give the steps between levels for looked-up rows: (K, 1) of tables, or (B, K, 1) of rows."""
+        if is_whole:
+            tables = self._table_of_column.index_select(0, columns)
+            return self.scale.index_select(0, tables).unsqueeze(1)
+        return scale_for(torch.maximum(rows.amax(-1, keepdim=True), -rows.amin(-1, keepdim=True)), width)
 
     @staticmethod
     def _pick(looked_up_BKD: Tensor, columns: Tensor) -> Tensor:

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from slipstream.embedding.quantized.grids import RowGrids
+from slipstream.embedding.quantized.numbers import dequantize, quantize, row_scales
 
 
 def make_grids(**options: Any) -> RowGrids:
-    return RowGrids(**{"bits": [4], "periods": [3], "table_of_column": [0], "device": torch.device("cpu")} | options)
+    one_table = {"bits": [4], "periods": [3], "scales_per": ["table"], "table_of_column": [0]}
+    return RowGrids(**{**one_table, "device": torch.device("cpu"), **options})
 
 
 def test_a_scale_follows_the_largest_weight_seen_every_period():
@@ -47,13 +49,29 @@ def test_the_gradient_passes_straight_through_also_where_values_saturate():
 
 
 def test_columns_of_one_table_share_its_scale():
-    grids = make_grids(bits=[4, 0, 8], periods=[1, 1, 1], table_of_column=[0, 1, 2, 0])
+    grids = make_grids(bits=[4, 0, 8], periods=[1, 1, 1], scales_per=["table"] * 3, table_of_column=[0, 1, 2, 0])
     looked_up = torch.tensor([[[0.5], [0.123], [1.27], [-1.4]]])
     grids.begin_step()
     grids.train(looked_up)
     grids.begin_step()
     torch.testing.assert_close(grids.scale[[0, 2]], torch.tensor([0.2, 0.01]))
     torch.testing.assert_close(grids.round(looked_up), torch.tensor([[[0.4], [0.123], [1.27], [-1.4]]]))
+
+
+@pytest.mark.parametrize("width", [8, 4, 2])
+def test_a_scale_per_row_rounds_each_row_as_if_it_were_alone(width: int):
+    grids = make_grids(bits=[width, 8], periods=[1, 1], scales_per=["row", "table"], table_of_column=[0, 1, 0])
+    grids.set_abs_max(torch.tensor([9.0, 9.0]))  # what a table's largest weight is does not matter
+    looked_up = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(0))
+    looked_up[2, 0] = 0.0
+    for number in range(3):
+        grids.begin_step()
+        rounded = grids.train(looked_up * 2.0**number)
+        for column in (0, 2):
+            rows = looked_up[:, column] * 2.0**number
+            steps = row_scales(rows, width)
+            assert torch.equal(rounded[:, column], dequantize(quantize(rows, steps, width), steps))
+    assert float(grids.peak[0]) == 9.0
 
 
 def test_periods_below_one_are_refused():
