@@ -27,6 +27,8 @@ class Variant:
 
     name: str
     overrides: tuple[str, ...]
+    final: tuple[str, ...] = ()
+    """Overrides that hold whatever the user sets."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,11 +61,13 @@ def make_grid(modes: Sequence[str], criteria: Sequence[str], vary: Sequence[str]
             for every one that drops anything.
         vary: `key=value,value,…`; every combination of them with every mode and criterion.
 
+    Where a criterion drops samples, `random` is there too: the control of every claim.
+
     Raises:
         ConfigError: A `vary` is not of that form, or the grid is empty.
     """
     bases: list[tuple[str, tuple[str, ...]]] = [(mode, (f"train.mode={mode}",)) for mode in modes]
-    for name in _every_criterion() if list(criteria) == ["all"] else criteria:
+    for name in _with_control(_every_criterion() if list(criteria) == ["all"] else criteria):
         if name not in CRITERIA.names():
             raise ConfigError(
                 f"expected criteria among {', '.join(CRITERIA.names())}, found `{name}`", hint="look at --criteria"
@@ -87,6 +91,15 @@ def make_grid(modes: Sequence[str], criteria: Sequence[str], vary: Sequence[str]
     return grid
 
 
+def _with_control(criteria: Sequence[str]) -> list[str]:
+    """Add `random`, the control, before the first criterion that drops anything."""
+    known = [name in CRITERIA.names() and CRITERIA.get(name).drops for name in criteria]
+    if "random" in criteria or not any(known):
+        return list(criteria)
+    first = known.index(True)
+    return [*criteria[:first], "random", *criteria[first:]]
+
+
 def _every_criterion() -> list[str]:
     return [name for name in CRITERIA.names() if CRITERIA.get(name).drops]
 
@@ -104,6 +117,9 @@ def run_comparison(
 ) -> list[ComparedVariant]:
     """Run every variant with every seed, seed by seed.
 
+    Beside criteria that leave out a share of all samples stands what takes as few steps without leaving any out:
+    batches of B / (1 - share).
+
     Args:
         path: Pipeline file.
         runs_dir: Folder that holds run folders.
@@ -114,6 +130,7 @@ def run_comparison(
         progress: Told how far each stage is.
         on_run: Told which cell comes next.
     """
+    grid = [*grid, *_larger_batches(path, runs_dir, grid, overrides, skip_share, progress)]
     trained: list[list[TrainFigures]] = [[] for _ in grid]
     hot_rows: set[int] = set()
     # all variants of a seed in a row: a machine that gets slower over hours meets every variant alike
@@ -121,7 +138,7 @@ def run_comparison(
         for variant, cells in zip(grid, trained, strict=True):
             on_run(variant.name, seed)
             # what the user sets comes last, so that --set skip.scope=hot holds for every criterion
-            chosen = [*variant.overrides, *overrides, f"train.seed={seed}"]
+            chosen = [*variant.overrides, *overrides, *variant.final, f"train.seed={seed}"]
             config = load_pipeline(path, chosen)
             if skip_share is not None and CRITERIA.get(config.criterion).drops:
                 target = _target_drop(config, runs_dir, skip_share, progress)
@@ -138,16 +155,36 @@ def run_comparison(
     return [_summarise(variant, cells, trained[0]) for variant, cells in zip(grid, trained, strict=True)]
 
 
-def _target_drop(config: PipelineConfig, runs_dir: Path, share: float, progress: Progress) -> float:
-    """D that makes a criterion skip a share of all samples: nothing is skipped in the first segment."""
-    from slipstream.training.order.schedule import default_segment_steps
+def _larger_batches(
+    path: Path,
+    runs_dir: Path,
+    grid: Sequence[Variant],
+    overrides: Sequence[str],
+    skip_share: float | None,
+    progress: Progress,
+) -> list[Variant]:
+    """Give the rivals that skip nothing and take as few steps as the variants that skip; each batch size once."""
+    found: dict[tuple[str, ...], Variant] = {}
+    for variant in grid:
+        config = load_pipeline(path, [*variant.overrides, *overrides])
+        if not CRITERIA.get(config.criterion).drops:
+            continue
+        share = skip_share
+        if share is None:
+            share = config.skip.target_drop * _classified_share(config, runs_dir, progress)
+        batch_size = round(config.train.batch_size / (1 - share))
+        varied = tuple(
+            one for one in variant.overrides if not one.startswith(("skip.", "train.mode", "train.batch_size"))
+        )
+        larger = ("train.mode=resident", f"train.batch_size={batch_size}")
+        name = " ".join((f"none, batch {batch_size}", *varied))
+        found[*varied, *larger] = Variant(name=name, overrides=varied, final=larger)
+    return list(found.values())
 
-    before = run_pipeline(config, runs_dir, stages=["preprocess", "segregate"], progress=progress)
-    segregated = _figures_of(before, SegregateFigures)
-    total = segregated.num_train
-    steps = config.skip.refresh_steps or default_segment_steps(total, config.train.batch_size)
-    first = min(1.0, steps * config.train.batch_size / (total * config.train.epochs))
-    classified = (1 - first) * (1.0 if config.skip_rule.scope == "all" else segregated.samples["hot"] / total)
+
+def _target_drop(config: PipelineConfig, runs_dir: Path, share: float, progress: Progress) -> float:
+    """D that makes a criterion skip a share of all samples."""
+    classified = _classified_share(config, runs_dir, progress)
     if share >= classified:
         raise ConfigError(
             f"expected a share of samples to skip below {classified:.3f}, which `{config.criterion}` classifies; "
@@ -157,11 +194,25 @@ def _target_drop(config: PipelineConfig, runs_dir: Path, share: float, progress:
     return share / classified
 
 
+def _classified_share(config: PipelineConfig, runs_dir: Path, progress: Progress) -> float:
+    """Share of all samples that a criterion decides about: those of its scope, and none in the first segment."""
+    from slipstream.training.order.schedule import default_segment_steps
+
+    before = run_pipeline(config, runs_dir, stages=["preprocess", "segregate"], progress=progress)
+    segregated = _figures_of(before, SegregateFigures)
+    total = segregated.num_train
+    steps = config.skip.refresh_steps or default_segment_steps(total, config.train.batch_size)
+    first = min(1.0, steps * config.train.batch_size / (total * config.train.epochs))
+    return (1 - first) * (1.0 if config.skip_rule.scope == "all" else segregated.samples["hot"] / total)
+
+
 def _summarise(variant: Variant, cells: Sequence[TrainFigures], first: Sequence[TrainFigures]) -> ComparedVariant:
     figures = {name: _spread([_figures(cell)[name] for cell in cells]) for name in _figures(cells[0])}
     changes = [_figures(cell)["auc"] - _figures(base)["auc"] for cell, base in zip(cells, first, strict=True)]
     figures["auc_change"] = _spread(changes)
-    return ComparedVariant(name=variant.name, overrides=variant.overrides, figures=figures, seeds=len(cells))
+    return ComparedVariant(
+        name=variant.name, overrides=(*variant.overrides, *variant.final), figures=figures, seeds=len(cells)
+    )
 
 
 def _figures_of(result: RunResult, kind: type[FiguresT]) -> FiguresT:

@@ -350,8 +350,13 @@ class SkipConfig:
     scorer: Literal["linear", "model"] = "linear"
     """Who guesses the error for `importance`: `linear` a logistic regression on rows and dense values that learns
     beside the model at about a microsecond a sample, `model` a forward pass over the coming samples."""
-    floor: float = 0.05
-    """Least probability with which `importance`, and `stale` per label, keep a sample."""
+    floor: float | None = None
+    """Least probability with which `importance`, and `stale` per label, keep a sample: the inverse of the largest
+    weight. Left out, .2 for `importance` and .05 for `stale`."""
+    keep_steps: bool = later(False)
+    """Make batches smaller by D while samples of their kind are dropped, so that as many steps are taken as without
+    skipping: on a CPU, where a step costs what its samples cost, that keeps more of the quality. On a GPU, where a
+    small batch costs as much as a large one, steps are what skipping saves. Not with `skip.threshold`."""
     reweight: bool = True
     """Let samples that `negative`, `importance`, and `stale` per label keep with probability q count as 1/q samples."""
     alpha: float = 1.0
@@ -377,7 +382,13 @@ class SkipConfig:
     def __post_init__(self) -> None:
         """Check ranges."""
         require(0 <= self.target_drop < 1, "skip.target_drop", "in [0, 1)", self.target_drop)
-        require(0 < self.floor <= 1, "skip.floor", "in (0, 1]", self.floor)
+        require(self.floor is None or 0 < self.floor <= 1, "skip.floor", "in (0, 1]", self.floor)
+        if self.keep_steps and self.threshold is not None:
+            raise ConfigError(
+                "`skip.keep_steps` makes batches smaller by the share that is dropped, which a `skip.threshold` by "
+                "hand does not say",
+                hint="leave one of the two out; skip.target_drop says the share",
+            )
         require(0 < self.alpha <= 1, "skip.alpha", "in (0, 1]", self.alpha)
         require(self.threshold is None or self.threshold >= 0, "skip.threshold", "at least 0", self.threshold)
         for name in ("warmup_steps", "refresh_steps", "window_steps"):
@@ -458,7 +469,7 @@ class PipelineConfig:
             alpha=skip.alpha,
             threshold=skip.threshold,
             sample_size=skip.sample_size,
-            floor=skip.floor,
+            floor=CRITERIA.get(self.criterion).floor if skip.floor is None else skip.floor,
             reweight=skip.reweight,
         )
 

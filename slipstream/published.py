@@ -18,7 +18,7 @@ _NOT_OF_THE_LOOP = (
     *("checkpoint_minutes", "checkpoint_steps"),
 )
 """Keys of `[train]`: constant learning rate; no look-ahead, reports, mean of weights or checkpoints."""
-_NOT_OF_DROPPING = ("scope", "scorer", "floor", "reweight", "threshold", "refresh_steps", "window_steps")
+_NOT_OF_DROPPING = ("scope", "scorer", "floor", "keep_steps", "reweight", "threshold", "refresh_steps", "window_steps")
 """Keys of `[skip]`: it decides once an epoch, by a threshold it finds itself, and weights nothing."""
 SKIP_KEYS = ("probe_share", "sample_ratio", "tolerance")
 """Keys of `[skip]` that mean something in the published order alone."""

@@ -81,7 +81,7 @@ def _train_settings(config: PipelineConfig) -> dict[str, Any]:
         skip = {name: value for name, value in skip.items() if name not in PUBLISHED_KEYS}
         train["loss_divisor"] = "batch_size"  # it was the mean over each batch once
     if CRITERIA.get(config.criterion).drops:
-        skip["movement"] = config.skip_rule.movement
+        skip |= {"movement": config.skip_rule.movement, "floor": config.skip_rule.floor}
         if config.skip_rule.movement == "net" and config.skip.alpha < 1:
             skip["counts_padding"] = False  # it did once
     else:

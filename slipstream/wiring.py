@@ -167,6 +167,7 @@ def make_trainer(
         round_samples=ROUND_SAMPLES,
         warmup_steps=config.skip.warmup_steps,
         window_steps=config.skip.window_steps,
+        smaller_by=config.skip.target_drop if config.skip.keep_steps else 0.0,
         seed=config.train_seed,
     )
     chunk_batches = 1 if train.mode == "baseline" else train.chunk_batches

@@ -42,10 +42,26 @@ def test_the_grid_is_every_mode_and_criterion_with_every_variation() -> None:
     assert [variant.name for variant in grid] == [
         "resident train.lr=0.1",
         "resident train.lr=0.2",
+        "random train.lr=0.1",
+        "random train.lr=0.2",
         "stale train.lr=0.1",
         "stale train.lr=0.2",
     ]
-    assert grid[3].overrides == ("train.mode=slipstream", "skip.criterion=stale", "skip.scope=hot", "train.lr=0.2")
+    assert grid[5].overrides == ("train.mode=slipstream", "skip.criterion=stale", "skip.scope=hot", "train.lr=0.2")
+
+
+@pytest.mark.parametrize(
+    ("criteria", "expected"),
+    [
+        (["importance"], ["random", "importance"]),
+        (["none", "stale", "negative"], ["none", "random", "stale", "negative"]),
+        (["importance", "random"], ["importance", "random"]),
+        (["none"], ["none"]),
+        ([], []),
+    ],
+)
+def test_random_stands_beside_every_criterion_that_drops(criteria: list[str], expected: list[str]) -> None:
+    assert [variant.name for variant in make_grid(["fae"], criteria, [])] == ["fae", *expected]
 
 
 @pytest.mark.parametrize("vary", ["train.lr", "train.lr="])
@@ -73,6 +89,9 @@ def test_exact_modes_differ_by_nothing_and_criteria_skip_the_same_share(pipeline
     )
     by_name = {variant.name: variant.figures for variant in compared}
 
+    assert list(by_name)[-1] == "none, batch 71"  # 64 / (1 - .1)
+    assert by_name["none, batch 71"]["skipped_share"].mean == 0.0
+    assert by_name["none, batch 71"]["auc_change"].mean != 0.0
     assert runs == [(name, seed) for seed in range(2) for name in by_name], "seed by seed, every variant in turn"
     assert all(figures["cpu_seconds"].mean > 0 for figures in by_name.values())
     assert by_name["fae"]["auc_change"].mean == 0.0
@@ -122,11 +141,16 @@ def test_the_tables_of_a_comparison_fit_80_columns_and_show_spreads() -> None:
 
 def test_compare_prints_one_json_document(pipeline: Path, tmp_path: Path) -> None:
     arguments = ["compare", str(pipeline), "--runs", str(tmp_path / "runs"), "--criteria", "random", "--seeds", "1"]
+    arguments += ["--set", "train.batch_size=64"]
 
     result = CliRunner().invoke(app, [*arguments, "--json", "--quiet"])
 
     assert result.exit_code == 0, result.output
-    assert [variant["name"] for variant in json.loads(result.stdout)] == ["resident", "random"]
+    found = json.loads(result.stdout)
+    assert [variant["name"] for variant in found] == ["resident", "random", "none, batch 86"]
+    # 30 % of the six sevenths that are classified, whatever the user says of the batch of all
+    share = found[1]["figures"]["skipped_share"]["mean"]
+    assert share == pytest.approx(0.3 * 6 / 7, abs=0.01) and round(64 / (1 - share)) == pytest.approx(86, abs=1)
 
 
 def test_skipping_more_than_is_classified_is_an_error(pipeline: Path, tmp_path: Path) -> None:

@@ -347,6 +347,7 @@ OTHER_VALUES: dict[str, dict[str, Any]] = {
     "train.optimizer": {"train__optimizer": "adam"},
     "skip.criterion": {"skip__criterion": "random"},
     "skip.threshold": {"skip__threshold": 0.01},
+    "skip.floor": {"skip__floor": 0.01},
 }
 """Values for keys whose other values cannot be guessed from their type."""
 CONDITIONS: dict[str, dict[str, Any]] = {
@@ -519,6 +520,18 @@ def test_the_largest_rule_that_fits_holds_and_overrides_win():
 def test_tables_that_cannot_be_held_so_are_refused(overrides: dict[str, Any], message: str):
     with pytest.raises(ConfigError, match=message):
         tiny_config(**overrides)
+
+
+def test_batches_cannot_be_smaller_by_a_share_that_nobody_knows():
+    with pytest.raises(ConfigError, match=r"`skip.keep_steps` makes batches smaller .* `skip.threshold` by hand"):
+        tiny_config(skip__keep_steps=True, skip__threshold=0.1)
+
+
+def test_the_floor_left_out_is_that_of_the_criterion():
+    def floor(criterion: str, **overrides: Any) -> float:
+        return tiny_config(skip__criterion=criterion, skip__scope="all", **overrides).skip_rule.floor
+
+    assert (floor("importance"), floor("stale"), floor("importance", skip__floor=0.1)) == (0.2, 0.05, 0.1)
 
 
 def test_a_section_that_says_nothing_keeps_what_is_trained(tmp_path: Path):

@@ -150,7 +150,7 @@ class TrainStep:
         pooled = self.representations.train(pooled, batch.tierless)
         with self._autocast():
             logits = self.model(batch.dense, pooled)
-        weights, batch_size = batch.weights, self._batch_size or len(batch)
+        weights, batch_size = batch.weights, batch.divisor or self._batch_size or len(batch)
         loss = binary_cross_entropy_with_logits(logits.float(), batch.labels, weight=weights, reduction="sum")
         self.dense_optimizer.zero_grad()
         (loss / batch_size).backward()
@@ -241,11 +241,11 @@ class _Variant:
 class FixedShapeStep(TrainStep):
     """A step whose full batches all have one shape, captured as a CUDA graph after a few of them.
 
-    Batches of another size, the last of an epoch, take the plain path. Steps with weights, steps in a window of the
-    tracker and steps that are averaged are graphs of their own, so that no other step pays for what they need.
+    Steps with weights, steps in a window of the tracker, steps that are averaged and steps of each size that comes
+    often enough are graphs of their own, so that no other step pays for what they need.
 
     Args:
-        batch_size: B of full batches.
+        batch_size: B of full batches; larger ones take the plain path.
         num_dense: Dense columns.
         num_tables: T.
         **options: Of `TrainStep`; determinism cannot be captured.
@@ -264,14 +264,15 @@ class FixedShapeStep(TrainStep):
             labels=torch.zeros(batch_size, device=device),
             positions=torch.zeros(num_lookups, dtype=position_type, device=device),
             is_hot=False,
+            weights=torch.zeros(batch_size, device=device),
         )
         self._pad(num_lookups)  # once for all: graphs read it where it is
-        self._variants: dict[tuple[bool, bool, bool], _Variant] = {}
+        self._variants: dict[tuple[object, ...], _Variant] = {}
         self._memory: Any = None
 
     def __call__(self, batch: StagedBatch, lr: float) -> None:
         """Train on a batch. Nothing waits for the device."""
-        if len(batch) != len(self._static):
+        if len(batch) > len(self._static):
             super().__call__(batch, lr)
             return
         self._begin(lr)
@@ -296,10 +297,9 @@ class FixedShapeStep(TrainStep):
     def _load(self, batch: StagedBatch) -> _Variant:
         """Copy a batch to where its kind of step reads it."""
         is_watched = self.tracker is not None and self.tracker.is_open
-        key = (batch.weights is not None, is_watched, self.is_averaging)
+        key = (len(batch), batch.divisor, batch.weights is not None, is_watched, self.is_averaging)
         if key not in self._variants:
-            weights = None if batch.weights is None else self._weights_like(batch.weights)
-            self._variants[key] = _Variant(batch=replace(self._static, weights=weights))
+            self._variants[key] = _Variant(batch=self._first_of_static(batch))
         static = self._variants[key].batch
         assert batch.positions is not None and static.positions is not None
         static.dense.copy_(batch.dense)
@@ -309,7 +309,16 @@ class FixedShapeStep(TrainStep):
             static.weights.copy_(batch.weights)
         return self._variants[key]
 
-    def _weights_like(self, weights: Tensor) -> Tensor:
-        """Where all steps with weights read them."""
-        known = (variant.batch.weights for variant in self._variants.values())
-        return next((there for there in known if there is not None), torch.empty_like(weights))
+    def _first_of_static(self, batch: StagedBatch) -> StagedBatch:
+        """Where batches of this size are read: views of the first entries of the fixed buffers."""
+        num_samples, static = len(batch), self._static
+        assert static.positions is not None and static.weights is not None
+        lookups_per_sample = len(static.positions) // len(static)
+        return replace(
+            static,
+            dense=static.dense[:num_samples],
+            labels=static.labels[:num_samples],
+            positions=static.positions[: num_samples * lookups_per_sample],
+            weights=None if batch.weights is None else static.weights[:num_samples],
+            divisor=batch.divisor,
+        )

@@ -281,9 +281,12 @@ def test_training_equals_a_plain_loop_over_the_same_batches(
         )
 
 
-@pytest.mark.parametrize(("optimizer", "lr"), [("rowwise_adagrad", 0.02), ("adam", 0.003)])
+@pytest.mark.parametrize(
+    ("optimizer", "lr", "keep_steps"),
+    [("rowwise_adagrad", 0.02, False), ("adam", 0.003, False), ("sgd", 0.05, True)],
+)
 def test_a_sample_of_weight_w_counts_as_w_samples(
-    tiny_runs: Path, seen_batches: list[Batch], optimizer: str, lr: float
+    tiny_runs: Path, seen_batches: list[Batch], optimizer: str, lr: float, keep_steps: bool
 ):
     result = train(
         tiny_runs,
@@ -294,7 +297,9 @@ def test_a_sample_of_weight_w_counts_as_w_samples(
         segregate__hot_budget="50%",
         skip__criterion="negative",
         skip__target_drop=0.5,
+        skip__keep_steps=keep_steps,
     )
+    assert (Counter(map(len, seen_batches))[16] > 3) == keep_steps
     assert sum(batch.weights is not None and len(np.unique(batch.weights)) > 1 for batch in seen_batches) > 3
     expected = plain_training(result, seen_batches)
     for name, tensor in model_of(result).items():

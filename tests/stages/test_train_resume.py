@@ -45,7 +45,11 @@ TREE = {
 def pipeline(**train: object) -> object:
     sections = {name: dict(value) if isinstance(value, dict) else value for name, value in TREE.items()}
     sections["tables"] = HELD[train.pop("held", "dense")]
-    skip = {key: train.pop(key) for key in ("criterion", "scope", "scorer", "movement", "window_steps") if key in train}
+    skip = {
+        key: train.pop(key)
+        for key in ("criterion", "scope", "scorer", "movement", "window_steps", "keep_steps")
+        if key in train
+    }
     return build_pipeline(sections | {"train": sections["train"] | train, "skip": sections["skip"] | skip})
 
 
@@ -61,7 +65,7 @@ class Killed(BaseException):
         {"criterion": "stale"},
         pytest.param({"criterion": "stale", "movement": "net"}, marks=pytest.mark.slow),
         pytest.param({"criterion": "stale", "window_steps": 4}, marks=pytest.mark.slow),
-        {"criterion": "importance", "scope": "all"},
+        {"criterion": "importance", "scope": "all", "keep_steps": True},
         pytest.param({"criterion": "importance", "scope": "all", "scorer": "model"}, marks=pytest.mark.slow),
         {"criterion": "random", "order": "mixed", "average": 0.6},
         {"mode": "cached", "cache_ratio": 0.6, "optimizer": "adam"},

@@ -103,11 +103,14 @@ def test_bisection_that_misses_the_band_drops_nothing() -> None:
     ("section", "key", "value"),
     [
         *(("train", *pair) for pair in [("lr_warmup", 0.1), ("lr_decay", "linear"), ("order", "mixed")]),
-        *(("train", *pair) for pair in [("chunk_batches", 4), ("staging_rows", 99), ("log_every", 7)]),
+        *(
+            ("train", *pair)
+            for pair in [("chunk_batches", 4), ("staging_rows", 99), ("log_every", 7), ("average", 0.2)]
+        ),
         *(("train", *pair) for pair in [("checkpoint_steps", 5), ("checkpoint_minutes", 1.0)]),
         *(("skip", *pair) for pair in [("threshold", 0.01), ("threshold", 0.0), ("window_steps", 9)]),
         *(("skip", *pair) for pair in [("refresh_steps", 9), ("scope", "all"), ("scorer", "model")]),
-        *(("skip", *pair) for pair in [("floor", 0.2), ("reweight", False)]),
+        *(("skip", *pair) for pair in [("floor", 0.2), ("keep_steps", True), ("reweight", False)]),
     ],
 )
 def test_what_the_published_order_would_ignore_is_refused_by_name(section: str, key: str, value: object) -> None:

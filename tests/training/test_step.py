@@ -151,8 +151,8 @@ def test_weights_of_one_row_in_several_samples_count_by_their_size() -> None:
     assert dict(zip(found.unique.tolist(), found_weights.tolist(), strict=True)) == {4: shared, 7: 1, 8: 3, 9: shared}
 
 
-def gradient_of(size: int, batch_size: int | None, repeats: int = 1) -> torch.Tensor:
-    """What plain SGD takes from the rows for so many samples, each as often as said."""
+def gradient_of(size: int, batch_size: int | None, repeats: int = 1, *, divisor: int | None = None) -> torch.Tensor:
+    """What plain SGD takes from rows and layers for so many samples, each as often as said."""
     batch = make_batch(size, 0, weighted=False)
     repeated = {name: getattr(batch, name).repeat_interleave(repeats, dim=0) for name in ("dense", "labels")}
     assert batch.positions is not None
@@ -161,7 +161,7 @@ def gradient_of(size: int, batch_size: int | None, repeats: int = 1) -> torch.Te
     options = {"representations": fp32_tables(), "eps": 0.0, "batch_size": batch_size}
     optimizer = DenseOptimizer(model.parameters(), optimizer="sgd", eps=0.0)
     step = TrainStep(model=model, rows=rows, dense_optimizer=optimizer, **options)
-    step(dataclasses.replace(batch, positions=positions, **repeated), 1.0)
+    step(dataclasses.replace(batch, positions=positions, divisor=divisor, **repeated), 1.0)
     before = make_model().parameters()
     layers = [(one - other).flatten() for one, other in zip(before, model.parameters(), strict=True)]
     return torch.cat([(make_rows("sgd").buffer - rows.buffer).flatten(), *layers]).detach()
@@ -173,6 +173,7 @@ def test_a_short_batch_pulls_by_its_samples_and_as_published_as_a_whole_one() ->
     as_published = gradient_of(2, None)
     torch.testing.assert_close(as_published, gradient_of(2, None, repeats=4))
     torch.testing.assert_close(as_published, 4 * short)
+    torch.testing.assert_close(gradient_of(2, BATCH, divisor=2), as_published)  # a full batch of a smaller size
     assert short.abs().max() > 1e-4
 
 

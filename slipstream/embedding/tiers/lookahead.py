@@ -50,6 +50,8 @@ class Batch:
     """Whether every slot is a hot one."""
     weights: np.ndarray | None = None
     """Weight of each sample in the loss; None is 1 for all. Shape (B,), float32."""
+    divisor: int | None = None
+    """What the sum of the losses is divided by, where it is not the size of full batches."""
 
     def __len__(self) -> int:
         """B."""
@@ -70,6 +72,8 @@ class StagedBatch:
     weights: Tensor | None = None
     tierless: Tensor | None = None
     """Slots of the columns whose rows have no tier. Shape (B, J), int64."""
+    divisor: int | None = None
+    """As of the batch."""
 
     def __len__(self) -> int:
         """B."""
@@ -350,6 +354,7 @@ class LookAhead:
             distinct=distinct,
             weights=there.get("weights"),
             tierless=there.get("tierless"),
+            divisor=batch.divisor,
         )
 
     # --- main thread ---

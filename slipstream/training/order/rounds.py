@@ -129,7 +129,7 @@ class RoundPreparer:
         self._schedule, self._skipper, self._score = schedule, skipper, score
         self._start = position.epoch, position.round_index
         self._known = [picked for picked in (position.picked, position.picked_ahead) if picked is not None]
-        self._maker = BatchMaker(batch_size=schedule.batch_size, order=schedule.order)
+        self._maker = BatchMaker(batch_size=schedule.batch_size, order=schedule.order, smaller_by=schedule.smaller_by)
         self._maker.waiting = dict(position.waiting)
         self._ahead: Future[PreparedRound] | None = None
 
@@ -205,7 +205,8 @@ class RoundPreparer:
             None if group is None else selection.apply(group)
             for group, selection in zip((hot, cold), picked, strict=True)
         )
-        batches = list(self._maker.make(*kept, rng=np.random.default_rng([*key, 1]), last=task.is_last))
+        rng, thinned = np.random.default_rng([*key, 1]), self._thinned(picked)
+        batches = list(self._maker.make(*kept, rng=rng, last=task.is_last, thinned=thinned))
         return PreparedRound(
             epoch=task.epoch,
             index=task.index,
@@ -215,6 +216,15 @@ class RoundPreparer:
             picked=picked,
             batches=batches,
         )
+
+    def _thinned(self, picked: Picked) -> tuple[float, float]:
+        """Say of which share of the hot and of the cold samples some are dropped, of their kind or of all."""
+        drops = [not selection.keep.all() for selection in picked]
+        if self._schedule.order == "mixed":
+            total = sum(len(selection.keep) for selection in picked)
+            shares = [is_thinned * len(one.keep) / total for is_thinned, one in zip(drops, picked, strict=True)]
+            return shares[0], shares[1]
+        return float(drops[0]), float(drops[1])
 
     def _pick(self, task: _Task, hot: Samples | None, cold: Samples | None, rng: np.random.Generator) -> Picked:
         is_first = (task.epoch, task.index) == (0, 0)

@@ -22,6 +22,8 @@ class Schedule:
     """Steps before the first window opens."""
     window_steps: int = 0
     """Length of a window that ends with its segment; 0 is the whole segment."""
+    smaller_by: float = 0.0
+    """Share by which batches are smaller while samples of their kind are dropped."""
     seed: int = 0
     """Draws the order of batches and what is dropped."""
 

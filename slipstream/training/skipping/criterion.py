@@ -136,6 +136,8 @@ class Criterion(ABC):
 
     scopes: ClassVar[tuple[Scope, ...]] = ("hot", "all")
     """What it can classify; `skip.scope` chooses, and a comparison takes the last."""
+    floor: ClassVar[float] = 0.05
+    """What `skip.floor` is where it is left out."""
     drops: ClassVar[bool] = True
     """Whether it ever drops anything."""
     is_published: ClassVar[bool] = False

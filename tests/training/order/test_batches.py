@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from itertools import pairwise
 
 import numpy as np
@@ -109,3 +110,34 @@ def test_weights_stay_with_their_samples(order: str):
         assert batch.weights is not None
         assert batch.weights.tolist() == (batch.dense[:, 0] * 2).tolist()
     assert sample_numbers(weighted)[-1] == 22
+
+
+@given(
+    num_hot=st.integers(0, 60),
+    num_cold=st.integers(0, 60),
+    order=st.sampled_from(["interleaved", "mixed"]),
+    smaller_by=st.sampled_from([0.0, 0.25, 0.5, 0.75]),
+    is_weighted=st.booleans(),
+)
+def test_batches_are_smaller_where_samples_are_dropped_and_stand_for_what_their_weights_say(
+    num_hot: int, num_cold: int, order: str, smaller_by: float, is_weighted: bool
+):
+    size, total = 8, num_hot + num_cold
+    hot = make_samples(np.zeros((num_hot, 2), int)) if num_hot else None
+    cold = make_samples(np.ones((num_cold, 2), int), start=num_hot) if num_cold else None
+    if is_weighted and hot is not None:
+        hot = dataclasses.replace(hot, weights=np.full(num_hot, 2.0, np.float32))
+    maker = BatchMaker(batch_size=size, order=order, smaller_by=smaller_by)
+    of_one_kind = order == "interleaved"
+    thinned = (1.0, 0.0) if of_one_kind else (num_hot / max(total, 1), 0.0)
+
+    batches = list(maker.make(hot, cold, rng=np.random.default_rng(0), last=True, thinned=thinned))
+
+    assert sorted(number for batch in batches for number in numbers_of(batch)) == list(range(total))
+    for is_hot in (True, False):
+        of_kind = [batch for batch in batches if batch.is_hot == is_hot]
+        thin = thinned[0] if is_hot or not of_one_kind else thinned[1]
+        full = round(size * (1 - smaller_by * thin))
+        assert all(len(batch) == full for batch in of_kind[:-1]) and all(len(batch) <= full for batch in of_kind)
+        for batch in of_kind:
+            assert batch.divisor == (full if full < size and batch.weights is None else None)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 class Importance(Criterion):
     """Keeps samples with probability ∝ |p - y|, at least `skip.floor`."""
 
+    floor = 0.2  # the error is a guess: rarer than that, a sample counts for more than the guess is worth
+
     def __init__(self, rule: SkipRule) -> None:
         super().__init__(rule)
         self._linear = LinearScorer(rule.num_rows, rule.num_dense) if rule.num_rows else None
