@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from slipstream.dataset_schema import DatasetConfig
+from slipstream.distributed.options import DistributedConfig
 from slipstream.embedding.rules import check_kernels
 from slipstream.errors import ConfigError
 from slipstream.models.dlrm import DLRM
@@ -414,6 +415,7 @@ class PipelineConfig:
     tables: TablesConfig = field(default_factory=TablesConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     skip: SkipConfig = field(default_factory=SkipConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self) -> None:
         """Check the name, the seed, and keys that only make sense together."""

@@ -7,6 +7,8 @@ is used as it is; otherwise the stage runs. Keys are known before anything runs,
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import xxhash
+
+from slipstream import __version__
 from slipstream.config import PipelineConfig
+from slipstream.distributed.environment import count_ranks
+from slipstream.distributed.options import refuse_unshared
 from slipstream.errors import ArtifactError
 from slipstream.io.artifacts import (
     Artifact,
@@ -32,11 +39,13 @@ from slipstream.io.artifacts import (
     scratch_dir,
 )
 from slipstream.io.locks import InUseError, hold_artifact
+from slipstream.options import to_dict
 from slipstream.progress import Progress, Silent
 from slipstream.stage import StageJob
 from slipstream.stage_list import STAGES
 
 if TYPE_CHECKING:
+    from slipstream.distributed.ranks import Ranks
     from slipstream.io.figures import FiguresT
 
 _CHANGES_SHOWN = 4
@@ -101,13 +110,21 @@ class Run:
         config: The pipeline.
         runs_dir: Folder that holds run folders.
         progress: Told how far the hashing of raw files is.
+        ranks: Who does stages together with this process; None for nobody.
 
     Raises:
         DataError: A raw file is missing.
     """
 
-    def __init__(self, config: PipelineConfig, runs_dir: Path, progress: Progress | None = None) -> None:
-        self.config, self.run_dir = config, runs_dir / config.name
+    def __init__(
+        self,
+        config: PipelineConfig,
+        runs_dir: Path,
+        progress: Progress | None = None,
+        *,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self.config, self.run_dir, self._ranks = config, runs_dir / config.name, ranks
         self.stages = {stage.name: stage for stage in STAGES if stage.is_part(config)}
         """By name, in order."""
         self.keys: dict[str, StageKey] = {}
@@ -181,14 +198,18 @@ class Run:
 
     def _run_stage(self, plan: StagePlan, result: RunResult, progress: Progress, *, reason: str) -> StageResult:
         started = time.perf_counter()
+        stage = self.stages[plan.stage]
         job = StageJob(
             config=self.config,
             key=plan.key,
             inputs={name: stage.artifact for name, stage in result.stages.items()},
             scratch=scratch_dir(self.run_dir, plan.key),
             progress=progress,
+            ranks=self._ranks if stage.on_all_ranks else None,
         )
-        figures = self.stages[plan.stage].run(job)
+        if job.ranks is not None:
+            job.ranks.tell(_describe_job(job))
+        figures = stage.run(job)
         seconds = time.perf_counter() - started
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         artifact = publish(self.run_dir, plan.key, figures.to_json(), seconds=seconds, peak_bytes=peak)
@@ -231,8 +252,77 @@ def run_pipeline(
     Raises:
         SlipstreamError: Whatever a stage expects to go wrong.
     """
-    run = Run(config, runs_dir, progress)
-    return run.execute(stages, force=force, progress=progress or Silent(), on_stage=on_stage)
+    progress = progress or Silent()
+    if count_ranks(os.environ) > 1:
+        return _run_together(config, runs_dir, stages, force=force, progress=progress, on_stage=on_stage)
+    return Run(config, runs_dir, progress).execute(stages, force=force, progress=progress, on_stage=on_stage)
+
+
+# --- a run on several ranks ----------------------------------------------------------------------------------
+
+
+def _run_together(
+    config: PipelineConfig,
+    runs_dir: Path,
+    stages: Sequence[str] | None,
+    *,
+    force: bool,
+    progress: Progress,
+    on_stage: Callable[[StageResult], None],
+) -> RunResult:
+    """Run stages as one of several ranks: the first does what `run_pipeline` does, the others what it tells them."""
+    refuse_unshared(
+        faithful=config.train.faithful,
+        representations=config.tables.used,
+        kernels=config.train.kernels,
+        num_ranks=count_ranks(os.environ),
+    )
+    from slipstream.distributed.launch import join_ranks
+
+    ranks = join_ranks(device=config.train.device, timeout_seconds=config.distributed.timeout_seconds)
+    try:
+        settings = json.dumps([__version__, to_dict(config, execution=False)], sort_keys=True)
+        ranks.require_equal(xxhash.xxh3_64_intdigest(settings.encode()) >> 1, "settings")
+        if ranks.leads:
+            run = Run(config, runs_dir, progress, ranks=ranks)
+            result = run.execute(stages, force=force, progress=progress, on_stage=on_stage)
+            ranks.tell({"ended": {name: str(stage.artifact.path.resolve()) for name, stage in result.stages.items()}})
+        else:
+            result = _follow(config, runs_dir, ranks)
+        ranks.decide(False)  # nobody leaves before all have heard
+    except BaseException as exc:
+        ranks.fail(exc)
+        raise
+    return result
+
+
+def _describe_job(job: StageJob) -> dict[str, Any]:
+    """Say what another rank needs to know to do its part of a stage."""
+    key = {"stage": job.key.stage, "config": job.key.config, "inputs": job.key.inputs, "seed": job.key.seed}
+    inputs = {name: str(artifact.path.resolve()) for name, artifact in job.inputs.items()}
+    return {"key": key, "inputs": inputs, "scratch": str(job.scratch.resolve())}
+
+
+def _follow(config: PipelineConfig, runs_dir: Path, ranks: Ranks) -> RunResult:
+    """Do this rank's part of every stage that the first one begins on all of them, until it has no more."""
+    stages = {stage.name: stage for stage in STAGES}
+    while "ended" not in (message := ranks.listen("rank 0 to bring up the stages before, or to end")):
+        key = StageKey(**message["key"])
+        job = StageJob(
+            config=config,
+            key=key,
+            inputs={name: open_artifact(Path(path)) for name, path in message["inputs"].items()},
+            scratch=Path(message["scratch"]),
+            progress=Silent(),
+            ranks=ranks,
+        )
+        stages[key.stage].run(job)
+    result = RunResult(config=config, run_dir=runs_dir / config.name)
+    for name, path in message["ended"].items():
+        result.stages[name] = StageResult(
+            stage=name, status="skipped", reason="rank 0 has it", seconds=0.0, artifact=open_artifact(Path(path))
+        )
+    return result
 
 
 def export_samples(

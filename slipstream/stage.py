@@ -22,6 +22,7 @@ from slipstream.progress import Progress
 from slipstream.training.skipping.registry import make_criterion
 
 if TYPE_CHECKING:
+    from slipstream.distributed.ranks import Ranks
     from slipstream.io.figures import Figures
 
 
@@ -37,6 +38,8 @@ class StageJob:
     """Folder to write to; finished parts of an interrupted run are still there."""
     progress: Progress
     """Told how far the stage is."""
+    ranks: Ranks | None = None
+    """Who does it together, for a stage on all ranks; None for a process alone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +56,8 @@ class Stage:
     """Stage whose command runs this one too."""
     is_part: Callable[[PipelineConfig], bool] = field(default=lambda config: True)
     """Whether a pipeline has the stage."""
+    on_all_ranks: bool = False
+    """Whether all ranks do it together, where there are several; the first does the other stages alone."""
     settings: Callable[[PipelineConfig], Mapping[str, Any]] | None = None
     """Plain values of the pipeline file that its result depends on; None for its section."""
     other_inputs: Callable[[PipelineConfig, Progress], Mapping[str, str]] = field(default=lambda config, progress: {})

@@ -95,6 +95,8 @@ def _train_settings(config: PipelineConfig) -> dict[str, Any]:
     }
     if not config.tables.is_plain:
         settings["tables"] = to_dict(config.tables, execution=False)
+    if not config.distributed.is_plain:
+        settings["distributed"] = to_dict(config.distributed, execution=False)
     return settings
 
 
@@ -127,6 +129,7 @@ STAGES = (
         name="train",
         summary="Train with hot rows on the device and cold rows on the host.",
         after=("segregate",),
+        on_all_ranks=True,
         settings=_train_settings,
         seed=lambda config: config.train_seed,
     ),

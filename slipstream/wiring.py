@@ -6,14 +6,21 @@ take, puts it together here, so that what is forecast and what trains are made b
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 
 from slipstream.config import PipelineConfig, TablesConfig
+from slipstream.distributed.environment import count_ranks, ranks_on_host
+from slipstream.distributed.gradients import GradientSums
+from slipstream.distributed.lookahead import SharedLookAhead
+from slipstream.distributed.ranks import Ranks
+from slipstream.distributed.rows import ShardedRows
 from slipstream.embedding.tiers.lookahead import LookAhead
 from slipstream.errors import ConfigError
 from slipstream.io.figures import TableFigures
@@ -81,6 +88,7 @@ def put_together(
     figures: TableFigures,
     counts: np.ndarray,
     device: torch.device,
+    ranks: Ranks | None = None,
 ) -> Assembly:
     """Put together what trains.
 
@@ -91,10 +99,20 @@ def put_together(
         figures: Padding rows and dense columns.
         counts: Access counts per global row. Shape (V,), int64.
         device: Where to train.
+        ranks: Who trains together; None for a process alone.
 
     Raises:
         CapacityError: The device has no room for it.
     """
+    sums = None
+    if ranks is not None:
+        exchange = config.distributed
+        sums = GradientSums(
+            ranks,
+            compress_dense=exchange.compress_dense,
+            compress_rows=exchange.compress_rows,
+            seed=config.train_seed,
+        )
     return assemble(
         pick(Settings, config.train),
         layout=layout,
@@ -106,6 +124,7 @@ def put_together(
         num_dense=figures.num_dense,
         seed=config.train_seed,
         device=device,
+        sums=sums,
     )
 
 
@@ -171,9 +190,10 @@ def make_trainer(
         seed=config.train_seed,
     )
     chunk_batches = 1 if train.mode == "baseline" else train.chunk_batches
+    look_ahead: Any = SharedLookAhead if isinstance(parts.rows, ShardedRows) else LookAhead
     return Trainer(
         step=parts.step,
-        lookahead=LookAhead(parts.rows, parts.placement, chunk_batches=chunk_batches, columns=parts.columns),
+        lookahead=look_ahead(parts.rows, parts.placement, chunk_batches=chunk_batches, columns=parts.columns),
         lr_schedule=partial(learning_rate, lr=train.lr, warmup=train.lr_warmup, decay=train.lr_decay),
         skipper=Skipper(skip_rule_of(config, parts), columns=parts.columns),
         schedule=schedule,
@@ -196,5 +216,7 @@ def num_threads(config: PipelineConfig, parts: Assembly) -> int:
     """CPU threads of training; on another device they have too little to do to choose."""
     if resolve_device(config.train.device).type != "cpu":
         return config.train.num_threads or torch.get_num_threads()
-    flop = step_flop(parts.model, config.train.batch_size, backward=True)
-    return choose_threads(config.train.num_threads, flop=flop, cores=usable_cores(), default=torch.get_num_threads())
+    num_ranks, here = count_ranks(os.environ), ranks_on_host(os.environ)
+    flop = step_flop(parts.model, -(-config.train.batch_size // num_ranks), backward=True)
+    cores = max(1, usable_cores() // here)
+    return choose_threads(config.train.num_threads, flop=flop, cores=cores, default=torch.get_num_threads())

@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "api": {"pipeline", "report", "serving", "config", "shipped", "io", "errors", "progress"},
     "cli": {
         "cli",
+        "distributed.environment",
         "init",
         "shipped",
         "forecast",
@@ -55,6 +56,7 @@ MAY_IMPORT = {
     "init": {"datasets", "io", "ops", "registry", "errors"},
     "forecast": {"pipeline", "stage", "config", "io", "errors"},
     "pipeline": {
+        "distributed",
         *("stage", "stage_list", "serving", "stages", "datasets", "io", "ops"),
         *("config", "options", "errors", "progress", "schema"),
     },
@@ -62,6 +64,7 @@ MAY_IMPORT = {
     "stages": {
         *(
             "wiring",
+            "distributed",
             "stage",
             "serving",
             "training",
@@ -82,13 +85,20 @@ MAY_IMPORT = {
         *("sizing", "wiring", "pipeline", "stage", "training", "config", "options", "io", "ops"),
         *("errors", "progress"),
     },
-    "wiring": {"training", "embedding", "models", "config", "options", "io", "ops", "errors"},
-    "stage": {"training.skipping", "embedding.rules", "config", "options", "io", "ops", "errors", "progress"},
+    "wiring": {"distributed", "training", "embedding", "models", "config", "options", "io", "ops", "errors"},
+    "stage": {
+        *("distributed", "training.skipping", "embedding.rules"),
+        *("config", "options", "io", "ops", "errors", "progress"),
+    },
     "serving": {
         *("serving", "training", "embedding", "models", "datasets", "io", "ops"),
         *("registry", "dataset_schema", "errors", "progress", "schema"),
     },
-    "training": {"registry", "training", "embedding", "models", "io", "ops", "errors", "progress", "schema"},
+    "training": {
+        *("registry", "training", "distributed", "embedding", "models"),
+        *("io", "ops", "errors", "progress", "schema"),
+    },
+    "distributed": {"distributed", "embedding", "options", "errors"},
     "embedding": {"registry", "embedding", "ops", "errors", "schema"},
     "models": {"registry", "models", "options", "ops", "errors", "schema"},
     "datasets": {"registry", "datasets", "io", "ops", "dataset_schema", "errors", "progress", "schema"},
@@ -97,6 +107,7 @@ MAY_IMPORT = {
     "published": {"training.skipping", "errors"},
     "config": {
         "published",
+        "distributed.options",
         "training.skipping",
         "embedding.rules",
         "models",
@@ -117,7 +128,7 @@ MAY_IMPORT = {
 """From top to bottom; `a.b` is the room `b` of `a` alone."""
 
 HEAVY = {"torch", "polars", "pyarrow"}
-TORCH_BELONGS_TO = {"sizing", "wiring", "serving", "embedding", "models", "training", "stages"}
+TORCH_BELONGS_TO = {"sizing", "wiring", "serving", "distributed", "embedding", "models", "training", "stages"}
 
 
 def component(path: Path) -> str:
@@ -353,7 +364,8 @@ def test_the_keys_that_others_rely_on_exist():
 
 def _documented_classes() -> dict[str, ast.ClassDef]:
     found = {}
-    for path in [PACKAGE / "config.py", *(PACKAGE / "models").glob("*.py")]:
+    with_options = [PACKAGE / "config.py", PACKAGE / "distributed" / "options.py"]
+    for path in [*with_options, *(PACKAGE / "models").glob("*.py")]:
         body = ast.parse(path.read_text(encoding="utf-8")).body
         found |= {node.name: node for node in body if isinstance(node, ast.ClassDef) and node.decorator_list}
     return found

@@ -24,6 +24,7 @@ from slipstream.cli.front import (
     app,
     load,
     say,
+    speaks,
 )
 from slipstream.errors import ArtifactError
 from slipstream.shipped import find_pipeline
@@ -388,6 +389,9 @@ def _run(
     from slipstream.report import RichProgress, curve_table, run_table, stage_line
     from slipstream.report.document import run_document
 
+    if not speaks():
+        run_pipeline(config, runs, stages=only, force=force)
+        return
     console = Console(stderr=True)
     result = run_pipeline(
         config,

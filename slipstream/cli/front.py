@@ -13,9 +13,11 @@ import typer
 import typer.core
 
 from slipstream import __version__
-from slipstream.errors import SlipstreamError
+from slipstream.distributed.environment import count_ranks, own_rank
+from slipstream.errors import ConfigError, SlipstreamError
 from slipstream.io.processors import wait_without_spinning
 from slipstream.shipped import find_pipeline, shipped_pipelines
+from slipstream.stage_list import STAGES
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -24,6 +26,10 @@ if TYPE_CHECKING:
 
 DEFAULT_PIPELINE = "tiny"
 _PIPED_COLUMNS = 200
+
+
+_TOGETHER = {"run", *(stage.name for stage in STAGES if stage.summary)}
+"""Commands that several ranks may be started with."""
 
 
 class Edge(typer.core.TyperGroup):
@@ -80,11 +86,23 @@ RUNS = Path("runs")
 
 @app.callback(invoke_without_command=True)
 def _root(
+    ctx: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     if version:
         typer.echo(f"slipstream {__version__}")
         raise typer.Exit
+    _refuse_ranks(ctx.invoked_subcommand or "")
+
+
+def _refuse_ranks(command: str) -> None:
+    """Refuse what every rank would do over again."""
+    if (size := count_ranks(os.environ)) > 1 and command not in _TOGETHER:
+        together = ", ".join(sorted(_TOGETHER))
+        raise ConfigError(
+            f"`slipstream {command}` is for one process, and WORLD_SIZE says that there are {size}",
+            hint=f"start it without torchrun, or unset WORLD_SIZE; on several ranks: {together}",
+        )
 
 
 def main() -> None:
@@ -116,6 +134,11 @@ def answer(renderable: RenderableType) -> None:
     with console.capture() as captured:
         console.print(renderable)
     typer.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
+
+
+def speaks() -> bool:
+    """Whether this process answers people: alone, or as the first of several ranks."""
+    return own_rank(os.environ) == 0
 
 
 def say(text: str) -> None:

@@ -8,6 +8,8 @@ Bags to use on their own, with the call of `nn.EmbeddingBag`; each is loaded whe
     QuantizedEmbeddingBag    a table that learns on the few bits it will be served with
     PackedEmbeddingBag       the same for inference, stored on those bits
 
+Of several processes that train one model together, bags that keep something of their own refuse to be a part.
+
 For code that calls FBTT-Embedding or ColossalAI's CachedEmbedding: `tt.fbtt` and `cached.colossal`.
 """
 

@@ -246,6 +246,10 @@ class TrainFigures(FitFigures, Figures):
     val: Quality
     device: str
     """That trained: `cpu` or `cuda`."""
+    ranks: int | None = None
+    """R: processes that trained together; None for one alone."""
+    sent_bytes_per_step: dict[str, int] | None = None
+    """Bytes that the first rank sent, by what for, over all of training and evaluation, divided by steps."""
     warnings: list[str] = field(default_factory=list)
     """What looks wrong though nothing failed."""
 

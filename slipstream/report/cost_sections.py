@@ -23,7 +23,10 @@ def memory(facts: RunFacts) -> Iterator[Part]:
     moved = {"to the device": trained.bytes_to_device, "to the host": trained.bytes_to_host}
     if trained.sync_bytes is not None:
         moved["copies of whole tables"] = trained.sync_bytes
-    for title, sizes in (("Bytes per tier", trained.bytes_per_tier), ("Bytes moved", moved)):
+    tables = [("Bytes per tier", trained.bytes_per_tier), ("Bytes moved", moved)]
+    if trained.sent_bytes_per_step is not None:
+        tables.append((f"Bytes that the first of {trained.ranks} ranks sent a step", trained.sent_bytes_per_step))
+    for title, sizes in tables:
         lines = [(name, size, show_bytes(size)) for name, size in sizes.items()]
         yield Figure(
             title=title,

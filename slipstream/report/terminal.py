@@ -189,6 +189,10 @@ def _facts(result: RunResult) -> Iterator[tuple[str, str]]:
             f"{trained.samples_per_second:,.0f} samples/s trained{_drop_speed(trained)} on {trained.device} "
             f"over {trained.steps:,} steps, mode {config.train.mode}",
         )
+        if trained.ranks is not None and trained.sent_bytes_per_step is not None:
+            sent = sorted(trained.sent_bytes_per_step.items(), key=lambda item: -item[1])
+            parts = ", ".join(f"{what} {show_bytes(size)}" for what, size in sent if size)
+            yield "ranks", f"{trained.ranks}; the first sent a step: {parts}"
         if trained.drop_asked:
             yield "dropped", _describe_drop(trained, config)
         tiers = ", ".join(f"{name} {show_bytes(size)}" for name, size in trained.bytes_per_tier.items())

@@ -10,13 +10,16 @@ Costs   one pass over the training shards an epoch; device memory for hot rows, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 from slipstream.config import PipelineConfig, TrainConfig
+from slipstream.distributed.ranks import ALONE, Alone, Ranks
 from slipstream.embedding.tiers.placement import CachedRows
 from slipstream.errors import ConfigError
 from slipstream.io.artifacts import Artifact, write_atomically, write_json
@@ -39,6 +42,7 @@ from slipstream.training.model_file import save_model
 from slipstream.training.order.shards import Shards, read_slot_maps
 from slipstream.training.predict import predict
 from slipstream.training.representations import TableSpec
+from slipstream.training.shared_step import SharedStep, require_same_model
 from slipstream.training.skipping.registry import CRITERIA
 from slipstream.training.slot_layout import SlotLayout
 from slipstream.training.threads import torch_threads
@@ -51,22 +55,25 @@ def run_stage(job: StageJob) -> TrainFigures:
     Returns:
         Metrics, samples seen and dropped, throughput, bytes per tier.
     """
-    config, scratch = job.config, job.scratch
+    config, scratch, ranks = job.config, job.scratch, job.ranks or ALONE
     processed, segregated = job.inputs["preprocess"], job.inputs["segregate"]
-    write_vocabularies(processed, scratch)
-    write_examples(processed, scratch)
-    parts = _open(config, segregated, counts=read_counts(job.inputs["profile"]), scratch=scratch)
+    if ranks.leads:
+        write_vocabularies(processed, scratch)
+        write_examples(processed, scratch)
+    parts = _open(config, segregated, counts=read_counts(job.inputs["profile"]), scratch=scratch, ranks=ranks)
     shards = Shards(segregated, parts.layout)
     checkpoints = Checkpointer(
         scratch / "work",
         fingerprint=job.key.fingerprint,
         every_steps=config.train.checkpoint_steps,
         every_minutes=config.train.checkpoint_minutes,
+        ranks=ranks,
     )
-    with SummaryWriter(str(scratch / "events")) as events, checkpoints, torch_threads(num_threads(config, parts)):
+    label = "train" if ranks.size == 1 else f"train, {ranks.size} ranks"
+    with _open_events(scratch, ranks) as events, checkpoints, torch_threads(num_threads(config, parts)):
         with (
             shards.streams(seed=config.train_seed) as open_streams,
-            job.progress.task("train", shards.figures.num_train * config.train.epochs, "samples") as advance,
+            job.progress.task(label, shards.figures.num_train * config.train.epochs, "samples") as advance,
         ):
             listener = _Listener(events, advance)
             trainer = _make_trainer(config, parts, shards, checkpoints, on_report=listener)
@@ -77,16 +84,29 @@ def run_stage(job: StageJob) -> TrainFigures:
                     if checkpoints.restore(trainer):
                         listener.resume(trainer.totals)
                     checkpoints.train(trainer, open_streams)
+        require_same_model(parts.step)
+        out = scratch if ranks.leads else None
         with trainer.step.serving():
-            quality = _evaluate(config, parts, shards, scratch)
-            _save(config, parts, trainer, processed, scratch)
+            quality = _evaluate(config, parts, shards, out)
+            _save(config, parts, trainer, processed, out)
         for split, measured in quality.items():
             for name, value in asdict(measured).items():
                 events.add_scalar(f"{split}/{name}", value, trainer.totals.steps)
     return _sum_up(config, parts, trainer, quality)
 
 
-def _open(config: PipelineConfig, segregated: Artifact, *, counts: np.ndarray, scratch: Path) -> Assembly:
+class _NoEvents:
+    """Stands in for a TensorBoard writer on ranks that write none."""
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        """Take a point."""
+
+
+def _open_events(scratch: Path, ranks: Alone) -> AbstractContextManager[SummaryWriter | _NoEvents]:
+    return SummaryWriter(str(scratch / "events")) if ranks.leads else nullcontext(_NoEvents())
+
+
+def _open(config: PipelineConfig, segregated: Artifact, *, counts: np.ndarray, scratch: Path, ranks: Alone) -> Assembly:
     """Put together what trains."""
     device = resolve_device(config.train.device)
     check_kernels(config.train.kernels, device)
@@ -104,7 +124,15 @@ def _open(config: PipelineConfig, segregated: Artifact, *, counts: np.ndarray, s
             f"criterion `{config.criterion}` watches rows move, and no table has rows: all are tensor-train cores",
             hint="choose another skip.criterion, or let small tables be dense",
         )
-    return put_together(config, layout=layout, specs=specs, figures=figures, counts=counts, device=device)
+    return put_together(
+        config,
+        layout=layout,
+        specs=specs,
+        figures=figures,
+        counts=counts,
+        device=device,
+        ranks=ranks if isinstance(ranks, Ranks) else None,
+    )
 
 
 def _check_capacity(
@@ -183,7 +211,7 @@ def _make_faithful(config: PipelineConfig, parts: Assembly, *, num_hot: int) -> 
 class _Listener:
     """Passes reports on to TensorBoard and to whoever watches."""
 
-    def __init__(self, events: SummaryWriter, advance: Callable[[int, str], None]) -> None:
+    def __init__(self, events: SummaryWriter | _NoEvents, advance: Callable[[int, str], None]) -> None:
         self._events, self._advance = events, advance
         self._shown = 0
 
@@ -210,8 +238,8 @@ class _Listener:
         self._shown = done
 
 
-def _evaluate(config: PipelineConfig, parts: Assembly, shards: Shards, scratch: Path) -> dict[str, Quality]:
-    """Predict test and validation data, and keep what was predicted."""
+def _evaluate(config: PipelineConfig, parts: Assembly, shards: Shards, out: Path | None) -> dict[str, Quality]:
+    """Predict test and validation data, and keep what was predicted where this rank is the one that writes."""
     batch_size = config.train.eval_batch_size
     quality = {}
     for split in ("test", "val"):
@@ -224,18 +252,19 @@ def _evaluate(config: PipelineConfig, parts: Assembly, shards: Shards, scratch: 
                 num_threads=config.train.num_threads,
             )
         quality[split] = measure_quality(labels, predicted)
-        with write_atomically(scratch / f"predictions_{split}.npy") as path, path.open("wb") as stream:
-            np.save(stream, predicted)
+        if out is not None:
+            with write_atomically(out / f"predictions_{split}.npy") as path, path.open("wb") as stream:
+                np.save(stream, predicted)
     return quality
 
 
 def _save(
-    config: PipelineConfig, parts: Assembly, trainer: Trainer | FaithfulTrainer, processed: Artifact, scratch: Path
+    config: PipelineConfig, parts: Assembly, trainer: Trainer | FaithfulTrainer, processed: Artifact, out: Path | None
 ) -> None:
-    """Write the model with all it takes to use it, and what the loop noted on the way."""
-    if isinstance(trainer, Trainer):
-        write_json(scratch / "staleness.json", [asdict(check) for check in trainer.skipper.checks])
-        write_json(scratch / "losses.json", trainer.totals.losses)
+    """Write the model with all it takes to use it, and what the loop noted on the way; ranks that do not, help."""
+    if isinstance(trainer, Trainer) and out is not None:
+        write_json(out / "staleness.json", [asdict(check) for check in trainer.skipper.checks])
+        write_json(out / "losses.json", trainer.totals.losses)
     description = {
         "num_dense": parts.num_dense,
         "tables": {name: len(slots) for name, slots in parts.layout.slot_maps.items()},
@@ -245,7 +274,7 @@ def _save(
         **to_dict(config.model),
     }
     save_model(
-        scratch,
+        out,
         model=parts.model,
         rows=parts.rows,
         slot_maps=parts.layout.slot_maps,
@@ -260,7 +289,11 @@ def _sum_up(
     fit = trainer.figures()
     if isinstance(parts.placement, CachedRows):
         fit = replace(fit, hit_ratio=parts.placement.cache.stats.hit_ratio)
+    exchanged: dict[str, Any] = {}
+    if isinstance(parts.step, SharedStep):
+        exchanged = parts.step.sums.ranks.figures(steps=fit.steps)
     return TrainFigures(
+        **exchanged,
         test=quality["test"],
         val=quality["val"],
         device=parts.rows.device.type,

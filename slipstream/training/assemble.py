@@ -11,12 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from slipstream.distributed.gradients import GradientSums
+from slipstream.distributed.rows import ShardedRows
 from slipstream.embedding.quantized import quantize_linears
 from slipstream.embedding.row_cache import Policy, RowCache
 from slipstream.embedding.tiers.placement import CachedRows, Placement, StagingHalves
@@ -26,6 +29,7 @@ from slipstream.training.averaging import WeightAverage
 from slipstream.training.dense_optimizer import DenseOptimizer
 from slipstream.training.device import fitting_the_device
 from slipstream.training.representations import Representations, TableSpec
+from slipstream.training.shared_step import SharedStep
 from slipstream.training.slot_layout import SlotLayout
 from slipstream.training.step import FixedShapeStep, Kernels, Precision, TrainStep
 
@@ -85,6 +89,7 @@ def assemble(
     num_dense: int,
     seed: int,
     device: torch.device,
+    sums: GradientSums | None = None,
 ) -> Assembly:
     """Put together what trains.
 
@@ -99,11 +104,12 @@ def assemble(
         num_dense: Dense columns.
         seed: Of initial weights.
         device: Where to train.
+        sums: What several ranks exchange; None for a process alone.
 
     Raises:
         CapacityError: The device has no room for it.
     """
-    rows, placement = place_rows(settings, layout, counts, row_width=network.row_width, device=device)
+    rows, placement = place_rows(settings, layout, counts, row_width=network.row_width, device=device, sums=sums)
     draw_rows(rows, layout, padding_rows, bound_of=network.initial_bound, seed=seed)
     representations = represent(settings, specs, layout, rows, seed=seed)
     torch.manual_seed(seed)
@@ -111,7 +117,7 @@ def assemble(
         model = network.build(num_dense=num_dense, num_columns=len(layout.column_tables)).to(device)
         if linear_bits:
             quantize_linears(model, linear_bits)
-    step = make_step(settings, model, rows, representations, num_dense=num_dense)
+    step = make_step(settings, model, rows, representations, num_dense=num_dense, sums=sums)
     return Assembly(
         layout=layout,
         num_dense=num_dense,
@@ -132,14 +138,20 @@ def find_padding(layout: SlotLayout, padding_rows: Mapping[str, int]) -> np.ndar
 
 
 def place_rows(
-    settings: Settings, layout: SlotLayout, counts: np.ndarray, *, row_width: int, device: torch.device
+    settings: Settings,
+    layout: SlotLayout,
+    counts: np.ndarray,
+    *,
+    row_width: int,
+    device: torch.device,
+    sums: GradientSums | None = None,
 ) -> tuple[TieredRows, Placement]:
     """Make tiers of the sizes that the mode wants, and what moves rows between them.
 
     Raises:
         CapacityError: The device has no room for them.
     """
-    rows = make_rows(settings, layout, row_width=row_width, device=device)
+    rows = make_rows(settings, layout, row_width=row_width, device=device, sums=sums)
     if settings.mode != "cached":
         return rows, StagingHalves(rows)
     slot_counts = layout.counts_by_slot(counts)
@@ -152,7 +164,14 @@ def place_rows(
     return rows, CachedRows(rows, cache)
 
 
-def make_rows(settings: Settings, layout: SlotLayout, *, row_width: int, device: torch.device) -> TieredRows:
+def make_rows(
+    settings: Settings,
+    layout: SlotLayout,
+    *,
+    row_width: int,
+    device: torch.device,
+    sums: GradientSums | None = None,
+) -> TieredRows:
     """Make tiers of the sizes that the mode wants; all rows are zero.
 
     Raises:
@@ -160,7 +179,8 @@ def make_rows(settings: Settings, layout: SlotLayout, *, row_width: int, device:
     """
     num_hot, num_staged = _size_tiers(settings, layout)
     with fitting_the_device(f"{num_hot:,} hot rows and {num_staged:,} staged rows of {row_width} floats"):
-        return TieredRows(
+        kind = TieredRows if sums is None else partial(ShardedRows, ranks=sums.ranks)
+        return kind(
             num_rows=layout.num_rows,
             num_hot=num_hot,
             embedding_dim=row_width,
@@ -232,6 +252,7 @@ def make_step(
     *,
     num_dense: int,
     on_cuda: bool | None = None,
+    sums: GradientSums | None = None,
 ) -> TrainStep:
     """Make the step: of fixed shape where a CUDA graph can hold it; `on_cuda` is whether it is for a GPU."""
     layout = representations.layout
@@ -254,6 +275,8 @@ def make_step(
         "most_distinct": layout.most_distinct(settings.batch_size),
         "average": WeightAverage(rows, [*model.parameters(), *representations.cores()]) if settings.average else None,
     }
+    if sums is not None:
+        return SharedStep(sums=sums, batch_size=settings.batch_size, deterministic=settings.deterministic, **options)
     asks_plain = settings.deterministic or settings.faithful or representations.has_cores
     if on_cuda and not asks_plain:
         num_tables = len(layout.column_tables)

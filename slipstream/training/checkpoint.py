@@ -19,14 +19,19 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import Any
 
 import numpy as np
+import torch
 import xxhash
 
+from slipstream.distributed.ranks import ALONE, Alone, Ranks
+from slipstream.distributed.rows import ShardedTier
 from slipstream.embedding.tiers.frozen import FrozenRows, FrozenTiers
+from slipstream.errors import ArtifactError
 from slipstream.io.artifacts import hash_file, sync, write_json
 from slipstream.io.tensors import StoredTensor, write_tensors
 from slipstream.training.loop import Trainer
@@ -53,6 +58,7 @@ class Checkpointer:
         every_steps: Steps between saves, rounded up to the end of a look-ahead chunk; 0 does not count steps.
         every_minutes: Minutes between saves; 0 does not look at the clock. Where both are 0, nothing is ever saved.
         clock: Seconds that pass.
+        ranks: Who trains together: the first writes, and says when; all of them save, stop and restore as one.
     """
 
     def __init__(
@@ -63,9 +69,11 @@ class Checkpointer:
         every_steps: int,
         every_minutes: float,
         clock: Callable[[], float] = time.monotonic,
+        ranks: Alone = ALONE,
     ) -> None:
         self._folder, self._fingerprint = folder, fingerprint
         self._every_steps, self._every_seconds, self._clock = every_steps, 60 * every_minutes, clock
+        self._ranks = ranks
         self._signals = StopSignals()
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
@@ -108,11 +116,18 @@ class Checkpointer:
             CapacityError: The disk was full for the last checkpoint.
             KeyboardInterrupt: Somebody asked to stop; where training stands is saved.
         """
-        if self._writing is not None and self._writing.done():
+        is_written = self._writing is not None and self._writing.done()
+        is_free = self._writing is None or is_written
+        stops, collects, saves = self._ranks.decide(
+            self._signals.is_requested,
+            is_written,
+            is_free and self._is_due(trainer.totals.steps) and trainer.has_decided(),
+        )
+        if collects:
             self.wait(trainer)
-        if self._signals.is_requested:
+        if stops:
             self._stop(trainer)
-        if self._writing is None and self._is_due(trainer.totals.steps) and trainer.has_decided():
+        if saves:
             self._save(trainer)
 
     def wait(self, trainer: Trainer) -> None:
@@ -133,6 +148,30 @@ class Checkpointer:
 
         Others are put aside, with a warning.
         """
+        if isinstance(self._ranks, Ranks):
+            return self._restore_together(trainer, self._ranks)
+        found = self._find()
+        if found is not None:
+            self._take_over(trainer, *found)
+        return found is not None
+
+    def _restore_together(self, trainer: Trainer, ranks: Ranks) -> bool:
+        """Let the first rank find the checkpoint that all of them read."""
+        found = self._find() if ranks.leads else None
+        said = None if found is None else {"state": found[0], "weights": str(found[1])}
+        heard = ranks.share({"found": said}, "the checkpoint to go on from")["found"]
+        if heard is None:
+            return False
+        if not Path(heard["weights"]).exists():
+            raise ArtifactError(
+                f"rank {ranks.rank} finds no `{heard['weights']}`, which rank 0 goes on from",
+                hint="let all ranks see one run folder, on a file system that they share",
+            )
+        self._take_over(trainer, heard["state"], Path(heard["weights"]))
+        return True
+
+    def _find(self) -> tuple[dict[str, Any], Path] | None:
+        """(state, weights) of the newest checkpoint that is whole."""
         for path in sorted(self._folder.glob("checkpoint-*.json"), reverse=True):
             weights = path.with_suffix(".safetensors")
             try:
@@ -143,13 +182,16 @@ class Checkpointer:
                         file.rename(file.with_name(f"{file.name}.damaged"))
                 _log.warning(f"checkpoint `{weights}` cannot be used: {exc}; it is kept as `{weights.name}.damaged`")
                 continue
-            restore_state(trainer, state, weights)
-            self._saved_steps, self._saved_at = trainer.totals.steps, self._clock()
-            _log.info(f"training goes on after step {trainer.totals.steps:,}, from `{weights}`")
-            return True
+            return state, weights
         if any(self._folder.glob("checkpoint-*.damaged")):
             _log.warning("training starts anew: no checkpoint is left")
-        return False
+        return None
+
+    def _take_over(self, trainer: Trainer, state: Mapping[str, Any], weights: Path) -> None:
+        restore_state(trainer, state, weights)
+        self._saved_steps, self._saved_at = trainer.totals.steps, self._clock()
+        if self._ranks.leads:
+            _log.info(f"training goes on after step {trainer.totals.steps:,}, from `{weights}`")
 
     @property
     def _is_on(self) -> bool:
@@ -181,10 +223,20 @@ class Checkpointer:
     def _write(
         self, path: Path, body: dict[str, Any], tensors: Mapping[str, StoredTensor], frozen: FrozenTiers
     ) -> None:
+        shards = None
+        if isinstance(self._ranks, Ranks):
+            shards = ShardedTier(self._ranks, frozen.cold, frozen.num_cold)
+        if shards is not None and not self._ranks.leads:
+            self._serve(frozen, shards)
+            return
         stored = dict(tensors)
         # by their names the rows of the device come first: they change most, and what is read needs not be kept
         for tier, rows in (("device", frozen.hot), ("host", frozen.cold)):
-            stored |= {f"{tier}.{index}": self._store(one) for index, one in enumerate(rows)}
+            stored |= {f"{tier}.{index}": self._store(one, one.shape, one.blocks) for index, one in enumerate(rows)}
+        if shards is not None:
+            for index, one in enumerate(frozen.cold):
+                shape = (frozen.num_cold, *one.shape[1:])
+                stored[f"host.{index}"] = self._store(one, shape, partial(shards.read, index))
         try:
             self._remove_all_but_one()
             body["xxh3"] = write_tensors(path.with_suffix(".safetensors"), stored)
@@ -194,15 +246,28 @@ class Checkpointer:
             return
         finally:
             frozen.close()
+            if shards is not None:
+                shards.dismiss()
 
-    def _store(self, rows: FrozenRows) -> StoredTensor:
+    def _serve(self, frozen: FrozenTiers, shards: ShardedTier) -> None:
+        """Give the first rank what it asks for of the cold tier; hot rows it has itself."""
+        for rows in frozen.hot:
+            rows.close()
+        try:
+            shards.serve()
+        finally:
+            frozen.close()
+
+    def _store(
+        self, rows: FrozenRows, shape: tuple[int, ...], read: Callable[[], Iterator[np.ndarray]]
+    ) -> StoredTensor:
         def blocks() -> Iterator[np.ndarray]:
-            for block in rows.blocks():
+            for block in read():
                 if self._is_abandoned.is_set():
                     raise _AbandonedError
                 yield block
 
-        return StoredTensor(dtype=np.dtype(np.float32), shape=rows.shape, blocks=blocks)
+        return StoredTensor(dtype=torch.empty(0, dtype=rows.dtype).numpy().dtype, shape=shape, blocks=blocks)
 
     def _remove_all_but_one(self) -> None:
         """Leave the newest checkpoint, and nothing of those before it or of one that was cut short."""

@@ -135,7 +135,7 @@ class Trainer:
         self.step, self.lookahead, self.skipper = step, lookahead, skipper
         if skipper.criterion.watches_rows:
             hot_rows = step.rows.buffer[: step.rows.num_hot]
-            step.tracker = skipper.criterion.make_tracker(hot_rows, padding_slots=padding_slots)
+            step.watch(skipper.criterion.make_tracker(hot_rows, padding_slots=padding_slots))
         self._lr_schedule, self._schedule = lr_schedule, schedule
         self._averages_from = 1.0 - average
         self._log_every, self._on_report, self._between_chunks = log_every, on_report, between_chunks
@@ -263,7 +263,7 @@ class Trainer:
         totals.losses_in_sum += 1
         totals.steps += 1
         totals.hot_steps += batch.is_hot
-        totals.samples_seen += len(batch)
+        totals.samples_seen += batch.num_samples
         if totals.steps % self._log_every == 0:
             self._report()
 

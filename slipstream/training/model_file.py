@@ -39,7 +39,7 @@ from slipstream.training.representations import BITS, Representations
 
 
 def save_model(
-    folder: Path,
+    folder: Path | None,
     *,
     model: nn.Module,
     rows: TieredRows,
@@ -50,7 +50,7 @@ def save_model(
     """Write a model.
 
     Args:
-        folder: Where to.
+        folder: Where to; None on a rank that only helps another to gather rows.
         model: The dense part.
         rows: The tiers, flushed.
         slot_maps: Slot of each row, per table.
@@ -69,7 +69,10 @@ def save_model(
             scale = representations.scale_of(name)
             parts = (rows.gather(part).cpu() for part in torch.from_numpy(slots).split(CHUNK_ROWS))
             tensors |= _pack_table(name, parts, None if scale is None else scale.cpu(), BITS[held[name]])
-    _write(folder, tensors | _dense_tensors(model), {**description, "representations": held})
+        if folder is None:
+            tensors.clear()
+    if folder is not None:
+        _write(folder, tensors | _dense_tensors(model), {**description, "representations": held})
 
 
 def quantize_model(source: Path, folder: Path, *, representation: str, description: Mapping[str, Any]) -> None:

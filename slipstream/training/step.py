@@ -95,6 +95,10 @@ class TrainStep:
         self._begin(lr)
         self._compute(batch)
 
+    def watch(self, tracker: RowTracker) -> None:
+        """Let a tracker watch the rows that steps look up from now on."""
+        self.tracker = tracker
+
     def over(self, rows: TieredRows) -> TrainStep:
         """Give the same model, dense optimizer and count of steps over other rows."""
         other = TrainStep(
@@ -144,34 +148,47 @@ class TrainStep:
     def _compute(self, batch: StagedBatch) -> None:
         self._num_steps.add_(1)
         distinct = batch.find_distinct(padding=self._pad(batch.num_lookups()))
+        values, gradients, loss = self._differentiate(batch, distinct)
+        weights = batch.weights
+        counted = None if weights is None else _mean_by_weight(weights)
+        self.dense_optimizer.step(self._lr, num_steps=self._num_steps, sample_weight=counted)
+        self._observe(batch, gradients, distinct)
+        summed = self._sum_by_row(gradients, distinct)
+        self._update(values, summed, distinct.rows, None if weights is None else self._weigh_rows(weights, distinct))
+        self._loss_sum += loss / (len(batch) if weights is None else weights.sum())
+
+    def _differentiate(self, batch: StagedBatch, distinct: Distinct) -> tuple[Tensor | None, Tensor, Tensor]:
+        """(distinct rows (U, D), where the update needs them; gradient of each lookup (L, D); Σ wᵢ ℓᵢ).
+
+        The gradients of the dense layers are with their parameters.
+        """
         values, looked_up = self._look_up(distinct)
         looked_up.requires_grad_()
         pooled = looked_up.view(len(batch), batch.num_lookups() // len(batch), self.rows.embedding_dim)
         pooled = self.representations.train(pooled, batch.tierless)
         with self._autocast():
             logits = self.model(batch.dense, pooled)
-        weights, batch_size = batch.weights, batch.divisor or self._batch_size or len(batch)
-        loss = binary_cross_entropy_with_logits(logits.float(), batch.labels, weight=weights, reduction="sum")
+        loss = binary_cross_entropy_with_logits(logits.float(), batch.labels, weight=batch.weights, reduction="sum")
         self.dense_optimizer.zero_grad()
-        (loss / batch_size).backward()
-        counted = None if weights is None else _mean_by_weight(weights)
-        self.dense_optimizer.step(self._lr, num_steps=self._num_steps, sample_weight=counted)
-        gradients = looked_up.grad
-        assert gradients is not None
-        if self.tracker is not None and self.tracker.is_open:
-            self.tracker.observe(
-                distinct.rows,
-                lambda: self._sum_by_row(
-                    pulls_of_lookups(gradients, batch.labels, weights, batch_size=batch_size), distinct
-                ),
-            )
-        summed = self._sum_by_row(gradients, distinct)
-        before = self.rows.buffer.index_select(0, distinct.rows) if self.is_averaging else None
-        self._update(values, summed, distinct, None if weights is None else self._weigh_rows(weights, distinct))
-        if self.average is not None and before is not None:
-            self.average.follow_rows(distinct.rows, before)
-            self.average.count()
-        self._loss_sum += loss.detach() / (len(batch) if weights is None else weights.sum())
+        (loss / self._divisor(batch)).backward()
+        assert looked_up.grad is not None
+        return values, looked_up.grad, loss.detach()
+
+    def _divisor(self, batch: StagedBatch) -> int:
+        """B of the loss."""
+        return batch.divisor or self._batch_size or batch.num_samples
+
+    def _observe(self, batch: StagedBatch, gradients: Tensor, distinct: Distinct) -> None:
+        """Let the tracker see the step, where one watches."""
+        if self.tracker is None or not self.tracker.is_open:
+            return
+        divisor = self._divisor(batch)
+        self.tracker.observe(
+            distinct.rows,
+            lambda: self._sum_by_row(
+                pulls_of_lookups(gradients, batch.labels, batch.weights, batch_size=divisor), distinct
+            ),
+        )
 
     def _pad(self, num_lookups: int) -> Tensor:
         """Say what stands for distinct rows that a batch could have looked up and has not. Shape (U,), int64."""
@@ -202,26 +219,38 @@ class TrainStep:
         """Give the weight of the samples that look up each distinct row, for a rule with state. Shape (U,)."""
         if not self.rows.buffer_state:
             return None
+        return mean_by_weight(self._sum_weights(weights, distinct))
+
+    def _sum_weights(self, weights: Tensor, distinct: Distinct) -> Tensor:
+        """Give Σw and Σw² over the lookups of each distinct row. Shape (U, 2)."""
         per_lookup = weights.new_empty(len(weights), len(distinct.inverse) // len(weights), 2)
         per_lookup[..., 0] = weights.unsqueeze(1)
         per_lookup[..., 1] = weights.square().unsqueeze(1)
-        sums = self._sum_by_row(per_lookup.flatten(end_dim=1), distinct)
-        return (sums[:, 1] / sums[:, 0]).nan_to_num(1.0)  # padding has no samples
+        return self._sum_by_row(per_lookup.flatten(end_dim=1), distinct)
 
-    def _update(self, values: Tensor | None, summed: Tensor, distinct: Distinct, weights: Tensor | None) -> None:
+    def _update(self, values: Tensor | None, summed: Tensor, positions: Tensor, weights: Tensor | None) -> None:
         rows = self.rows
-        place = (self._rule, rows.buffer, rows.buffer_state, distinct.rows)
+        place = (self._rule, rows.buffer, rows.buffer_state, positions)
+        before = rows.buffer.index_select(0, positions) if self.is_averaging else None
         if self._row_kernels is not None:
             options = {"lr": self._lr, "sample_weights": weights, "first_spare": rows.first_spare}
             self._row_kernels.update_rows(*place, summed, **options)
         else:
             assert values is not None
             update_rows(*place, values, summed, lr=self._lr, num_steps=self._num_steps, sample_weights=weights)
+        if self.average is not None and before is not None:
+            self.average.follow_rows(positions, before)
+            self.average.count()
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self._precision != "bf16":
             return nullcontext()
         return torch.autocast(self.rows.device.type, dtype=torch.bfloat16)
+
+
+def mean_by_weight(sums: Tensor) -> Tensor:
+    """Give Σw² / Σw of rows: the weight behind a gradient that is mostly noise. (Σw, Σw²) of shape (U, 2) -> (U,)."""
+    return (sums[:, 1] / sums[:, 0]).nan_to_num(1.0)  # padding has no samples
 
 
 def _mean_by_weight(weights: Tensor) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ from slipstream.io.samples import Samples
 from slipstream.io.tensors import StoredTensor
 from slipstream.training.loop import LoopTotals, Trainer
 from slipstream.training.order.rounds import Picked, Position
+from slipstream.training.shared_step import SharedStep
 from slipstream.training.skipping.skipper import Selection
+from slipstream.training.step import TrainStep
 
 _GROUPS = ("hot", "cold")
 _BLOCK_ROWS = 1 << 16
@@ -46,6 +50,10 @@ def collect_state(trainer: Trainer) -> tuple[dict[str, Any], dict[str, StoredTen
         tensors |= {f"average.{name}": value for name, value in trainer.step.average.state().items()}
     changing = {name: value.detach().cpu().numpy() for name, value in tensors.items()}
     changing |= _prefixed("skipper.", arrays) | _prefixed("tracker.", tracked)
+    if isinstance(trainer.step, SharedStep):
+        of_ranks, plain_of_ranks = _collect_parts(trainer.step, tracked)
+        state |= plain_of_ranks
+        changing |= of_ranks
     copies = {name: value.copy() for name, value in changing.items()}
     return state, {name: StoredTensor.of(value) for name, value in (copies | _position_arrays(position)).items()}
 
@@ -65,10 +73,15 @@ def restore_state(trainer: Trainer, state: Mapping[str, Any], weights: Path) -> 
                 tensors[name] = stream.get_tensor(name)
         rows = trainer.step.rows
         for index, (buffer, host) in enumerate(rows.pairs):
-            for name, target in ((f"device.{index}", buffer[: rows.num_hot]), (f"host.{index}", host)):
-                stored = stream.get_slice(name)
-                for start in range(0, len(target), _BLOCK_ROWS):
-                    target[start : start + _BLOCK_ROWS] = stored[start : start + _BLOCK_ROWS].to(target.device)
+            stored = stream.get_slice(f"device.{index}")
+            for start in range(0, rows.num_hot, _BLOCK_ROWS):
+                stop = min(start + _BLOCK_ROWS, rows.num_hot)
+                buffer[start:stop] = stored[start:stop].to(buffer.device)
+            stored = stream.get_slice(f"host.{index}")
+            for start in range(0, rows.num_cold, _BLOCK_ROWS):
+                stop = min(start + _BLOCK_ROWS, rows.num_cold)
+                here, of_block = rows.cold_places(start, stop)
+                host[here] = stored[start:stop][of_block]
     trainer.step.model.load_state_dict(_below(tensors, "dense."))
     for index, value in enumerate(trainer.step.dense_optimizer.state):
         value.copy_(tensors[f"dense_state.{index}"])
@@ -77,12 +90,44 @@ def restore_state(trainer: Trainer, state: Mapping[str, Any], weights: Path) -> 
     arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
     trainer.position = _read_position(state["position"], arrays)
     trainer.skipper.restore(state["skipper"], _below(arrays, "skipper."))
+    of_ranks = [_below(arrays, f"ranks.{rank}.") for rank in range(1, state.get("ranks", 1))]
     if trainer.step.tracker is not None:
-        trainer.step.tracker.restore(_below(arrays, "tracker."))
+        tracked = _below(arrays, "tracker.")
+        own = {name: tracked[name] for name in trainer.step.tracker.summable if name in tracked}
+        trainer.step.tracker.restore(tracked | _choose_part(trainer.step, [own, *of_ranks]))
     if trainer.step.average is not None:
         trainer.step.average.restore(_below(tensors, "average."))
+    if isinstance(trainer.step, SharedStep):
+        trainer.step.sums.ranks.sent = Counter(state.get("sent_bytes", {}))
+        own = {name: arrays[name] for name in ("feedback",) if name in arrays}
+        trainer.step.sums.restore(_choose_part(trainer.step, [own, *of_ranks]))
     trainer.lookahead.restore_counters(state["lookahead"])
     trainer.step.representations.restore(state["tables"], _below(tensors, "tables."))
+
+
+def _collect_parts(step: SharedStep, tracked: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """(arrays that every rank has its own of, by rank; plain values): what adds up over ranks."""
+    sums = step.sums
+    own = {} if step.tracker is None else {name: tracked[name] for name in step.tracker.summable if name in tracked}
+    own |= sums.state()
+    of_ranks = sums.ranks.gather_arrays(own, "checkpoints")
+    arrays = dict(sums.state())
+    for rank, theirs in enumerate(of_ranks[1:], start=1):
+        arrays |= _prefixed(f"ranks.{rank}.", theirs)
+    return arrays, {"ranks": sums.ranks.size, "sent_bytes": dict(sums.ranks.sent)}
+
+
+def _choose_part(step: TrainStep, of_ranks: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Give this rank its part of what adds up; the first takes the parts of ranks that are no more as well."""
+    rank, size = (step.sums.ranks.rank, step.sums.ranks.size) if isinstance(step, SharedStep) else (0, 1)
+    chosen = {}
+    for name, first in of_ranks[0].items():
+        parts = [theirs[name] for theirs in of_ranks]
+        if rank == 0:
+            chosen[name] = reduce(np.add, parts[size:], first)
+        else:
+            chosen[name] = parts[rank] if rank < len(parts) else np.zeros_like(first)
+    return chosen
 
 
 def _plain_position(position: Position) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.nn import functional
 
-from slipstream.embedding.cached.checks import as_counts, check_choice, too_many_rows
+from slipstream.embedding.cached.checks import as_counts, check_choice, refuse_several_processes, too_many_rows
 from slipstream.embedding.cached.host_tables import HostTables, Tables, index_on
 from slipstream.embedding.cached.pending import PendingForward, sum_gradients, update_dtype
 from slipstream.embedding.row_cache import CachePlan, RowCache
@@ -223,9 +223,8 @@ class CachedEmbeddingBag(nn.Module):
         is_real = None if self.padding_idx is None else ids != self.padding_idx
         rows = ids.reshape(-1) if is_real is None else ids[is_real]
         if self.training:
-            positions, weight = self._resident_view(rows)
-        else:
-            positions, weight = self._frozen_view(rows)
+            refuse_several_processes()
+        positions, weight = self._resident_view(rows) if self.training else self._frozen_view(rows)
         padding_position = weight.shape[0] - 1
         if is_real is not None:
             everywhere = np.full(ids.shape, padding_position, positions.dtype)

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from slipstream.embedding.one_process import require_one_process
 from slipstream.errors import CapacityError
 
 
@@ -34,6 +35,18 @@ def too_many_rows(
         f"expected a training batch of at most {capacity} distinct rows "
         f"(cache_ratio {cache_ratio} of {num_embeddings}), found {num_distinct}{waiting}",
         hint=hint,
+    )
+
+
+def refuse_several_processes() -> None:
+    """Refuse to train a cache in one of several processes.
+
+    Raises:
+        ValueError: A process group of more than one process is initialised.
+    """
+    require_one_process(
+        "a CachedEmbeddingBag",
+        remedy="use nn.EmbeddingBag, or train a pipeline with `torchrun -m slipstream train` and train.mode = 'cached'",
     )
 
 

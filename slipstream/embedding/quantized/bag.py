@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from slipstream.embedding.duplicates import sum_duplicates
+from slipstream.embedding.one_process import require_one_process
 from slipstream.embedding.quantized.abs_max import AbsMaxTracker
 from slipstream.embedding.quantized.base import (
     Bag,
@@ -368,6 +369,7 @@ class QuantizedEmbeddingBag(Bag):
             )
         if not self._gradients:
             return
+        require_one_process("a QuantizedEmbeddingBag with an int8 master", remedy="use a float32 master with DDP")
         looked_up, grads = (torch.cat(parts) for parts in zip(*self._gradients, strict=True))
         rows, inverse = unique_rows(looked_up, self.num_embeddings)
         grad = sum_duplicates(grads, inverse, rows.shape[0])

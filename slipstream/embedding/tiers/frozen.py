@@ -8,6 +8,7 @@ before they are read, and by no more than a share of all: who wants to keep more
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from threading import Condition
 
@@ -33,7 +34,8 @@ class FrozenRows:
 
     def __init__(self, rows: Tensor) -> None:
         self._rows = rows
-        self._block_rows = max(1, _BLOCK_BYTES // max(1, rows[:1].nbytes))
+        self.block_rows = max(1, _BLOCK_BYTES // max(1, rows.element_size() * math.prod(rows.shape[1:])))
+        """Rows of a block; the last has what is left."""
         self._kept: dict[int, list[tuple[np.ndarray, Tensor]]] = {}
         self._is_kept = np.zeros(len(rows), bool)
         self._num_kept = 0
@@ -45,6 +47,11 @@ class FrozenRows:
     def shape(self) -> tuple[int, ...]:
         """(n, …)."""
         return tuple(self._rows.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of their values."""
+        return self._rows.dtype
 
     def replace(self, numbers: np.ndarray, values: Tensor) -> None:
         """Say that rows have their value elsewhere, before anything else is done.
@@ -72,13 +79,13 @@ class FrozenRows:
 
     def blocks(self) -> Iterator[np.ndarray]:
         """Give the rows in order, a block at a time; once."""
-        for start in range(0, len(self._rows), self._block_rows):
+        for start in range(0, len(self._rows), self.block_rows):
             with self._changed:
-                stop = min(start + self._block_rows, len(self._rows))
+                stop = min(start + self.block_rows, len(self._rows))
                 if self._num_read > start:
                     return  # closed
                 block = self._rows[start:stop].clone()
-                for numbers, values in self._kept.pop(start // self._block_rows, ()):
+                for numbers, values in self._kept.pop(start // self.block_rows, ()):
                     block[torch.from_numpy(numbers - start)] = values
                     self._num_kept -= len(numbers)
                 self._num_read = stop
@@ -99,7 +106,7 @@ class FrozenRows:
         order = np.argsort(numbers, kind="stable")
         numbers = numbers[order]
         values = values[torch.from_numpy(order)]
-        blocks = numbers // self._block_rows
+        blocks = numbers // self.block_rows
         starts = np.flatnonzero(np.diff(blocks, prepend=-1))
         for start, stop in zip(starts, [*starts[1:], len(numbers)], strict=True):
             self._kept.setdefault(int(blocks[start]), []).append((numbers[start:stop], values[start:stop]))
@@ -116,8 +123,8 @@ class FrozenTiers:
     """
 
     def __init__(self, rows: TieredRows, staged: tuple[np.ndarray, np.ndarray]) -> None:
-        cold, positions = staged
-        self._num_hot = rows.num_hot
+        cold, positions = rows.choose_own(*staged)
+        self._num_hot, self.num_cold = rows.num_hot, rows.num_cold
         self._keeps_hot = rows.device.type == "cpu"
         self.hot: list[FrozenRows] = []
         """One for each tensor that travels with a row."""

@@ -59,6 +59,18 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class BatchPart:
+    """What all ranks together look up in a batch of which each computes a part."""
+
+    num_samples: int
+    """Of the whole batch."""
+    rows: Tensor
+    """Distinct positions of all ranks. Shape (U,), int64."""
+    places: list[Tensor]
+    """Where the distinct positions of each rank stand in `rows`. Shapes (u,), int32."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StagedBatch:
     """A batch whose slots are positions in the device buffer: as they are, or as distinct ones."""
 
@@ -74,10 +86,17 @@ class StagedBatch:
     """Slots of the columns whose rows have no tier. Shape (B, J), int64."""
     divisor: int | None = None
     """As of the batch."""
+    part: BatchPart | None = None
+    """Of what this is a part; None where it is a whole batch."""
 
     def __len__(self) -> int:
-        """B."""
+        """B; of a part, its own samples."""
         return len(self.labels)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of the whole batch."""
+        return len(self) if self.part is None else self.part.num_samples
 
     def num_lookups(self) -> int:
         """L."""
@@ -106,7 +125,7 @@ class StagedBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class _Lookups:
+class BatchLookups:
     """A batch whose cold rows are known."""
 
     batch: Batch
@@ -146,6 +165,7 @@ class LookAhead:
         in_thread: Whether moves are made by a thread of their own, and cold rows found by a few more; None where the
             device is no CPU. On a CPU they take their time from the computation, and a step's threads wait.
         sorts_all: Whether the host finds the distinct positions of a batch, not only its cold rows; None on a CPU.
+        mover: Moves the rows; None makes one.
     """
 
     def __init__(
@@ -157,6 +177,7 @@ class LookAhead:
         columns: np.ndarray | None = None,
         in_thread: bool | None = None,
         sorts_all: bool | None = None,
+        mover: RowMover | None = None,
     ) -> None:
         if chunk_batches < 1:
             raise ValueError(f"expected chunks of at least 1 batch, found {chunk_batches}")
@@ -165,7 +186,7 @@ class LookAhead:
         self._sorts_all = on_cpu if sorts_all is None else sorts_all
         self._rows, self._placement, self._chunk_batches = rows, placement, chunk_batches
         self._columns = columns
-        self._mover = RowMover(rows)
+        self._mover = RowMover(rows) if mover is None else mover
         self._frozen: FrozenTiers | None = None
         self.lookups = 0
         """Lookups of all batches so far."""
@@ -280,31 +301,31 @@ class LookAhead:
 
     # --- host thread ---
 
-    def _find_all_cold(self, batches: Iterator[Batch]) -> Generator[_Lookups, None, None]:
+    def _find_all_cold(self, batches: Iterator[Batch]) -> Generator[BatchLookups, None, None]:
         if self._in_thread:
             yield from in_order(self._find_cold, batches, _NUM_FINDERS)
         else:
             yield from map(self._find_cold, batches)
 
-    def _find_cold(self, batch: Batch) -> _Lookups:
+    def _find_cold(self, batch: Batch) -> BatchLookups:
         slots = (batch.slots if self._columns is None else batch.slots[:, self._columns]).ravel()
         num_hot = self._rows.num_hot
         if self._sorts_all:
             found = sort_lookups(slots)
             places = slice(int(np.searchsorted(found.unique, num_hot)), None)
-            return _Lookups(
+            return BatchLookups(
                 batch, found.unique, places, found.unique[places] - num_hot, found.counts()[places], None, found
             )
         at = np.flatnonzero(slots >= num_hot)
         cold = sort_lookups(slots[at] - slots.dtype.type(num_hot))
-        return _Lookups(batch, slots, at, cold.unique, cold.counts(), cold.inverse, None)
+        return BatchLookups(batch, slots, at, cold.unique, cold.counts(), cold.inverse, None)
 
     def _leave_and_prepare(self, current: Plan, pending: _Pending, chunk_batches: int) -> _Chunk | None:
         self._mover.write_back(*current.leaving)
         return self._prepare(pending, chunk_batches)
 
     def _prepare(self, pending: _Pending, chunk_batches: int) -> _Chunk | None:
-        offered = pending.take(chunk_batches)
+        offered = self._complete(pending.take(chunk_batches))
         if not offered:
             return None
         plan = self._placement.plan(self._request(offered))
@@ -315,7 +336,11 @@ class LookAhead:
         batches = [self._stage(lookups) for lookups in offered[: plan.num_batches]]
         return _Chunk(plan, batches, forwarded, self._mover.mark_moved())
 
-    def _request(self, offered: list[_Lookups]) -> Request:
+    def _complete(self, offered: list[BatchLookups]) -> list[BatchLookups]:
+        """Add what others know of batches; here, nobody."""
+        return offered
+
+    def _request(self, offered: list[BatchLookups]) -> Request:
         # The rows of the chunk, each once, in the order in which the batches first ask for them; so the first so many
         # of them are what the first so many batches need: as many as were first seen before those batches end.
         cold = [lookups.cold for lookups in offered]
@@ -326,7 +351,7 @@ class LookAhead:
         needed = np.searchsorted(first_sights[by_first_sight], np.cumsum([len(rows) for rows in cold]))
         return Request(rows=chunk.unique[by_first_sight], needed=needed, rows_of_batch=cold, lookups_of_batch=counts)
 
-    def _stage(self, lookups: _Lookups) -> StagedBatch:
+    def _stage(self, lookups: BatchLookups) -> StagedBatch:
         batch, found = lookups.batch, lookups.sorted
         fits_32_bits = found is None and self._rows.positions_fit_32_bits
         positions = lookups.slots.astype(np.int32 if fits_32_bits else np.int64)
@@ -387,17 +412,17 @@ class _SameThread(Executor):
 class _Pending:
     """Batches not yet planned; those a full staging half turned away come first."""
 
-    def __init__(self, batches: Iterator[_Lookups]) -> None:
+    def __init__(self, batches: Iterator[BatchLookups]) -> None:
         self._batches = batches
-        self._returned: list[_Lookups] = []
+        self._returned: list[BatchLookups] = []
 
-    def take(self, count: int) -> list[_Lookups]:
+    def take(self, count: int) -> list[BatchLookups]:
         """Up to `count` batches."""
         taken, self._returned = self._returned[:count], self._returned[count:]
         while len(taken) < count and (batch := next(self._batches, None)) is not None:
             taken.append(batch)
         return taken
 
-    def put_back(self, batches: list[_Lookups]) -> None:
+    def put_back(self, batches: list[BatchLookups]) -> None:
         """Return batches to the front."""
         self._returned = batches + self._returned

@@ -16,8 +16,10 @@ Shape suffixes: V rows of all tables, H hot rows, S staged rows, P spare rows, D
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,7 +62,7 @@ class TieredRows:
         self.device = device
         num_positions = num_hot + num_staged + NUM_SPARE
         self.buffer = torch.zeros(num_positions, embedding_dim, device=device)
-        self.cold = torch.zeros(self.num_cold, embedding_dim)
+        self.cold = torch.zeros(self.count_cold_here(), embedding_dim)
         shapes = self.rule.state_shapes(self.buffer.shape), self.rule.state_shapes(self.cold.shape)
         self.buffer_state = [torch.zeros(shape, device=device) for shape in shapes[0].values()]
         """What the rule keeps, in its order, of every position."""
@@ -102,7 +104,19 @@ class TieredRows:
     @property
     def row_bytes(self) -> int:
         """Bytes that move when a row moves."""
-        return sum(host.element_size() * host[:1].numel() for _, host in self.pairs) if self.num_cold else 0
+        return sum(host.element_size() * math.prod(host.shape[1:]) for _, host in self.pairs) if self.num_cold else 0
+
+    def count_cold_here(self) -> int:
+        """Count the cold rows that live with this process."""
+        return self.num_cold
+
+    def choose_own(self, cold: np.ndarray, *along: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Give the cold rows that live here, by their number here, and what goes along with them."""
+        return cold, *along
+
+    def cold_places(self, start: int, stop: int) -> tuple[slice, slice]:
+        """Give where rows from `start` to `stop` of the whole cold tier are here, and which of them those are."""
+        return slice(start, stop), slice(None)
 
     def bytes_per_tier(self) -> dict[str, int]:
         """Bytes of the hot rows, of staging and of the cold rows, with all that travels with a row."""
@@ -150,8 +164,12 @@ class TieredRows:
             return buffer.index_select(0, slots.to(self.device))
         rows = torch.empty(len(slots), self.embedding_dim, device=self.device)
         rows[is_hot.to(self.device)] = buffer[slots[is_hot].to(self.device)]
-        rows[~is_hot.to(self.device)] = host[slots[~is_hot] - self.num_hot].to(self.device)
+        rows[~is_hot.to(self.device)] = self.read_cold(host, slots[~is_hot] - self.num_hot).to(self.device)
         return rows
+
+    def read_cold(self, host: Tensor, cold: Tensor) -> Tensor:
+        """Read rows of the cold tier, or what travels with them. (n,) integer -> (n, …)."""
+        return host[cold]
 
     def read_state(self, slots: Tensor) -> list[Tensor]:
         """Say what the rule keeps, wherever it lives, on the host. Shapes (n,) per row, (n, D) per element."""
@@ -160,7 +178,7 @@ class TieredRows:
         for buffer, host in self._state_pairs:
             state = torch.empty(len(slots), *host.shape[1:])
             state[is_hot] = buffer[slots[is_hot].to(self.device)].cpu()
-            state[~is_hot] = host[slots[~is_hot] - self.num_hot]
+            state[~is_hot] = self.read_cold(host, slots[~is_hot] - self.num_hot)
             found.append(state)
         return found
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -148,6 +149,16 @@ class RowMover:
         """Let moves of rows from now on wait for the computation enqueued so far."""
         if self._copies is not None:
             self._computed = torch.cuda.current_stream(self._rows.device).record_event()
+
+    @contextmanager
+    def beside_computation(self) -> Iterator[None]:
+        """Enqueue moves of rows that wait for the computation marked last."""
+        if self._copies is None:
+            yield
+            return
+        with torch.cuda.stream(self._copies):
+            self._await_computed(self._copies)
+            yield
 
     def hand_over(self, tensors: Sequence[Tensor]) -> None:
         """Tell the allocator that tensors made beside the computation are now used by it."""

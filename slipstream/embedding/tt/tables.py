@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from slipstream.embedding.one_process import require_one_process
 from slipstream.embedding.rules import OPTIMIZERS
 from slipstream.embedding.tt.counts import IdCounter, tensor_bytes
 from slipstream.embedding.tt.kernels import (
@@ -237,6 +238,8 @@ class TTTables(nn.Module):
         elif self.sparse:
             cached = _TrainedRows.apply(self, slots, self.cache_weight)
         else:
+            if trains_cores:
+                require_one_process("the cache of a TTEmbeddingBag", remedy="use cache_gradient='cores' or no cache")
             cached = self.cache_weight.index_select(0, slots)
         position = torch.empty_like(ids)
         position[hit] = torch.arange(missed.numel(), ids.numel(), device=ids.device)
@@ -330,6 +333,9 @@ class TTTables(nn.Module):
 
     def _queue_update(self, index: int, touched: Tensor, grad: Tensor) -> None:
         """Keep a gradient until the running backward pass ends; then all are summed and applied at once."""
+        require_one_process(
+            "a TTEmbeddingBag with sparse=True", remedy="sparse=False leaves gradients that DDP averages"
+        )
         task = torch._C._current_graph_task_id()
         if task not in self._pending:
             # leftovers of a pass that failed half-way must not leak into this one

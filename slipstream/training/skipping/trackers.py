@@ -21,6 +21,9 @@ _NUM_BEYOND = 1024
 class RowTracker(Protocol):
     """Watches the hot tier over a window."""
 
+    summable: tuple[str, ...]
+    """Names of its state that add up over ranks, each of which sees a part of every batch."""
+
     @property
     def is_open(self) -> bool:
         """Whether a window is open."""
@@ -39,6 +42,13 @@ class RowTracker(Protocol):
     def close_window(self) -> np.ndarray:
         """Say what the window showed of each hot row."""
 
+    def add_up(self, sum_over_ranks: Callable[[Tensor], None]) -> None:
+        """Take in what other ranks saw, each in its parts of the batches; when a window closes, on all ranks.
+
+        Args:
+            sum_over_ranks: Adds up a tensor of floats over all ranks, in place.
+        """
+
     def state(self) -> dict[str, np.ndarray]:
         """Say what an open window holds, for a checkpoint; nothing when none is open."""
 
@@ -53,6 +63,8 @@ class MovementTracker:
         hot_rows: View of the hot tier. Shape (H, D).
         padding_slots: Rows that stand for no id; None for none. Integer.
     """
+
+    summable: tuple[str, ...] = ("touched",)
 
     def __init__(self, hot_rows: Tensor, *, padding_slots: np.ndarray | None = None) -> None:
         self._hot_rows, self._padding_slots = hot_rows, padding_slots
@@ -89,6 +101,12 @@ class MovementTracker:
         """Note which rows a step looked up."""
         self._touched.index_fill_(0, _watched(rows, len(self._hot_rows)), True)
 
+    def add_up(self, sum_over_ranks: Callable[[Tensor], None]) -> None:
+        """Take in which rows other ranks looked up."""
+        touched = self._touched.float()
+        sum_over_ranks(touched)
+        self._touched.copy_(touched > 0)
+
     def close_window(self) -> np.ndarray:
         """Movement of each hot row since the window opened: max_j |w2 - w1|.
 
@@ -115,6 +133,8 @@ class PullTracker:
         num_hot: H; 16 bytes each.
         device: Of the hot tier.
     """
+
+    summable: tuple[str, ...] = ("pulls",)
 
     def __init__(self, num_hot: int, *, device: torch.device) -> None:
         # the last entries take what lies beyond the hot tier; its place in memory must not change, graphs add to it
@@ -145,6 +165,10 @@ class PullTracker:
     def observe(self, rows: Tensor, sum_pulls: Callable[[], Tensor]) -> None:
         """Add the pulls of a step."""
         self._sums.index_add_(0, _watched(rows, self._num_hot), sum_pulls())
+
+    def add_up(self, sum_over_ranks: Callable[[Tensor], None]) -> None:
+        """Add the pulls that other ranks saw."""
+        sum_over_ranks(self._sums)
 
     def close_window(self) -> np.ndarray:
         """Mean pull of a lookup by samples that were not clicked, and by those that were; 0 where there was none.
