@@ -100,7 +100,7 @@ class Source(Protocol):
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """Names of the fields of a line, in order, the label among them; empty where a sample is not one line."""
+        """Names of the fields of a line, in order, the label among them where lines have one."""
         return ()
 
     @property
@@ -176,4 +176,28 @@ class GroupingSource(Source, Protocol):
 
     def make_samples(self, events: pl.DataFrame) -> pl.DataFrame:
         """Give samples of one or more whole groups, in the order of owners; events may stand in any order."""
+        ...
+
+    def parse_lines(self, data: bytes) -> ParsedBlock:
+        """Turn whole lines into rejects and what is to be scored, by `OWNER`.
+
+        As `parse_events`, with candidates, whose event is yet to come, and the column `line`, the position of each in
+        `data`.
+        """
+        ...
+
+    def make_line_samples(self, lines: pl.DataFrame) -> tuple[pl.DataFrame, np.ndarray]:
+        """Give the sample that each line makes with the events of its owner before it.
+
+        Args:
+            lines: All of some owners, in any order, with any other number in `line`.
+
+        Returns:
+            Samples, and their `line`. Shape (n,), int64. Lines with no event before them have no sample.
+        """
+        ...
+
+    @property
+    def nothing_before(self) -> str:
+        """Why a line that has nothing before it is no sample."""
         ...

@@ -4,6 +4,8 @@ A line is an event: user, item, category, behaviour (pv, cart, fav or buy), Unix
 may stand in any order; samples do not depend on it. A sample is what a user did last, and a candidate item: label 1
 when the user took the candidate next, 0 when it was drawn at random. Every behaviour counts as an event.
 
+To be scored, every line is a candidate after the events before it; one with an empty behaviour is not an event too.
+
     cat_0 user; cat_1, cat_2 item and category of the oldest event, …, cat_41, cat_42 those of the candidate
     int_0 … int_20 seconds from each event to the candidate, 0 for the candidate
     day    hour (Unix time / 3600) of the user's last event, so that split `by_time` holds whole users out
@@ -62,6 +64,9 @@ class TaobaoSource(GroupingSource):
     """
 
     num_tables = 3
+    fields = FIELDS
+    separator = ","
+    nothing_before = "no event of this user before it"
     padded_tables = (ITEM, CATEGORY)
 
     def __init__(self, *, seed: int, history_length: int, points_per_user: int, max_ind_range: int = 0) -> None:
@@ -104,6 +109,19 @@ class TaobaoSource(GroupingSource):
         events = events.select(owners, "item", "category", "time").sort(OWNER)
         return ParsedBlock(samples=events, rejected_lines=rejected, num_lines=num_lines)
 
+    def parse_lines(self, data: bytes) -> ParsedBlock:
+        """Turn lines into events and rejects; a line without behaviour is a candidate."""
+        events, rejected, num_lines = read_events(data, with_candidates=True)
+        lines = events.select(
+            pl.Series(OWNER, _order_as_text(events["user"].to_numpy())),
+            "item",
+            "category",
+            "time",
+            pl.col("behaviour").is_null().alias("is_candidate"),
+            pl.Series("line", np.delete(np.arange(num_lines), rejected)),
+        )
+        return ParsedBlock(samples=lines.sort(OWNER), rejected_lines=rejected, num_lines=num_lines)
+
     def begins_group(self, owners: np.ndarray) -> np.ndarray:
         """Whether a user's hash is a multiple of a thousand or so."""
         return np.asarray(mix64(_user_of(owners)) % np.uint64(_USERS_PER_GROUP) == 0)
@@ -141,17 +159,61 @@ class TaobaoSource(GroupingSource):
         label[1:][point[1:] == point[:-1]] = 0
         candidate = np.where(label == 1, positives[point], negatives[point])
 
-        samples = {LABEL: label}
-        samples |= {dense_name(step): seconds[point, step] for step in range(self._num_steps)}
-        samples[table_name(0)] = self._to_raw_id(log.users[runs])[point]
+        at = np.column_stack([places[point, :-1], candidate])
+        columns = self._columns(
+            log.users[runs][point], seconds[point], at, is_padding[point], log.items, log.categories
+        )
+        return pl.DataFrame({LABEL: label, **columns, "day": (log.last_times[runs] // 3600)[point]})
+
+    def make_line_samples(self, lines: pl.DataFrame) -> tuple[pl.DataFrame, np.ndarray]:
+        """Give the sample that each line makes with the events of its user before it.
+
+        A candidate has the events of the same second before it, and stands before no event.
+
+        Args:
+            lines: `OWNER`, item, category, time, is_candidate, line of each.
+        """
+        lines = lines.sort(OWNER, "time", "is_candidate", "item", "category", "line")
+        owners, times, line = (lines[name].to_numpy() for name in (OWNER, "time", "line"))
+        is_event = ~lines["is_candidate"].to_numpy()
+        event_at = np.flatnonzero(is_event)  # events by number, in order of users and time
+        # how many events stand before each line, so the number of the next; and of its user's first
+        num_before = np.cumsum(is_event) - is_event
+        first = np.searchsorted(owners[event_at], owners)
+        at = np.flatnonzero(num_before > first)
+        numbers = num_before[at][:, None] + np.arange(1 - self._num_steps, 0)
+        is_padding = numbers < first[at][:, None]
+        history = event_at[np.where(is_padding, first[at][:, None], numbers)]
+        seconds = np.where(is_padding, 0, times[at][:, None] - times[history])
+        no_padding = np.zeros((len(at), 1), bool)
+        columns = self._columns(
+            _user_of(owners[at]).astype(np.int64),
+            np.column_stack([seconds, np.zeros(len(at), np.int64)]),
+            np.column_stack([history, at]),
+            np.column_stack([is_padding, no_padding]),
+            lines["item"].to_numpy(),
+            lines["category"].to_numpy(),
+        )
+        return pl.DataFrame(columns), line[at]
+
+    def _columns(
+        self,
+        users: np.ndarray,
+        seconds: np.ndarray,
+        places: np.ndarray,
+        is_padding: np.ndarray,
+        items: np.ndarray,
+        categories: np.ndarray,
+    ) -> dict[str, np.ndarray]:
+        """Give the columns of samples from who they are of and, step by step, how long ago and the places of events."""
+        columns = {dense_name(step): seconds[:, step] for step in range(self._num_steps)}
+        columns[table_name(0)] = self._to_raw_id(users)
         for step in range(self._num_steps):
-            at = places[point, step] if step < self._num_steps - 1 else candidate
-            for offset, values in ((1, log.items), (2, log.categories)):
-                raw_ids = self._to_raw_id(values[at])
-                raw_ids[is_padding[point, step]] = MISSING_ID
-                samples[table_name(offset + 2 * step)] = raw_ids
-        samples["day"] = (log.last_times[runs] // 3600)[point]
-        return pl.DataFrame(samples)
+            for offset, values in ((1, items), (2, categories)):
+                raw_ids = self._to_raw_id(values[places[:, step]])
+                raw_ids[is_padding[:, step]] = MISSING_ID
+                columns[table_name(offset + 2 * step)] = raw_ids
+        return columns
 
     def _pick_positives(self, log: _Log) -> np.ndarray:
         """Events that become positives: the `points_per_user` of least hash among all but a user's first."""
@@ -217,24 +279,26 @@ def build(options: SourceOptions) -> TaobaoSource:
     )
 
 
-def read_events(data: bytes) -> tuple[pl.DataFrame, np.ndarray, int]:
+def read_events(data: bytes, *, with_candidates: bool = False) -> tuple[pl.DataFrame, np.ndarray, int]:
     """Split lines into events.
 
     Args:
         data: Whole lines.
+        with_candidates: Whether lines without behaviour are taken too.
 
     Returns:
-        Events in order (user, item, category, time Int64; behaviour String), positions of lines that are none
-        (ascending, int64), and the number of lines.
+        Events in order (user, item, category, time Int64; behaviour String, null of candidates), positions of lines
+        that are none (ascending, int64), and the number of lines.
     """
     text, sound = read_fields(data, separator=",", names=list(FIELDS))
     numeric = [name for name in FIELDS if name != "behaviour"]
+    behaves = pl.col("behaviour").is_in(BEHAVIOURS)
     is_event = (
         sound
         & text.select(
             pl.all_horizontal(
                 *(pl.col(name).str.contains(r"^[0-9]{1,18}$") for name in numeric),
-                pl.col("behaviour").is_in(BEHAVIOURS),
+                behaves | pl.col("behaviour").is_null() if with_candidates else behaves,
             ).fill_null(value=False)
         ).to_series()
     )

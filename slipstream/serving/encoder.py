@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from slipstream.dataset_schema import TableLayout
 from slipstream.datasets.registry import SOURCES
-from slipstream.datasets.source import Source, SourceOptions
+from slipstream.datasets.source import GroupingSource, Source, SourceOptions
 from slipstream.errors import ArtifactError, DataError, did_you_mean
 from slipstream.io.artifacts import Artifact, hash_file, link_or_copy
 from slipstream.io.figures import PreprocessFigures
@@ -198,10 +198,7 @@ class Encoder:
 
     @cached_property
     def field_names(self) -> dict[str, str]:
-        """The field of a line by each of its names: the source's own, and `cat_0` where that is a field renamed.
-
-        Empty where a sample is not one line.
-        """
+        """The field of a line by each of its names: the source's own, and `cat_0` where that is a field renamed."""
         own = self.source.fields
         return {name: name for name in own} | {
             column: field for column, field in self.encoding.columns.items() if field in own
@@ -223,8 +220,7 @@ class Encoder:
             DataError: There is no sample, one has a name that is no field or a value that is neither text, number nor
                 None, or samples are made of several lines.
         """
-        fields = self.source.fields
-        if not fields:
+        if isinstance(self.source, GroupingSource):
             raise DataError(
                 f"source `{self.encoding.source}` makes a sample of several lines, found values of single ones"
             )

@@ -75,7 +75,7 @@ class Ensemble:
 
     def score(self, raw: str | Path | pl.DataFrame, *, keep: Sequence[str] = ()) -> pl.DataFrame:
         """Give every raw line the mean of the models' click probabilities; as `ServedModel.score`."""
-        from slipstream.serving.line_scorer import score_lines
+        from slipstream.serving.scoring import score_lines
 
         return score_lines(self, raw if isinstance(raw, pl.DataFrame) else str(raw), keep=keep)
 

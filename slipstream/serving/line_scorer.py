@@ -9,17 +9,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import polars as pl
 
-from slipstream.errors import ConfigError, DataError
-from slipstream.io.raw import RawBlock, find_raw_files, read_blocks
+from slipstream.errors import ConfigError
+from slipstream.io.raw import RawBlock
 from slipstream.schema import LABEL
 from slipstream.serving.ensemble import average
 from slipstream.serving.lines import has_labels, labelled_text
-from slipstream.serving.score_file import number_lines, without_hidden
 
 if TYPE_CHECKING:
+    from slipstream.serving.encoder import Encoder
     from slipstream.serving.ensemble import Ensemble
-
-_BLOCK_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,18 +40,12 @@ class LineScorer:
 
     Raises:
         ConfigError: A column to keep is none of the source's.
-        DataError: Samples of the source are not single lines.
     """
 
     def __init__(self, models: Ensemble, *, keep: Sequence[str] = ()) -> None:
         encoder = models.encoder
         self._models, self._source = models, encoder.source
-        if not self._source.fields:
-            raise DataError(
-                f"source `{encoder.encoding.source}` makes a sample of several lines, so lines cannot be scored",
-                hint="predict from encoded rows in Python: slipstream.load(folder)",
-            )
-        self._keep = {name: _find_field(name, encoder.field_names) for name in keep}
+        self._kept = KeptFields(encoder, keep)
 
     def is_labelled(self, block: RawBlock) -> bool:
         """Whether the lines of a file have labels, judged by its first block."""
@@ -91,47 +83,42 @@ class LineScorer:
                 **(each if is_labelled else {}),
             }
         )
-        kept = self._kept_columns(labelled, is_labelled)
+        kept = self._kept.of(labelled, without=None if is_labelled else self._source.label_field)
         return ScoredLines(lines=lines.hstack(kept), num_samples=parsed.samples.height)
 
-    def _kept_columns(self, text: bytes, is_labelled: bool) -> list[pl.Series]:
-        if not self._keep:
+    def number(self, scored: ScoredLines, *, file_index: int, first_line: int) -> ScoredLines:
+        """Leave lines as they are, whatever their numbers: they are scored one by one."""
+        return scored
+
+
+class KeptFields:
+    """Fields of lines that are passed on.
+
+    Args:
+        encoder: What reads the lines.
+        names: Of fields: the source's own, or such as `int_0` and `cat_0`.
+
+    Raises:
+        ConfigError: One is none of the source's.
+    """
+
+    def __init__(self, encoder: Encoder, names: Sequence[str]) -> None:
+        self._source = encoder.source
+        self._fields = {name: _find_field(name, encoder.field_names) for name in names}
+
+    def of(self, text: bytes, *, without: str | None = None) -> list[pl.Series]:
+        """Give the columns of whole lines; those of field `without`, which was put in to be able to parse, are null."""
+        if not self._fields:
             return []
         fields = self._source.split(text)
-        if not is_labelled:  # the labels there were put in to be able to parse
-            fields = fields.with_columns(pl.lit(None, pl.String).alias(self._source.label_field))
-        return [fields.get_column(field).alias(name) for name, field in self._keep.items()]
+        if without is not None:
+            fields = fields.with_columns(pl.lit(None, pl.String).alias(without))
+        return [fields.get_column(field).alias(name) for name, field in self._fields.items()]
 
 
 def own_column(index: int) -> str:
     """Name of the column with the probabilities of one of several models; hidden, like `_label`."""
     return f"_model_{index}"
-
-
-def score_lines(models: Ensemble, raw: str | pl.DataFrame, *, keep: Sequence[str] = ()) -> pl.DataFrame:
-    """Score files, or a frame, in memory.
-
-    Args:
-        models: One or more.
-        raw: A path, glob or address; or a frame with the columns that Parquet files of the source may have.
-        keep: Columns to pass on.
-
-    Returns:
-        `file` and `line` where files were read, `probability`, `reason`, and the columns kept.
-    """
-    scorer = LineScorer(models, keep=keep)
-    if isinstance(raw, pl.DataFrame):
-        block = RawBlock(file_index=0, block_index=0, data=raw, end=raw.height, stored=0)
-        return without_hidden(scorer.score(block, is_labelled=scorer.is_labelled(block)).lines)
-    pieces = []
-    for index, file in enumerate(find_raw_files([raw], named_by="score")):
-        line, is_labelled = 1, True
-        for block in read_blocks(file, file_index=index, block_bytes=_BLOCK_BYTES):
-            is_labelled = scorer.is_labelled(block) if line == 1 else is_labelled
-            lines = without_hidden(scorer.score(block, is_labelled=is_labelled).lines)
-            pieces.append(number_lines(lines, file=file, first_line=line))
-            line += lines.height
-    return pl.concat(pieces)
 
 
 def _nulls(like: pl.Series, dtype: type[pl.DataType] = pl.Float32) -> pl.Series:

@@ -126,7 +126,7 @@ class ServedModel(nn.Module):
             DataError: A file cannot be read.
         """
         from slipstream.serving.ensemble import Ensemble
-        from slipstream.serving.line_scorer import score_lines
+        from slipstream.serving.scoring import score_lines
 
         return score_lines(Ensemble([self]), raw if isinstance(raw, pl.DataFrame) else str(raw), keep=keep)
 

@@ -66,6 +66,11 @@ class ScoreFile:
             shutil.rmtree(self._folder)
         write_json(known, dict(key))
 
+    @property
+    def work(self) -> Path:
+        """Folder for what a scorer keeps until the file is whole."""
+        return self._folder / "work"
+
     def finished(self, file_index: int) -> list[ScoredBlock]:
         """Blocks of a file that are whole, from the first on without a gap."""
         blocks: list[ScoredBlock] = []

@@ -4,7 +4,8 @@ Reads   a model's folder    weights, vocabularies, transforms: all it takes; of 
         raw files           what preprocess reads, and standard input as `-`; with or without labels
 Writes  one file            Parquet, CSV or JSON lines by its suffix: one row for every line, in order
 Keeps   the probabilities that training predicted for the same lines, to the bit on a CPU
-Costs   one pass over the text; memory for the stored tables and the blocks in flight, 4 bytes a line for metrics
+Costs   one pass over the text, two where a sample takes several lines, with 40 bytes of disk a line meanwhile; memory
+        for the stored tables and the blocks in flight, 4 bytes a line for metrics
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ from slipstream.ops.metrics import QualityCounter
 from slipstream.ops.parallel import in_order
 from slipstream.progress import Progress
 from slipstream.serving.ensemble import Ensemble
+from slipstream.serving.group_scorer import GroupScorer
 from slipstream.serving.line_scorer import LineScorer, ScoredLines, own_column
 from slipstream.serving.model import ServedModel
 from slipstream.serving.score_file import ScoredBlock, ScoreFile
+from slipstream.serving.scoring import BLOCK_BYTES, make_scorer
 from slipstream.training.threads import torch_threads
 
-_BLOCK_BYTES = 8 << 20
-"""Text scored at once; memory grows with it."""
+_BLOCK_BYTES = BLOCK_BYTES
 
 
 def run(
@@ -56,15 +58,21 @@ def run(
     Raises:
         ConfigError: A column to keep is not there, the suffix of `out` names no format, or two models read lines of
             different formats.
-        DataError: A file cannot be read, or a sample of its source is not a single line.
+        DataError: A file cannot be read, or has to be read twice and is standard input.
     """
     files = find_raw_files(raw, named_by="--raw", stdin=True)
     ensemble = Ensemble(models)
-    scorer = LineScorer(ensemble, keep=keep)
     scores = ScoreFile(out, key=_key(ensemble, files, keep))
     # without a size nobody knows how much of standard input is left
     total = None if STDIN in files else sum(map(raw_size, files))
-    with progress.task("score", total, "B") as advance, torch_threads(1):
+    with torch_threads(1):
+        scorer = make_scorer(
+            ensemble, files=files, folder=scores.work, keep=keep, block_bytes=_BLOCK_BYTES, progress=progress
+        )
+    with (
+        progress.task("write" if isinstance(scorer, GroupScorer) else "score", total, "B") as advance,
+        torch_threads(1),
+    ):
         blocks = [
             block
             for index, file in enumerate(files)
@@ -83,7 +91,7 @@ def run(
 
 
 def _score_file(
-    scorer: LineScorer, scores: ScoreFile, file: str, *, file_index: int, advance: Any
+    scorer: LineScorer | GroupScorer, scores: ScoreFile, file: str, *, file_index: int, advance: Any
 ) -> Iterator[ScoredBlock]:
     finished = [] if file == STDIN else scores.finished(file_index)
     yield from finished
@@ -102,7 +110,8 @@ def _score_file(
 
     read = 0
     # one more than cores: there is always one that waits for the disk or for its turn in Python
-    for block, scored in in_order(score, chain([first], blocks), usable_cores() + 1):
+    for block, found in in_order(score, chain([first], blocks), usable_cores() + 1):
+        scored = scorer.number(found, file_index=file_index, first_line=num_lines + 1)
         whole = ScoredBlock(
             file_index=file_index,
             block_index=block.block_index,

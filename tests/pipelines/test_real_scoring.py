@@ -94,3 +94,24 @@ def test_avazu_lines_of_one_hour_are_scored_by_a_model_of_other_days(real_data: 
     assert_printed_quality_is_that_of_what_was_written(lines, printed, "click")
     with gzip.open(hour, "rt") as stream:
         assert lines["id"].to_list() == [line.partition(",")[0] for line in stream]
+
+
+def test_taobao_lines_of_many_users_are_scored_by_a_model_of_others(real_data: Path, tmp_path: Path):
+    options = {name: value for name, value in SMALL.items() if name == "train.mode"}
+    few = real_data / "taobao_114users_10000.csv.gz"
+    model = slipstream.run("taobao", {**options, "dataset.raw": str(few)}, runs=tmp_path / "runs").model
+    out = tmp_path / "scores.parquet"
+    done = CliRunner().invoke(
+        app,
+        ["score", str(model), "--raw", str(real_data / "taobao_100001.csv.gz"), "--out", str(out), "--keep", "user"],
+    )
+    assert done.exit_code == 0, done.output
+    lines = pl.read_parquet(out)
+    users = [
+        line.partition(b",")[0]
+        for line in gzip.decompress((real_data / "taobao_100001.csv.gz").read_bytes()).splitlines()
+    ]
+    assert lines["user"].to_list() == [user.decode() for user in users]
+    # the first event of each user, and nothing else, serves as history alone
+    assert lines.filter(pl.col("probability").is_null())["user"].to_list() == list(dict.fromkeys(lines["user"]))
+    assert lines["reason"].drop_nulls().unique().to_list() == ["no event of this user before it"]
