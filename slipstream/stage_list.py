@@ -30,6 +30,8 @@ def _generate_settings(config: PipelineConfig) -> dict[str, Any]:
 def _preprocess_settings(config: PipelineConfig) -> dict[str, Any]:
     dataset = config.dataset
     settings = to_dict(config.preprocess, execution=False)
+    if not config.preprocess.target_features:
+        settings.pop("target_prior", None)
     settings |= {"source": dataset.source, "max_ind_range": dataset.max_ind_range}
     if dataset.source == "taobao":
         settings |= {"history_length": dataset.history_length, "points_per_user": dataset.points_per_user}

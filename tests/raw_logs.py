@@ -19,9 +19,9 @@ from typer.testing import CliRunner, Result
 
 import slipstream
 from slipstream.cli import app
-from slipstream.config import PreprocessConfig
 from slipstream.datasets.criteo import CriteoSource
 from slipstream.datasets.synthetic import SyntheticSpec, write_log
+from slipstream.preprocess_schema import PreprocessConfig
 from slipstream.progress import Silent
 from slipstream.stages import preprocess
 

@@ -331,6 +331,8 @@ FIRST_STAGE_OF_KEY = {
 }
 OTHER_VALUES: dict[str, dict[str, Any]] = {
     "preprocess.tables": {"preprocess__tables": {"cat_1": {"max_rows": 3}}},
+    "preprocess.count_features": {"preprocess__count_features": ["cat_1"]},
+    "preprocess.target_features": {"preprocess__target_features": ["cat_1"]},
     "preprocess.chunk_bytes": {"preprocess__chunk_bytes": "1MiB"},
     "profile.curve": {"profile__curve": [0.3]},
     "segregate.hot_budget": {"segregate__hot_budget": "7%"},
@@ -351,6 +353,7 @@ OTHER_VALUES: dict[str, dict[str, Any]] = {
 }
 """Values for keys whose other values cannot be guessed from their type."""
 CONDITIONS: dict[str, dict[str, Any]] = {
+    "preprocess.target_prior": {"preprocess__target_features": ["cat_1"]},
     "train.cache_ratio": {"train__mode": "cached"},
     "train.cache_policy": {"train__mode": "cached"},
     "tables.period": {"tables__representation": "int8"},

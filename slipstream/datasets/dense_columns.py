@@ -6,7 +6,7 @@ import numpy as np
 
 from slipstream.io.split_layout import SplitLayout
 from slipstream.ops import split as splits
-from slipstream.ops.dense import DenseEncoding, LogMoments
+from slipstream.ops.dense import DenseEncoding, Moments, logarithms
 from slipstream.ops.parallel import in_order
 from slipstream.schema import dense_name
 
@@ -50,10 +50,10 @@ def _minimum(name: str, layout: SplitLayout) -> int:
 
 
 def _moments(name: str, layout: SplitLayout) -> tuple[float, float]:
-    moments = LogMoments()
+    moments = Moments()
     for chunk_index, chunk in enumerate(layout.chunks):
         values = layout.store.open(chunk, [name]).column(name).to_numpy()
-        moments.add(values[layout.members(chunk_index, splits.TRAIN)])
+        moments.add(logarithms(values[layout.members(chunk_index, splits.TRAIN)]))
     return moments.result()
 
 

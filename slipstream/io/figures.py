@@ -139,6 +139,8 @@ class PreprocessFigures(TableFigures):
     """Their standard deviation, for the transform that divides by it."""
     flagged_columns: list[int] | None = None
     """Dense columns, by number, whose missing values have a column of flags each, behind the dense columns."""
+    past: dict[str, Any] | None = None
+    """Dense columns of what was before each line, behind all others: fields of `slipstream.ops.past.PastEncoding`."""
     negatives_left_out: int | None = None
     """Training negatives not kept, where a share of them is."""
     warnings: list[str] = field(default_factory=list)

@@ -70,6 +70,15 @@ class SplitLayout:
                 hint="give more samples, or choose another `preprocess.split`",
             )
 
+    @property
+    def num_samples(self) -> int:
+        """Samples of all chunks, whatever their split."""
+        return int(self._starts[-1])
+
+    def samples_of(self, chunk_index: int) -> slice:
+        """Where the samples of a chunk stand among those of all chunks."""
+        return slice(int(self._starts[chunk_index]), int(self._starts[chunk_index + 1]))
+
     def members(self, chunk_index: int, code: int) -> slice | np.ndarray:
         """Which samples of a chunk belong to a split, in order: a slice where they are neighbours."""
         start, stop = int(self._starts[chunk_index]), int(self._starts[chunk_index + 1])
@@ -118,7 +127,7 @@ class SplitLayout:
     def _assign_by_day(self, chunk_index: int) -> np.ndarray:
         assert self._held_out is not None
         first_day, num_held_out, seen_before = self._held_out
-        is_late = (self._days_of(chunk_index) >= first_day).astype(np.int64)
+        is_late = (self.days_of(chunk_index) >= first_day).astype(np.int64)
         ranks = np.cumsum(is_late) - 1 + seen_before[chunk_index]
         return splits.assign_by_day(is_late, ranks, last_day=1, last_count=num_held_out)
 
@@ -148,7 +157,8 @@ class SplitLayout:
         seen_before = [int(value) for value in np.cumsum(in_chunk) - in_chunk]
         return first_day, sum(in_chunk), seen_before
 
-    def _days_of(self, chunk_index: int) -> np.ndarray:
+    def days_of(self, chunk_index: int) -> np.ndarray:
+        """Give the day of each sample of a chunk; the number of the raw file where the source tells none."""
         chunk = self.chunks[chunk_index]
         if len(chunk.day_counts) == 1:
             return np.full(chunk.num_samples, int(next(iter(chunk.day_counts))))

@@ -69,7 +69,7 @@ def transform_dense(
     """
     wide = values.astype(np.float64)
     if name in ("dlrm", "standard"):
-        wide = np.log1p(np.maximum(wide, 0))
+        wide = logarithms(wide)
         if name == "standard":
             wide = (wide - mean) / deviation
     elif name == "torchrec":
@@ -117,23 +117,28 @@ def restore_counts(
     return np.rint(wide).astype(np.int64)
 
 
-class LogMoments:
-    """Mean and deviation of log(max(x, 0) + 1) over a column that comes in pieces.
+def logarithms(values: np.ndarray) -> np.ndarray:
+    """Give log(max(x, 0) + 1) of each value. Shape (n,), float64."""
+    logs: np.ndarray = np.log1p(np.maximum(values.astype(np.float64), 0))
+    return logs
 
-    Logarithms are summed as fixed-point numbers with 24 binary places, so the answer does not depend on how the column
-    was cut, and is exact to 6e-8 for each value.
+
+class Moments:
+    """Mean and deviation of a column that comes in pieces.
+
+    Values are summed as fixed-point numbers with 24 binary places, so the answer does not depend on how the column was
+    cut, and is exact to 6e-8 for each value.
     """
 
     def __init__(self) -> None:
         self._count = self._sum = self._squares = 0
 
     def add(self, values: np.ndarray) -> None:
-        """Add values; missing ones came in as 0. Shape (n,), n at most 2^27."""
-        logs = np.log1p(np.maximum(values.astype(np.float64), 0))
-        self._count += len(logs)
-        # a logarithm of an int64 is below 44, its square below 2^11: in units of 2^-24 a sum of 2^27 fits 64 bits
-        self._sum += int(np.rint(logs * _FIXED).astype(np.int64).sum())
-        self._squares += int(np.rint(logs * logs * _FIXED).astype(np.int64).sum())
+        """Add values between -64 and 64, as logarithms are. Shape (n,), n at most 2^26; float64."""
+        self._count += len(values)
+        # a square is at most 2^12: in units of 2^-24 a sum of 2^26 fits 64 bits
+        self._sum += int(np.rint(values * _FIXED).astype(np.int64).sum())
+        self._squares += int(np.rint(values * values * _FIXED).astype(np.int64).sum())
 
     def result(self) -> tuple[float, float]:
         """Mean, and standard deviation; 1 for a column that is constant."""

@@ -23,9 +23,10 @@ from slipstream.datasets.source import GroupingSource, Source, SourceOptions
 from slipstream.errors import ArtifactError, DataError, did_you_mean
 from slipstream.io.artifacts import Artifact, hash_file, link_or_copy
 from slipstream.io.figures import PreprocessFigures
-from slipstream.io.lookups import lookup_path, open_lookup
+from slipstream.io.lookups import lookup_path, open_lookup, open_past, past_path
 from slipstream.io.model_folder import WEIGHTS
 from slipstream.ops.dense import DenseEncoding
+from slipstream.ops.past import PastCounts, PastEncoding, Seen
 from slipstream.ops.vocabulary import RowLookup, hash_to_buckets
 from slipstream.schema import MISSING_ID, OOV_ROW, dense_name, table_name
 
@@ -61,11 +62,18 @@ class Encoding:
     """Their standard deviation, for the transform that divides by it."""
     flagged_columns: list[int] | None = None
     """Dense columns, by number, whose missing values have a column of flags each."""
+    past: dict[str, Any] | None = None
+    """Dense columns of what was before each line, behind all others: fields of `PastEncoding`."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for model.json; without the fields that came later where they say nothing."""
         said_nothing = {spec.name for spec in fields(self) if spec.default is None and getattr(self, spec.name) is None}
         return {name: value for name, value in asdict(self).items() if name not in said_nothing}
+
+    @property
+    def num_added(self) -> int:
+        """Dense columns that a model reads beside those of the source."""
+        return len(self.flagged_columns or ()) + (PastEncoding(**self.past).width if self.past else 0)
 
     def dense(self, num_columns: int) -> DenseEncoding:
         """Say how the dense columns of a source, so many, are encoded."""
@@ -97,25 +105,30 @@ def describe_encoding(processed: Artifact) -> Encoding:
         dense_means=encoded.dense_means,
         dense_deviations=encoded.dense_deviations,
         flagged_columns=encoded.flagged_columns,
+        past=encoded.past,
     )
 
 
 def write_vocabularies(processed: Artifact, folder: Path) -> None:
-    """Give a model's folder the vocabularies of the samples it was trained on.
+    """Give a model's folder the vocabularies of the samples it was trained on, and what was counted of the past.
 
     They are links to the files of preprocess where the file system has links: a published artifact never changes.
 
     Raises:
         ArtifactError: A vocabulary is missing or altered.
     """
-    for table in PreprocessFigures.of(processed).rows_per_table:
-        for name in (f"vocab/{table}.parquet", f"vocab/{table}.lookup.arrow"):
-            if name not in processed.manifest["outputs"]:
-                raise ArtifactError(
-                    f"`{processed.path}` lacks {name}: it was made by an older slipstream",
-                    hint="run `slipstream preprocess --force`, then go on",
-                )
-            link_or_copy(processed.check(processed.path / name), folder / name)
+    encoded = PreprocessFigures.of(processed)
+    tables = encoded.rows_per_table
+    columns = PastEncoding(**encoded.past).columns if encoded.past else []
+    files = [lookup_path(Path(), table) for table in tables] + [Path(f"vocab/{table}.parquet") for table in tables]
+    files += [past_path(Path(), table_name(column)) for column in columns]
+    for name in map(Path.as_posix, files):
+        if name not in processed.manifest["outputs"]:
+            raise ArtifactError(
+                f"`{processed.path}` lacks {name}: it was made by an older slipstream",
+                hint="run `slipstream preprocess --force`, then go on",
+            )
+        link_or_copy(processed.check(processed.path / name), folder / name)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,7 +156,7 @@ class Encoder:
     """Turns parsed lines into what a model reads.
 
     Args:
-        folder: Folder of the model; its `vocab/` is mapped into memory.
+        folder: Folder of the model; its `vocab/` and `past/` are mapped into memory.
         description: What its model.json says.
 
     Raises:
@@ -160,6 +173,11 @@ class Encoder:
         self.encoding = Encoding(**description["encoding"])
         self.source = _build_source(self.encoding)
         self._dense = self.encoding.dense(self.source.num_dense)
+        self._past = PastEncoding(**self.encoding.past) if self.encoding.past else None
+        self._past_counts: dict[int, PastCounts] = {
+            column: open_past(past_path(folder, table_name(column)))
+            for column in (self._past.columns if self._past else ())
+        }
         self._tables: list[str] = description["column_tables"]
         self._lookups: dict[str, RowLookup] = {
             name: open_lookup(lookup_path(folder, name)) for name in dict.fromkeys(self._tables)
@@ -170,6 +188,8 @@ class Encoder:
         if self.encoding != other.encoding or self._tables != other._tables:
             return False
         pairs = [(lookup_path(self._folder, name), lookup_path(other._folder, name)) for name in self._lookups]
+        names = [table_name(column) for column in self._past_counts]
+        pairs += [(past_path(self._folder, name), past_path(other._folder, name)) for name in names]
         return all(mine.samefile(theirs) or _is_alike(mine, theirs) for mine, theirs in pairs)
 
     def encode(self, parsed: pl.DataFrame) -> tuple[np.ndarray, np.ndarray]:
@@ -188,6 +208,8 @@ class Encoder:
             dense[index] = self._dense.encode(index, column.to_numpy())
         for place, index in enumerate(self._dense.flagged, start=self.source.num_dense):
             dense[place] = parsed.get_column(dense_name(index)).is_null().to_numpy()
+        if self._past:
+            dense = np.concatenate([dense, self._look_back(self._past, parsed)])
         rows = np.empty((len(self._tables), parsed.height), np.int64)
         names = [table_name(index) for index in range(len(rows))]
         raw_ids = parsed.select(pl.col(names).cast(pl.Int64).fill_null(MISSING_ID)).iter_columns()
@@ -249,6 +271,20 @@ class Encoder:
                 hint=did_you_mean(name, self.field_names) or "leave out what the log does not have",
             )
         return self.field_names[name]
+
+    def _look_back(self, past: PastEncoding, parsed: pl.DataFrame) -> np.ndarray:
+        """Dense columns of what the training split had of the lines' values. Shape (columns, n), float32."""
+        seen: dict[int, Seen] = {}
+        for column, known in self._past_counts.items():
+            buckets = self.encoding.num_buckets.get(self._tables[column], 0)
+            raw_ids = parsed.get_column(table_name(column)).cast(pl.Int64).fill_null(MISSING_ID).to_numpy()
+            counts, clicks = known(hash_to_buckets(raw_ids, buckets) if buckets else raw_ids)
+            seen[column] = Seen(counts=counts, clicks=clicks, lines=past.num_lines, all_clicks=past.num_clicks)
+        found = [past.encode_counts(at, seen[column].counts) for at, column in enumerate(past.count_columns)]
+        found += [
+            past.encode_log_odds(at, seen[column].log_odds(past.prior)) for at, column in enumerate(past.target_columns)
+        ]
+        return np.stack(found)
 
     def rows_of(self, table: str, raw_ids: np.ndarray) -> np.ndarray:
         """Rows of raw ids in a table; unknown ones get row 0.

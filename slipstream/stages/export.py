@@ -12,9 +12,9 @@ DLRM takes log(x + 1) when it loads, so it wants dense values as they were count
 preprocess stored: max(x, 0) under `dlrm` and `standard`, x from -1 on under `nvidia`, x from the training minimum on
 under `torchrec`, x itself under `none`; then negatives become 0, as DLRM makes them. The stored logarithm is float32,
 so counts are exact up to a million (`standard`: a hundred thousand); larger ones may be off by 5e-7 of themselves,
-which is less than float32 keeps of their logarithm. Flags of missing values are no counts and stay out. TorchRec takes
-dense values as they are fed to the model, so it gets the stored ones; to get TorchRec's own, preprocess with
-`dense_transform = "torchrec"`.
+which is less than float32 keeps of their logarithm. Flags of missing values, and what was before a line, are no counts
+of its own and stay out. TorchRec takes dense values as they are fed to the model, so it gets the stored ones; to get
+TorchRec's own, preprocess with `dense_transform = "torchrec"`.
 """
 
 from __future__ import annotations
@@ -120,10 +120,11 @@ class _Parts:
         self.table_of_column = encoded.column_tables
         self.rows_of_column = [list(encoded.rows_per_table.values())[table] for table in self.table_of_column]
         self.dense = [dense_name(index) for index in range(encoded.num_dense)]
-        self.counts = self.dense[: encoded.num_dense - len(encoded.flagged_columns or ())]
+        learnt = describe_encoding(processed)
+        self.counts = self.dense[: encoded.num_dense - learnt.num_added]
         self.sparse = [table_name(index) for index in range(len(self.table_of_column))]
         self.transform: str = processed.manifest["config"]["dense_transform"]
-        self.encoding = describe_encoding(processed).dense(len(self.counts))
+        self.encoding = learnt.dense(len(self.counts))
         self.on_read: Callable[[], None] = lambda: None
 
     def num_reads(self, export_format: str) -> int:

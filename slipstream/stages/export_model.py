@@ -22,7 +22,7 @@ from slipstream.serving.model import ServedModel
 from slipstream.training.model_file import quantize_model
 from slipstream.training.representations import BITS
 
-_BESIDE = ("vocab/*", "examples.npz")
+_BESIDE = ("vocab/*", "past/*", "examples.npz")
 """What a model brings along beside its weights and its description."""
 
 

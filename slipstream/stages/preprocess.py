@@ -1,31 +1,33 @@
 """Preprocess: raw lines to encoded columns.
 
 Reads   raw files      plain, .gz or .zst, in any number, as one stream in the order given
-Writes  preprocess/    {train,val,test}/part-*.parquet, vocab/<table>.parquet and .lookup.arrow, rejects/part-*.parquet
+Writes  preprocess/    {train,val,test}/part-*.parquet, vocab/<table>.parquet and .lookup.arrow, past/<column>.arrow,
+                       rejects/part-*.parquet
 Keeps   every line is a sample or a reject; the same bytes for the same input, whatever the threads or chunk size
 Costs   one pass over the text, then two over the parsed numbers on disk; memory for the chunks in flight and
         the vocabulary, never for the number of samples
 
 Three passes, because rows are ranked by training counts and the split is known only after the last line:
-parse (text to numbers, dictionary-encoded per chunk), count (one table at a time), encode (numbers to rows).
+parse (text to numbers, dictionary-encoded per chunk), count (one table at a time), encode (numbers to rows). What dense
+columns need to know of the training split is learnt between the last two.
 Each finished chunk, table and part is kept, so a killed run goes on where it stopped. Parsed chunks depend on the raw
 files and the source alone; they stay in the run folder, and another vocabulary limit or split goes on from them.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
-import pyarrow as pa
 
-from slipstream.config import PreprocessConfig
 from slipstream.datasets.dense_columns import learn_dense_encoding
+from slipstream.datasets.encoding import SampleEncoder
 from slipstream.datasets.parsing import ParsedFiles, parse_files
+from slipstream.datasets.past_columns import PastFeatures, find_past_features, learn_past
 from slipstream.datasets.registry import SOURCES
 from slipstream.datasets.source import ColumnarSource, GroupingSource, Source, SourceOptions
 from slipstream.errors import ConfigError, DataError
@@ -38,22 +40,23 @@ from slipstream.io.parsed import dictionary_of
 from slipstream.io.processors import usable_cores
 from slipstream.io.raw import estimate_text_bytes, find_raw_files, find_twins, is_parquet
 from slipstream.io.samples import write_parquet
-from slipstream.io.split_layout import Piece, SplitLayout
+from slipstream.io.split_layout import SplitLayout
 from slipstream.ops import split as splits
 from slipstream.ops.dense import DenseEncoding
 from slipstream.ops.npz import read_arrays
 from slipstream.ops.parallel import in_order
+from slipstream.ops.past import PastEncoding
 from slipstream.ops.plausibility import doubt_classes, doubt_split, doubt_yield
 from slipstream.ops.vocabulary import (
     RawIdCounter,
-    RowLookup,
     Vocabulary,
     build_vocabulary,
     hash_to_buckets,
 )
 from slipstream.options import parse_bytes, to_dict
+from slipstream.preprocess_schema import PreprocessConfig
 from slipstream.progress import Progress
-from slipstream.schema import LABEL, MISSING_ID, SPLITS, dense_name, table_name
+from slipstream.schema import MISSING_ID, SPLITS, table_name
 from slipstream.stage import StageJob
 
 # Measured on Criteo text: bytes on disk per byte of text, and of memory per worker and byte of a chunk.
@@ -61,7 +64,6 @@ _DISK_PER_TEXT_BYTE = 0.8
 _MEMORY_PER_WORKER = 9
 _BASE_BYTES = 128 << 20
 _LOOKUP_BYTES_PER_ROW = 12
-_CHUNKS_LOOKED_UP = 4
 
 
 def run_stage(job: StageJob) -> PreprocessFigures:
@@ -134,6 +136,7 @@ def run(
             one class only.
     """
     _check_table_names(config, source)
+    _find_past_features(config, source)
     _check_columns(files, source)
     # one more than cores: there is always one that waits for the disk or for its turn in Python
     workers = config.num_threads or usable_cores() + 1
@@ -148,24 +151,25 @@ def run(
     _check_classes(layout.totals["train"], positives["train"])
     vocabularies = _count(config, source=source, layout=layout, scratch=scratch, workers=workers, progress=progress)
     dense = _learn_dense(config, source, layout, workers)
+    past = _learn_past(config, source, layout, positives["train"], folder=scratch, workers=workers, progress=progress)
     _check_lookup_memory(vocabularies)
-    _encode(
-        config,
-        source=source,
-        layout=layout,
-        vocabularies=vocabularies,
+    encoder = SampleEncoder(
+        source,
+        layout,
+        lookups=[vocabulary.lookup() for vocabulary in vocabularies],
+        buckets=_buckets(config, source),
         dense=dense,
-        out_dir=scratch,
-        workers=workers,
-        progress=progress,
+        past=past,
+        folder=scratch,
     )
+    _encode(encoder, layout.totals, config.samples_per_part, out_dir=scratch, workers=workers, progress=progress)
     parsed.write_rejects(scratch / "rejects")
     return PreprocessFigures(
         lines=parsed.num_lines,
         rejected=rejected,
         samples=layout.totals,
         positives=positives,
-        num_dense=dense.width,
+        num_dense=dense.width + (past.width if past else 0),
         rows_per_table={table_name(index): vocab.num_rows for index, vocab in enumerate(vocabularies)},
         files=[Path(file).name for file in files],
         columns=dict(source.column_names) or None,
@@ -173,10 +177,8 @@ def run(
         fields=list(source.fields) if source.takes_fields_from_files else None,
         table_of_column=list(source.table_of_column) if len(source.table_of_column) != source.num_tables else None,
         padding_rows=_find_padding(source, vocabularies),
-        dense_minima=list(dense.minima) or None,
-        dense_means=list(dense.means) or None,
-        dense_deviations=list(dense.deviations) or None,
-        flagged_columns=list(dense.flagged) or None,
+        past=asdict(past) if past else None,
+        **_describe_dense(dense),
         negatives_left_out=layout.num_left_out if negative_keep_ratio < 1 else None,
         warnings=_find_doubts(config, files, layout, positives, accepted=parsed.num_lines - rejected),
     )
@@ -351,25 +353,71 @@ def _learn_dense(config: PreprocessConfig, source: Source, layout: SplitLayout, 
     )
 
 
+def _describe_dense(dense: DenseEncoding) -> dict[str, Any]:
+    """Give the figures of dense columns."""
+    return {
+        "dense_minima": list(dense.minima) or None,
+        "dense_means": list(dense.means) or None,
+        "dense_deviations": list(dense.deviations) or None,
+        "flagged_columns": list(dense.flagged) or None,
+    }
+
+
+def _learn_past(
+    config: PreprocessConfig,
+    source: Source,
+    layout: SplitLayout,
+    positives: int,
+    *,
+    folder: Path,
+    workers: int,
+    progress: Progress,
+) -> PastEncoding | None:
+    features = _find_past_features(config, source)
+    if features is None:
+        return None
+    return learn_past(
+        features,
+        layout,
+        transform=config.dense_transform,
+        positives=positives,
+        folder=folder,
+        workers=workers,
+        progress=progress,
+    )
+
+
+def _find_past_features(config: PreprocessConfig, source: Source) -> PastFeatures | None:
+    return find_past_features(
+        source,
+        counts=config.count_features,
+        targets=config.target_features,
+        prior=config.target_prior,
+        buckets=_buckets(config, source),
+    )
+
+
+def _buckets(config: PreprocessConfig, source: Source) -> list[int]:
+    """Give the buckets of each table; 0 where raw ids are not hashed."""
+    return [config.limits_of(table_name(index)).num_buckets or 0 for index in range(source.num_tables)]
+
+
 # --- pass 3: encode ------------------------------------------------------------------------------------------
 
 
 def _encode(
-    config: PreprocessConfig,
+    encoder: SampleEncoder,
+    totals: dict[str, int],
+    samples_per_part: int,
     *,
-    source: Source,
-    layout: SplitLayout,
-    vocabularies: Sequence[Vocabulary],
-    dense: DenseEncoding,
     out_dir: Path,
     workers: int,
     progress: Progress,
 ) -> None:
-    encoder = _Encoder(config, source, layout, [vocab.lookup() for vocab in vocabularies], dense)
     parts = [
-        (code, number, first, min(first + config.samples_per_part, layout.totals[name]))
+        (code, number, first, min(first + samples_per_part, totals[name]))
         for code, name in enumerate(SPLITS)
-        for number, first in enumerate(range(0, layout.totals[name], config.samples_per_part))
+        for number, first in enumerate(range(0, totals[name], samples_per_part))
     ]
 
     def write_part(part: tuple[int, int, int, int]) -> int:
@@ -379,78 +427,9 @@ def _encode(
             write_parquet(encoder.encode(code, first, stop), path)
         return stop - first
 
-    with progress.task("encode", sum(layout.totals.values()), "samples") as advance:
+    with progress.task("encode", sum(totals.values()), "samples") as advance:
         for done in in_order(write_part, parts, workers):
             advance(done, "")
-
-
-class _Encoder:
-    """Turns samples of parsed chunks into rows and transformed dense values."""
-
-    def __init__(
-        self,
-        config: PreprocessConfig,
-        source: Source,
-        layout: SplitLayout,
-        lookups: Sequence[RowLookup],
-        dense: DenseEncoding,
-    ) -> None:
-        self._layout, self._lookups, self._encoding = layout, lookups, dense
-        self._dense = [dense_name(index) for index in range(source.num_dense)]
-        self._flags = [dense_name(index) for index in range(source.num_dense, dense.width)]
-        self._columns = [table_name(index) for index in range(len(source.table_of_column))]
-        self._table_of_column = source.table_of_column
-        self._extra = list(source.extra_columns)
-        self._buckets = [config.limits_of(table_name(index)).num_buckets or 0 for index in range(source.num_tables)]
-        # a chunk at the border of two parts is asked for twice, and soon again
-        self._rows_of = functools.lru_cache(maxsize=_CHUNKS_LOOKED_UP)(self._look_up_rows)
-
-    def encode(self, code: int, first: int, stop: int) -> pa.Table:
-        """Give the samples first..stop-1 of a split, encoded."""
-        numbers = dict.fromkeys([*self._dense, *self._flags], np.float32)
-        kinds = {LABEL: np.uint8} | numbers | dict.fromkeys(self._columns, np.int32)
-        columns = {name: np.empty(stop - first, kind) for name, kind in kinds.items()}
-        extra: dict[str, list[np.ndarray]] = {name: [] for name in self._extra}
-        place = 0
-        for piece in self._layout.pieces(code, first, stop):
-            end = place + piece.stop - piece.first
-            self._encode_piece(code, piece, {name: column[place:end] for name, column in columns.items()}, extra)
-            place = end
-        joined = {name: np.concatenate(pieces) for name, pieces in extra.items()}
-        return pa.table({name: pa.array(values) for name, values in (columns | joined).items()})
-
-    def _encode_piece(
-        self, code: int, piece: Piece, columns: dict[str, np.ndarray], extra: dict[str, list[np.ndarray]]
-    ) -> None:
-        """Fill columns with the samples of a piece; add theirs to the extra ones."""
-        chunk = self._layout.chunks[piece.chunk_index]
-        table = self._layout.store.open(chunk, [LABEL, *self._dense, *self._columns, *self._extra])
-        members = self._layout.members(piece.chunk_index, code)
-        if isinstance(members, slice):
-            picked: Any = slice(members.start + piece.first, members.start + piece.stop)
-        else:
-            picked = members[piece.first : piece.stop]
-        columns[LABEL][:] = table.column(LABEL).to_numpy()[picked]
-        for index, name in enumerate(self._dense):
-            columns[name][:] = self._encoding.encode(index, table.column(name).to_numpy()[picked])
-        for name, index in zip(self._flags, self._encoding.flagged, strict=True):
-            missing = self._layout.store.missing(chunk, dense_name(index))
-            columns[name][:] = 0 if missing is None else missing[picked]
-        for name, rows in zip(self._columns, self._rows_of(piece.chunk_index), strict=True):
-            # codes are places in `rows` by construction; clipping them is four times as fast as checking them
-            np.take(rows, dictionary_of(table, name)[1][picked], out=columns[name], mode="clip")
-        for name, pieces in extra.items():
-            pieces.append(table.column(name).to_numpy()[picked])
-
-    def _look_up_rows(self, chunk_index: int) -> list[np.ndarray]:
-        """Per sparse column, the row of each distinct raw id of a chunk."""
-        table = self._layout.store.open(self._layout.chunks[chunk_index], self._columns)
-        found = []
-        for name, table_index in zip(self._columns, self._table_of_column, strict=True):
-            raw_ids, _ = dictionary_of(table, name)
-            buckets = self._buckets[table_index]
-            found.append(self._lookups[table_index](hash_to_buckets(raw_ids, buckets) if buckets else raw_ids))
-        return found
 
 
 # --- helpers -------------------------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ def test_rows_are_ranked_by_use_in_the_training_split(
 
 
 def test_limits_of_a_table_override_the_common_ones(tmp_path: Path, log: Path, lines: list[bytes]):
-    from slipstream.config import TableLimits
+    from slipstream.preprocess_schema import TableLimits
 
     own = {
         "cat_9": TableLimits(max_rows=5),
@@ -104,7 +104,7 @@ def test_hashed_tables_map_equal_ids_to_equal_rows(tmp_path: Path, log: Path, li
 
 
 def test_limits_of_an_unknown_table_are_a_config_error(tmp_path: Path, log: Path):
-    from slipstream.config import TableLimits
+    from slipstream.preprocess_schema import TableLimits
 
     with pytest.raises(ConfigError, match="cat_26"):
         run_preprocess(tmp_path, [log], tables={"cat_26": TableLimits(max_rows=5)})
@@ -124,6 +124,8 @@ def test_bytes_depend_neither_on_chunk_size_nor_on_threads(
     broken = [*lines[:700], b"no sample", *lines[700:], b"", sample_line(label="2")]
     files = [write_raw(tmp_path / "day_0", broken), write_raw(tmp_path / "day_1", lines[:301])]
     config = {"split": split, "samples_per_part": 400, "dense_transform": transform, "missing_flags": True}
+    if split != "random":
+        config |= {"count_features": ("cat_3",), "target_features": ("cat_25",)}
     reference = None
     for chunk_bytes, num_threads in ((8192, 1), (81_920, 1), (8192, 2), (81_920, 2), (10**9, 2)):
         folder = tmp_path / f"{chunk_bytes}-{num_threads}"

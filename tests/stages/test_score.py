@@ -29,8 +29,18 @@ KINDS = {
     "int8": {"tables.representation": "int8"},
     "int4": {"tables.representation": "int4", "tables.quantize_linears": 8},
     "tt": {"tables.representation": "tt", "tables.tt_ranks": "[2, 2]", "train.mode": "fae"},
-    "hashed": {"preprocess.num_buckets": 50, "preprocess.dense_transform": "torchrec"},
-    "standard": {"preprocess.dense_transform": "standard", "preprocess.missing_flags": "true"},
+    "hashed": {
+        "preprocess.num_buckets": 50,
+        "preprocess.dense_transform": "torchrec",
+        "preprocess.count_features": '["cat_3"]',
+        "preprocess.target_features": '["cat_20"]',
+    },
+    "standard": {
+        "preprocess.dense_transform": "standard",
+        "preprocess.missing_flags": "true",
+        "preprocess.count_features": "all",
+        "preprocess.target_features": "all",
+    },
 }
 
 
@@ -65,7 +75,7 @@ def test_lines_get_the_probabilities_that_training_predicted(trained, kind: str,
 
 
 def test_an_exported_model_scores_with_what_it_brings_along(trained, tmp_path: Path):
-    model, _ = trained("dense")
+    model, _ = trained("standard")
     assert invoke("run", write_pipeline(tmp_path / "x.toml", "x"), tmp_path).exit_code == 1  # nothing else is needed
     from typer.testing import CliRunner
 
