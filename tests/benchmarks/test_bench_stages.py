@@ -21,7 +21,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
             {"3000", "15000"},
         ),
         ("segregate", ["--rows", "5000", "--slow-rows", "500"], {"slipstream", "FAE loop", "copy"}),
-        ("score", ["--rows", "5000"], {"preprocess", "score", "torch", "onnx"}),
+        pytest.param("score", ["--rows", "5000"], {"preprocess", "score", "torch", "onnx"}, marks=pytest.mark.slow),
         pytest.param(
             "serve",
             ["--rows", "3000", "--samples", "100", "--calls", "2"],

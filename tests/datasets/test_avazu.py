@@ -139,7 +139,7 @@ def lines(draw: st.DrawFn) -> bytes:
     return ",".join(fields[: draw(st.sampled_from([24, 24, 24, 24, 23]))]).encode()
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(st.lists(lines(), min_size=1, max_size=8))
 def test_parsing_agrees_with_a_plain_reader(made: list[bytes]):
     source, data = AvazuSource(), b"\n".join(made) + b"\n"

@@ -94,7 +94,7 @@ def lines(draw: st.DrawFn) -> bytes:
     return "\t".join(fields[: draw(st.sampled_from([40, 40, 40, 39]))]).encode()
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(st.lists(lines(), min_size=1, max_size=6))
 def test_parsing_agrees_with_a_plain_reader(made: list[bytes]):
     data = b"\n".join(made) + b"\n"

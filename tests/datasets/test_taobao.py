@@ -97,7 +97,7 @@ def logs(draw_: st.DrawFn) -> list[bytes]:
     return lines
 
 
-@settings(max_examples=120)
+@settings(max_examples=80)
 @given(logs(), st.sampled_from([1, 2, 3, 1024]), st.integers(0, 3))
 def test_samples_are_those_of_a_plain_reader(lines: list[bytes], users_per_group: int, seed: int):
     with pytest.MonkeyPatch.context() as patch:
@@ -107,7 +107,7 @@ def test_samples_are_those_of_a_plain_reader(lines: list[bytes], users_per_group
     assert parsed.num_lines == len(lines)
 
 
-@settings(max_examples=60)
+@settings(max_examples=20)
 @given(logs(), st.integers(1, 1500), st.sampled_from([1, 2, 5]), st.randoms(use_true_random=False))
 def test_samples_depend_neither_on_the_order_of_lines_nor_on_the_size_of_blocks(
     tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], chunk_bytes: int, users_per_group: int, random: Random

@@ -17,6 +17,7 @@ import zstandard
 from raw_logs import invoke, make_lines, read_rejects, sample_line, start, write_pipeline, write_raw
 
 from slipstream.config import load_pipeline
+from slipstream.datasets.criteo import CriteoSource
 from slipstream.io import artifacts
 from slipstream.io.artifacts import find_place
 from slipstream.io.locks import hold_artifact
@@ -50,65 +51,76 @@ def fail(tmp_path: Path, raw: Path | str, *overrides: str) -> str:
     return result.output
 
 
-def test_a_line_of_100_megabytes_is_one_reject(tmp_path: Path, lines: list[bytes]):
-    long = b"x" * 100_000_000
-    counts = run(tmp_path, write_raw(tmp_path / "log", [*lines[:1000], long, *lines[1000:]]))
+def test_a_line_of_many_chunks_is_one_reject(tmp_path: Path, lines: list[bytes]):
+    long = b"x" * 10_000_000
+    raw = write_raw(tmp_path / "log", [*lines[:1000], long, *lines[1000:]])
+    counts = run(tmp_path, raw, "preprocess.chunk_bytes=100000")
     assert counts["rejected"] == 1 and sum(counts["samples"].values()) == 2100
     rejects = read_rejects(counts["folder"])
     assert rejects["line"].to_list() == [1001] and rejects["content"][0] == long
 
 
-@pytest.mark.parametrize(
-    ("line", "reason"),
-    [
-        (b"\0" * 50, "expected 40 fields, found 1"),
-        (sample_line(token="0000\x00000"), "cat_0: expected up to 8 hex digits"),
-        (sample_line(dense="1\x00"), "int_0: expected an integer"),
-        (sample_line().replace(b"a", b"\xff"), "cat_0: expected up to 8 hex digits"),
-        (b"\xef\xbb\xbf" + sample_line(), "label: expected 0 or 1"),
-        (sample_line(dense=str(2**63)), "int_0: expected a 64-bit integer"),
-        (sample_line(dense="9" * 5000), "int_0: expected a 64-bit integer"),
-        (sample_line(dense="-9223372036854775809"), "int_0: expected a 64-bit integer"),
-        (sample_line(dense="1.0"), "int_0: expected an integer"),
-        (sample_line(dense="1e3"), "int_0: expected an integer"),
-        (sample_line(dense="nan"), "int_0: expected an integer"),
-        (sample_line(dense=" 1"), "int_0: expected an integer"),
-        (sample_line(token="xyz"), "cat_0: expected up to 8 hex digits"),
-        (sample_line(token="-1"), "cat_0: expected up to 8 hex digits"),
-        (sample_line(token="+1"), "cat_0: expected up to 8 hex digits"),
-        (sample_line(token="0x1f"), "cat_0: expected up to 8 hex digits"),
-        (sample_line(token="123456789"), "cat_0: expected up to 8 hex digits"),
-        (sample_line(token="000000001"), "cat_0: expected up to 8 hex digits"),
-        (sample_line(label=""), "label: expected 0 or 1"),
-        (sample_line(label="-1"), "label: expected 0 or 1"),
-        (sample_line(label="01"), "label: expected 0 or 1"),
-        (sample_line() + b"\t", "expected 40 fields, found 41"),
-        (sample_line().rpartition(b"\t")[0], "expected 40 fields, found 39"),
-        (b"", "expected 40 fields, found 1"),
-        (b'"' + sample_line() + b'"', "label: expected 0 or 1"),
-        (b"x^" + sample_line(), "label: expected 0 or 1"),
-        (b"\x1f\x8b" + sample_line(), "label: expected 0 or 1"),
-        (b"\x28\xb5\x2f\xfd" + sample_line(), "label: expected 0 or 1"),
-    ],
-)
-def test_a_bad_line_is_rejected_with_its_reason_and_no_other(
-    tmp_path: Path, lines: list[bytes], line: bytes, reason: str
-):
-    first = b"\n".join(lines[:700]) + b"\n"
-    raw = write_raw(tmp_path / "log", [*lines[:700], line, *lines[700:]])
-    # a chunk that ends just before the bad line, and one that has it in the middle
-    for runs, chunk_bytes in (("a", len(first)), ("b", 1 << 20)):
+BAD_LINES = [
+    (b"\0" * 50, "expected 40 fields, found 1"),
+    (sample_line(token="0000\x00000"), "cat_0: expected up to 8 hex digits"),
+    (sample_line(dense="1\x00"), "int_0: expected an integer"),
+    (sample_line().replace(b"a", b"\xff"), "cat_0: expected up to 8 hex digits"),
+    (b"\xef\xbb\xbf" + sample_line(), "label: expected 0 or 1"),
+    (sample_line(dense=str(2**63)), "int_0: expected a 64-bit integer"),
+    (sample_line(dense="9" * 5000), "int_0: expected a 64-bit integer"),
+    (sample_line(dense="-9223372036854775809"), "int_0: expected a 64-bit integer"),
+    (sample_line(dense="1.0"), "int_0: expected an integer"),
+    (sample_line(dense="1e3"), "int_0: expected an integer"),
+    (sample_line(dense="nan"), "int_0: expected an integer"),
+    (sample_line(dense=" 1"), "int_0: expected an integer"),
+    (sample_line(token="xyz"), "cat_0: expected up to 8 hex digits"),
+    (sample_line(token="-1"), "cat_0: expected up to 8 hex digits"),
+    (sample_line(token="+1"), "cat_0: expected up to 8 hex digits"),
+    (sample_line(token="0x1f"), "cat_0: expected up to 8 hex digits"),
+    (sample_line(token="123456789"), "cat_0: expected up to 8 hex digits"),
+    (sample_line(token="000000001"), "cat_0: expected up to 8 hex digits"),
+    (sample_line(label=""), "label: expected 0 or 1"),
+    (sample_line(label="-1"), "label: expected 0 or 1"),
+    (sample_line(label="01"), "label: expected 0 or 1"),
+    (sample_line() + b"\t", "expected 40 fields, found 41"),
+    (sample_line().rpartition(b"\t")[0], "expected 40 fields, found 39"),
+    (b"", "expected 40 fields, found 1"),
+    (b'"' + sample_line() + b'"', "label: expected 0 or 1"),
+    (b"x^" + sample_line(), "label: expected 0 or 1"),
+    (b"\x1f\x8b" + sample_line(), "label: expected 0 or 1"),
+    (b"\x28\xb5\x2f\xfd" + sample_line(), "label: expected 0 or 1"),
+]
+
+
+def test_every_bad_line_is_rejected_with_its_reason_and_no_other(tmp_path: Path, lines: list[bytes]):
+    mixed: list[bytes] = []
+    expected = []
+    for number, (line, reason) in enumerate(BAD_LINES):
+        mixed += [*lines[60 * number : 60 * number + 60], line]
+        expected.append((len(mixed), reason, line))
+    raw = write_raw(tmp_path / "log", [*mixed, *lines[60 * len(BAD_LINES) :]])
+    for runs, chunk_bytes in (("a", 8192), ("b", 1 << 20)):
         (tmp_path / runs).mkdir()
-        counts = run(tmp_path / runs, raw, f"preprocess.chunk_bytes={chunk_bytes}")
-        assert counts["rejected"] == 1 and sum(counts["samples"].values()) == 2100
-        assert read_rejects(counts["folder"]).rows()[0][1] == 701
-        assert read_rejects(counts["folder"])["reason"][0].startswith(reason)
-        assert read_rejects(counts["folder"])["content"][0] == line
+        cuts = (f"preprocess.chunk_bytes={chunk_bytes}", "preprocess.max_reject_ratio=0.02")
+        counts = run(tmp_path / runs, raw, *cuts)
+        assert counts["rejected"] == len(BAD_LINES) and sum(counts["samples"].values()) == 2100
+        found = read_rejects(counts["folder"]).select("line", "reason", "content").rows()
+        assert [(line, content) for line, _, content in found] == [(line, content) for line, _, content in expected]
+        for (_, said, _), (_, reason, _) in zip(found, expected, strict=True):
+            assert said.startswith(reason)
 
 
-@pytest.mark.parametrize("dense", ["-5", "-0", "+5", "007", str(2**63 - 1), str(-(2**63)), ""])
-def test_integers_that_fit_64_bits_are_samples(tmp_path: Path, lines: list[bytes], dense: str):
-    assert run(tmp_path, write_raw(tmp_path / "log", [*lines, sample_line(dense=dense)]))["rejected"] == 0
+@pytest.mark.parametrize(("line", "reason"), BAD_LINES)
+def test_a_bad_line_that_begins_a_chunk_is_rejected_too(lines: list[bytes], line: bytes, reason: str):
+    parsed = CriteoSource().parse(b"\n".join([line, *lines[:5]]) + b"\n")
+    assert parsed.rejected_lines.tolist() == [0] and parsed.samples.height == 5
+    assert CriteoSource().explain(line).startswith(reason)
+
+
+def test_integers_that_fit_64_bits_are_samples(tmp_path: Path, lines: list[bytes]):
+    given = ["-5", "-0", "+5", "007", str(2**63 - 1), str(-(2**63)), ""]
+    raw = write_raw(tmp_path / "log", [*lines, *(sample_line(dense=dense) for dense in given)])
+    assert run(tmp_path, raw)["rejected"] == 0
 
 
 def test_crlf_a_bom_and_a_missing_last_newline_change_nothing(tmp_path: Path, lines: list[bytes]):

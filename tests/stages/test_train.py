@@ -44,12 +44,12 @@ def fae(tiny_runs: Path) -> RunResult:
 # --- the same model, wherever rows live ----------------------------------------------------------------------
 
 
-PLACES: list[dict[str, Any]] = [
-    {"train__mode": "resident"},
-    {"train__mode": "baseline"},
-    {"train__mode": "cached", "train__cache_ratio": 0.9},
-    {"train__mode": "fae", "train__chunk_batches": 50, "train__staging_rows": 900},
-]
+RESIDENT: dict[str, Any] = {"train__mode": "resident"}
+BASELINE: dict[str, Any] = {"train__mode": "baseline"}
+RANK: dict[str, Any] = {"train__mode": "cached", "train__cache_policy": "rank", "train__cache_ratio": 0.5}
+LFU: dict[str, Any] = {"train__mode": "cached", "train__cache_policy": "lfu", "train__cache_ratio": 0.5}
+ONE_CHUNK: dict[str, Any] = {"train__mode": "fae", "train__chunk_batches": 50, "train__staging_rows": 900}
+EVERYWHERE = [RESIDENT, BASELINE, RANK, LFU, ONE_CHUNK]
 NOTHING_SKIPPED: list[dict[str, Any]] = [
     {"train__mode": "fae", "train__chunk_batches": 1},
     {"train__mode": "slipstream", "skip__target_drop": 0.0},
@@ -57,57 +57,43 @@ NOTHING_SKIPPED: list[dict[str, Any]] = [
     {"train__mode": "slipstream", "skip__criterion": "none"},
     {"train__mode": "slipstream", "skip__criterion": "random", "skip__target_drop": 0.0},
 ]
+ADAM: dict[str, Any] = {"train__optimizer": "adam", "train__lr": 0.003}
+AVERAGED: dict[str, Any] = {"train__average": 0.4}
 
 
 @pytest.mark.parametrize(
-    ("held", "overrides"),
+    ("held", "options", "place"),
     [
-        *(("dense", overrides) for overrides in PLACES + NOTHING_SKIPPED),
-        *((held, overrides) for held in ("int4", "mixed") for overrides in PLACES),
-        *((held, PLACES[1]) for held in ("int8", "tt")),
+        *(("dense", {}, place) for place in EVERYWHERE + NOTHING_SKIPPED),
+        *(("mixed", {}, place) for place in EVERYWHERE),
+        *((held, {}, place) for held in ("int4", "int8", "tt") for place in (BASELINE, LFU)),
+        *((held, ADAM, place) for held in ("dense", "mixed") for place in (RESIDENT, BASELINE, RANK)),
+        ("dense", ADAM, NOTHING_SKIPPED[2]),
+        *((held, AVERAGED, place) for held in ("dense", "mixed") for place in (RESIDENT, BASELINE, LFU)),
     ],
     ids=lambda value: (
-        value if isinstance(value, str) else " ".join(f"{k.split('__')[1]}={v}" for k, v in value.items())
+        value if isinstance(value, str) else " ".join(f"{k.split('__')[1]}={v}" for k, v in value.items()) or "plain"
     ),
 )
-def test_every_exact_mode_gives_the_same_model_to_the_bit(tiny_runs: Path, held: str, overrides: dict[str, Any]):
-    first = train(tiny_runs, train__mode="fae", tables=HELD[held])
-    other = train(tiny_runs, tables=HELD[held], **overrides)
+def test_every_exact_mode_gives_the_same_model_to_the_bit(
+    tiny_runs: Path, held: str, options: dict[str, Any], place: dict[str, Any]
+):
+    first = train(tiny_runs, train__mode="fae", tables=HELD[held], **options)
+    other = train(tiny_runs, tables=HELD[held], **options, **place)
     assert artifact_of(other).path != artifact_of(first).path
     assert other.stages["segregate"].artifact.path == first.stages["segregate"].artifact.path
     assert_same_training(first, other)
+    if place["train__mode"] == "cached":
+        assert 0 < other.counts("train")["hit_ratio"] < 1
 
 
-@pytest.mark.parametrize("held", ["dense", "mixed"])
-def test_the_mean_of_weights_is_the_same_wherever_rows_live(tiny_runs: Path, held: str):
-    options: dict[str, Any] = {"train__average": 0.4, "tables": HELD[held], "train__log_every": 10}
-    first = train(tiny_runs, train__mode="fae", **options)
-    for mode in ("resident", "baseline", "cached"):
-        assert_same_training(first, train(tiny_runs, train__mode=mode, train__cache_ratio=0.5, **options))
-    last_weights = train(tiny_runs, train__mode="fae", **(options | {"train__average": 0.0}))
-    assert losses_of(first) == losses_of(last_weights)  # training itself goes on from the weights
-    assert not np.array_equal(predictions_of(first, "test"), predictions_of(last_weights, "test"))
-    assert 0.35 < first.counts("train")["averaged_steps"] / first.counts("train")["steps"] < 0.45
-
-
-@pytest.mark.parametrize("policy", ["rank", "lfu"])
-def test_a_cache_gives_the_same_model_to_the_bit(tiny_runs: Path, fae: RunResult, policy: str):
-    cached = train(
-        tiny_runs, train__mode="cached", train__cache_policy=policy, train__cache_ratio=0.5, train__log_every=10
-    )
-    assert_same_training(fae, cached)
-    assert 0 < cached.counts("train")["hit_ratio"] < 1
-
-
-@pytest.mark.parametrize("held", ["dense", "int8", "int4", pytest.param("tt", marks=pytest.mark.slow)])
-def test_adam_gives_the_same_model_wherever_rows_live(tiny_runs: Path, held: str):
-    options: dict[str, Any] = {"train__optimizer": "adam", "train__lr": 0.003, "train__log_every": 10}
-    if held != "dense":
-        options["tables__rules"] = [{"min_rows": 60, "representation": held}]
-    first = train(tiny_runs, train__mode="fae", **options)
-    for mode in ({"train__mode": "resident"}, {"train__mode": "baseline"}, {"train__mode": "cached"}):
-        assert_same_training(first, train(tiny_runs, **options, **mode))
-    assert_same_training(first, train(tiny_runs, train__mode="slipstream", skip__threshold=0.0, **options))
+def test_the_mean_is_of_the_last_steps_and_training_goes_on_from_the_weights(
+    tiny_runs: Path, fae: RunResult
+):
+    mean = train(tiny_runs, train__mode="fae", **AVERAGED)
+    assert losses_of(mean) == losses_of(fae)
+    assert not np.array_equal(predictions_of(mean, "test"), predictions_of(fae, "test"))
+    assert 0.35 < mean.counts("train")["averaged_steps"] / mean.counts("train")["steps"] < 0.45
 
 
 def test_a_cache_too_small_for_a_batch_is_made_larger_and_says_so(tiny_runs: Path, fae: RunResult):
@@ -384,8 +370,10 @@ def test_bytes_per_tier_are_those_of_the_placement(tiny_runs: Path, fae: RunResu
     assert fae.counts("train")["hit_ratio"] == pytest.approx(fae.counts("segregate")["hit_ratio"])
 
 
-@pytest.mark.parametrize("held", ["dense", "mixed"])
-@pytest.mark.parametrize("criterion", ["stale", "random", "negative", "importance"])
+@pytest.mark.parametrize(
+    ("criterion", "held"),
+    [("stale", "dense"), ("random", "mixed"), ("negative", "dense"), ("importance", "mixed")],
+)
 def test_samples_seen_and_dropped_add_up(tiny_runs: Path, criterion: str, held: str):
     result = train(
         tiny_runs,

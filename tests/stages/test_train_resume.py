@@ -27,7 +27,7 @@ from slipstream.training import checkpoint, loop
 
 TREE = {
     "name": "resume",
-    "dataset": {"source": "synthetic", "num_samples": 4000},
+    "dataset": {"source": "synthetic", "num_samples": 2000},
     "segregate": {"hot_budget": "30%", "samples_per_shard": 500},
     "model": {"embedding_dim": 4, "bottom_mlp": [8, 4], "top_mlp": [8, 1]},
     "train": {
@@ -60,7 +60,8 @@ class Killed(BaseException):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"held": "int4"},
+        {"held": "int8"},
+        {"held": "tt"},
         {"held": "mixed", "average": 0.3},
         {"criterion": "stale"},
         pytest.param({"criterion": "stale", "movement": "net"}, marks=pytest.mark.slow),
@@ -68,7 +69,7 @@ class Killed(BaseException):
         {"criterion": "importance", "scope": "all", "keep_steps": True},
         pytest.param({"criterion": "importance", "scope": "all", "scorer": "model"}, marks=pytest.mark.slow),
         {"criterion": "random", "order": "mixed", "average": 0.6},
-        {"mode": "cached", "cache_ratio": 0.6, "optimizer": "adam"},
+        {"held": "int4", "mode": "cached", "cache_ratio": 0.6, "optimizer": "adam"},
         pytest.param({"mode": "resident", "optimizer": "sgd"}, marks=pytest.mark.slow),
     ],
     ids=str,
@@ -262,7 +263,7 @@ def test_a_resumed_run_shows_at_once_where_it_stands(
     assert (label, note, steps_then) == ("train", f"from step {stopped_at}", stopped_at)
     assert stopped_at * 64 * 0.8 < done
     assert f"training goes on after step {stopped_at}" in caplog.text
-    assert sum(done for label, done, *_ in told if label == "train") <= 2 * 4000
+    assert sum(done for label, done, *_ in told if label == "train") <= 2 * 2000
 
 
 # --- damaged -------------------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ print(json.dumps({"compiled": compiled, "every": every}))
 """
 
 
-@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("architecture", [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_every_kernel_compiles_without_a_warning(architecture: int, tmp_path: Path):
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}  # nothing that was compiled before counts
     del environment["TRITON_INTERPRET"]
