@@ -1,5 +1,7 @@
 """Write docs/reference: the command line from its own help, the pipeline file from the config dataclasses.
 
+The table of skip criteria in docs/concepts/staleness.md is written from their classes.
+
     make docs
 
 `tests/test_docs.py` fails while a page differs from what this module would write.
@@ -20,21 +22,27 @@ from typer.testing import CliRunner
 
 from slipstream.cli import app
 from slipstream.config import PipelineConfig
+from slipstream.training.skipping.registry import CRITERIA
 
-FOLDER = Path(__file__).parent / "reference"
+FOLDER = Path(__file__).parent
+_CRITERIA_BEGIN, _CRITERIA_END = "<!-- criteria, by make docs -->\n", "<!-- end of criteria -->\n"
 _WIDTH = "100"
 
 
 def main() -> None:
     """Write every page."""
-    FOLDER.mkdir(exist_ok=True)
     for name, text in pages().items():
         (FOLDER / name).write_text(text, encoding="utf-8")
 
 
 def pages() -> dict[str, str]:
-    """Text of every page, by file name."""
-    return {"cli.md": cli_page(), "config.md": config_page()}
+    """Text of every page that is written here or has a part that is, by its place below docs."""
+    concept = "concepts/staleness.md"
+    return {
+        "reference/cli.md": cli_page(),
+        "reference/config.md": config_page(),
+        concept: with_criteria((FOLDER / concept).read_text(encoding="utf-8")),
+    }
 
 
 def cli_page() -> str:
@@ -76,6 +84,20 @@ def config_page() -> str:
             own = _values(chosen)[len(_values(cls)) :]
             blocks += [f'### `[{prefix}]` with `name = "{name}"`', _summary(chosen), _table(prefix, own, chosen)]
     return "\n\n".join(blocks) + "\n"
+
+
+def with_criteria(page: str) -> str:
+    """Put the table of skip criteria where a page has room for it: one line for each that is registered."""
+    lines = ["| `skip.criterion` | how it chooses what to leave out | decides about |", "|---|---|---|"]
+    for name in CRITERIA.names():
+        cls = CRITERIA.get(name)
+        scope = "–" if not cls.drops else "`skip.scope`" if "all" in cls.scopes else "hot samples"
+        lines.append(f"| `{name}` | {CRITERIA.summary(name)} | {scope} |")
+    before, begin, rest = page.partition(_CRITERIA_BEGIN)
+    _, end, after = rest.partition(_CRITERIA_END)
+    if not begin or not end:
+        raise ValueError(f"expected a page with {_CRITERIA_BEGIN.strip()} and {_CRITERIA_END.strip()}, found none")
+    return f"{before}{begin}\n" + "\n".join(lines) + f"\n\n{end}{after}"
 
 
 def config_keys() -> list[str]:

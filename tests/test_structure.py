@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import json
 import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -134,6 +136,27 @@ HEAVY = {"torch", "polars", "pyarrow"}
 TORCH_BELONGS_TO = {"sizing", "wiring", "serving", "distributed", "embedding", "models", "training", "stages"}
 
 
+def of_every_module(check: Callable[[Path], None]) -> Callable[[], None]:
+    """Make one test of a check: it fails with every module that does."""
+
+    def test() -> None:
+        failed = []
+        for path in MODULES:
+            try:
+                check(path)
+            except AssertionError as error:
+                failed.append(f"{name_of(path)}: {error}")
+        assert not failed, "\n".join(failed)
+
+    test.__name__ = check.__name__
+    return test
+
+
+@cache
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def component(path: Path) -> str:
     first = path.relative_to(PACKAGE).parts[0]
     return first.removesuffix(".py")
@@ -141,7 +164,7 @@ def component(path: Path) -> str:
 
 def imports(path: Path) -> Iterator[str]:
     """Dotted names of everything a module imports, wherever it does so."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parse(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -153,7 +176,7 @@ def name_of(path: Path) -> str:
     return path.relative_to(PACKAGE).as_posix()
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
+@of_every_module
 def test_imports_point_one_way(path: Path):
     if path == PACKAGE / "__init__.py":
         return  # the root loads nothing until it is asked for something: see below
@@ -176,15 +199,17 @@ def test_ops_need_nothing_but_numpy_and_polars(path: Path):
     assert {name.split(".")[0] for name in imports(path)} <= known
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
+@of_every_module
 def test_torch_stays_where_models_are_trained(path: Path):
     if "torch" in {name.split(".")[0] for name in imports(path)}:
         assert component(path) in TORCH_BELONGS_TO
 
 
-@pytest.mark.parametrize("path", [path for path in MODULES if component(path) != "cli"], ids=name_of)
+@of_every_module
 def test_only_the_command_line_prints_or_exits(path: Path):
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    if component(path) == "cli":
+        return
+    for node in ast.walk(parse(path)):
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
             assert called not in {"print", "exit", "quit", "sys.exit", "os._exit", "typer.echo"}, called
@@ -193,9 +218,9 @@ def test_only_the_command_line_prints_or_exits(path: Path):
             assert "Exit" not in ast.unparse(node.exc), ast.unparse(node.exc)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
+@of_every_module
 def test_every_module_says_what_it_is(path: Path):
-    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or path.name == "__main__.py"
+    assert ast.get_docstring(parse(path)) or path.name == "__main__.py"
 
 
 # --- size ----------------------------------------------------------------------------------------------------
@@ -205,16 +230,16 @@ LONGER = {"datasets/synthetic.py"}
 """Files with one reason to change each."""
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
+@of_every_module
 def test_a_file_can_be_read_at_once(path: Path):
     num_lines = len(path.read_text(encoding="utf-8").splitlines())
     is_read_at_once = num_lines <= MOST_LINES_OF_A_FILE or name_of(path) in LONGER
     assert is_read_at_once, f"{num_lines} lines: split it by reason to change"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
+@of_every_module
 def test_a_function_fits_a_page(path: Path):
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parse(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             num_lines = (node.end_lineno or node.lineno) - node.lineno + 1
             assert num_lines <= MOST_LINES_OF_A_FUNCTION, f"`{node.name}` has {num_lines} lines"
@@ -247,18 +272,22 @@ ACROSS_MODULES = {
 TESTS = sorted(path.relative_to(ROOT / "tests").as_posix() for path in (ROOT / "tests").rglob("test_*.py"))
 
 
-@pytest.mark.parametrize("name", [name for name in TESTS if name not in ACROSS_MODULES])
-def test_a_test_module_mirrors_a_module(name: str):
+def test_a_test_module_mirrors_a_module():
     """`tests/io/test_raw.py` is for `slipstream/io/raw.py`; `test_raw_remote.py` would be for one side of it.
 
     The command line is tested as one, from outside.
     """
-    folder, own = Path(name).parent, Path(name).stem.removeprefix("test_")
+    alone = [name for name in TESTS if name not in ACROSS_MODULES and not mirrors_a_module(Path(name))]
+    assert alone == [], "move these tests to the module they are for, or name them in ACROSS_MODULES"
+
+
+def mirrors_a_module(name: Path) -> bool:
+    own = name.stem.removeprefix("test_")
     # tests/benchmarks mirrors benchmarks/, tests/examples examples/, all else the package
-    mirrored = ROOT / folder if folder.name in ("benchmarks", "examples") else PACKAGE / folder
-    assert any(
-        own == path.stem or own.startswith(f"{path.stem}_") for path in [*mirrored.glob("*.py"), PACKAGE / "cli"]
-    ), f"there is no {own}.py in {mirrored.relative_to(ROOT)}: move these tests, or name them in ACROSS_MODULES"
+    outside = name.parent.name in ("benchmarks", "examples")
+    mirrored = (ROOT if outside else PACKAGE) / name.parent
+    stems = [path.stem for path in [*mirrored.glob("*.py"), PACKAGE / "cli"]]
+    return any(own == stem or own.startswith(f"{stem}_") for stem in stems)
 
 
 def test_what_is_named_as_across_modules_is_there():
@@ -268,33 +297,44 @@ def test_what_is_named_as_across_modules_is_there():
 # --- starting fast -------------------------------------------------------------------------------------------
 
 _START = """
-import sys
+import json, sys
+import slipstream
 from slipstream.cli import app
-try:
-    app(sys.argv[1:])
-finally:
-    print("LOADED", *sorted(set(name.split(".")[0] for name in sys.modules)), file=sys.stderr)
+for arguments in [None, *json.loads(sys.argv[1])]:
+    try:
+        if arguments is not None:
+            app(arguments)
+    except SystemExit as ended:
+        assert not ended.code, arguments
+    print("LOADED", *sorted({name.split(".")[0] for name in sys.modules}), file=sys.stderr)
 """
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["--version"], ["check"], ["check", "--json"]])
-def test_what_needs_no_heavy_package_loads_none(arguments: list[str]):
-    done = subprocess.run([sys.executable, "-c", _START, *arguments], capture_output=True, text=True, check=False)
+def loaded_after(*commands: list[str]) -> list[set[str]]:
+    """Packages that one process has loaded with the command line, and after each of several commands."""
+    arguments = [sys.executable, "-c", _START, json.dumps(commands)]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    loaded = set(done.stderr.partition("LOADED")[2].split())
-    assert "typer" in loaded
-    assert not HEAVY & loaded
+    return [set(line.split()[1:]) for line in done.stderr.splitlines() if line.startswith("LOADED ")]
 
 
-@pytest.mark.parametrize("name", MODELS.names())
-def test_a_model_is_checked_and_planned_without_torch(tmp_path: Path, name: str):
-    source = next(iter(MODELS.get(name).sources), "criteo")
+def test_what_needs_no_heavy_package_loads_none():
+    helped = [["--help"], ["run", "--help"], ["--version"]]
+    checked = [["check"], ["check", "--json"]]
+    loaded = loaded_after(*helped, *checked)
+    assert len(loaded) == 6 and "typer" in loaded[0]
+    assert [HEAVY & packages for packages in loaded] == [set()] * 6
+    assert [packages & {"numpy"} for packages in loaded[:4]] == [set()] * 4, "no option of a command needs arrays"
+
+
+def test_every_model_is_checked_and_planned_without_torch(tmp_path: Path):
     (tmp_path / "log.txt").touch()
-    arguments = ["plan", "--runs", str(tmp_path), "--set", f'model={{name="{name}"}}', "--set"]
-    arguments += [f'dataset={{source="{source}", raw="{tmp_path}/log.txt"}}']
-    done = subprocess.run([sys.executable, "-c", _START, *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "torch" not in done.stderr.partition("LOADED")[2].split()
+    commands = []
+    for name in MODELS.names():
+        source = next(iter(MODELS.get(name).sources), "criteo")
+        settings = [f'model={{name="{name}"}}', f'dataset={{source="{source}", raw="{tmp_path}/log.txt"}}']
+        commands.append(["plan", "--runs", str(tmp_path), *(part for each in settings for part in ("--set", each))])
+    assert [packages & {"torch"} for packages in loaded_after(*commands)] == [set()] * (1 + len(commands))
 
 
 # --- the command line ----------------------------------------------------------------------------------------
@@ -369,7 +409,7 @@ def _documented_classes() -> dict[str, ast.ClassDef]:
     found = {}
     with_options = [PACKAGE / "config.py", PACKAGE / "distributed" / "options.py"]
     for path in [*with_options, *(PACKAGE / "models").glob("*.py")]:
-        body = ast.parse(path.read_text(encoding="utf-8")).body
+        body = parse(path).body
         found |= {node.name: node for node in body if isinstance(node, ast.ClassDef) and node.decorator_list}
     return found
 

@@ -87,9 +87,7 @@ def test_every_exact_mode_gives_the_same_model_to_the_bit(
         assert 0 < other.counts("train")["hit_ratio"] < 1
 
 
-def test_the_mean_is_of_the_last_steps_and_training_goes_on_from_the_weights(
-    tiny_runs: Path, fae: RunResult
-):
+def test_the_mean_is_of_the_last_steps_and_training_goes_on_from_the_weights(tiny_runs: Path, fae: RunResult):
     mean = train(tiny_runs, train__mode="fae", **AVERAGED)
     assert losses_of(mean) == losses_of(fae)
     assert not np.array_equal(predictions_of(mean, "test"), predictions_of(fae, "test"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -88,26 +87,17 @@ def test_the_names_and_their_summaries_are_those_of_the_modules():
     assert all(len(CRITERIA.summary(name)) > 10 for name in CRITERIA.names())
 
 
-@pytest.mark.parametrize("name", CRITERIA.names())
-def test_a_criterion_is_known_and_planned_without_heavy_packages(name: str):
-    code = (
-        "import sys; from slipstream.training.skipping.registry import make_criterion; "
-        "from slipstream.training.skipping.criterion import SkipRule; "
-        f"make_criterion(SkipRule(criterion={name!r}, target_drop=.1)).tracker_bytes(embedding_dim=4); "
-        "print(sorted({'torch', 'polars', 'pyarrow'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
-@pytest.mark.parametrize("name", CRITERIA.names())
-def test_the_concept_page_says_of_every_criterion_what_it_decides_about(name: str):
-    page = (ROOT / "docs" / "concepts" / "staleness.md").read_text(encoding="utf-8")
-    section = page.partition("\n## Controls\n")[2].partition("\n## ")[0]
-    rows = re.findall(rf"^\| `{name}`[^|]*\|[^|]*\| ([^|]*) \|", section, flags=re.MULTILINE)
-    cls = CRITERIA.get(name)
-    expected = "–" if not cls.drops else "`skip.scope`" if "all" in cls.scopes else "hot samples"
-    assert rows and set(rows) == {expected}
+def test_every_criterion_is_known_and_planned_without_heavy_packages():
+    code = """
+import sys
+from slipstream.training.skipping.criterion import SkipRule
+from slipstream.training.skipping.registry import CRITERIA, make_criterion
+for name in CRITERIA.names():
+    make_criterion(SkipRule(criterion=name, target_drop=.1)).tracker_bytes(embedding_dim=4)
+    assert not {"torch", "polars", "pyarrow"} & set(sys.modules), name
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", CRITERIA.names())
