@@ -105,7 +105,7 @@ def make_case(contender: str, args: argparse.Namespace) -> Case:
         rows[:, table] = np.minimum(ranks, size - 1) + offsets[table]
     counts = np.bincount(rows.ravel(), minlength=offsets[-1])
     num_hot = offsets[-1] if name in ON_DEVICE else max(len(sizes), int(offsets[-1] * float(share or 0)))
-    chosen = take_hot_rows(rank_rows(counts, offsets[:-1]), counts, num_rows=int(num_hot), num_oov=len(sizes))
+    chosen = take_hot_rows(rank_rows(counts, offsets[:-1]), counts, num_rows=int(num_hot), num_always=len(sizes))
     is_hot = chosen.is_hot if num_hot < offsets[-1] else np.ones(offsets[-1], bool)
     slots = assign_slots(is_hot)
     by_slot = np.empty_like(counts)

@@ -7,12 +7,12 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from slipstream.errors import ConfigError
-from slipstream.options import build, require, to_dict
+from slipstream.options import build, later, require, to_dict
 from slipstream.registry import ChoiceOf
-from slipstream.schema import LABEL
+from slipstream.schema import LABEL, Pooling
 
 _RESERVED = re.compile(rf"{LABEL}|day|(cat|int)_.*")
 
@@ -28,14 +28,20 @@ class LabelRule:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ListColumn:
+    """A column with several ids in a field, such as `Action|Comedy`; all of them have one embedding table."""
+
+    separator: str = "|"
+    """What stands between the values of a field. Values are taken as they are; empty ones are passed over."""
+    length: int
+    """Values that a sample keeps at most, the first ones; the report counts the lists that were longer."""
+    pooling: Pooling = "mean"
+    """How the rows of the values become one vector: `sum` or `mean`. That of an empty list is zero."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ColumnsConfig:
     """Columns of source `table`, by the names in the header, in `dataset.names` or in the Parquet files."""
-
-    refused: ClassVar[Mapping[str, str]] = {
-        "lists": "columns with several values in a field cannot be read yet; name the column in `sparse`, where the "
-        "whole text of a field is one value"
-    }
-    """Keys that people look for, and why they are not there."""
 
     label: str | LabelRule = ""
     """Column that holds 0 or 1 (or true, false); or a threshold, `{column = "rating", at_least = 4}`."""
@@ -43,6 +49,9 @@ class ColumnsConfig:
     """Columns of ids, integers or text: each has an embedding table. An empty field is a value like any other."""
     dense: tuple[str, ...] = ()
     """Columns of numbers; an empty field and NaN count as 0, and values have the precision of float32."""
+    lists: Mapping[str, ListColumn] = later({})
+    """Columns with several ids in a field, by name: `{genres = {separator = "|", length = 6, pooling = "mean"}}`.
+    Whatever order they are written in, they come after `sparse`, by name."""
     time: str = ""
     """Column that splits `by_day` and `by_time` go by: Unix time (seconds; milliseconds and finer are known by their
     size) or ISO text such as `2024-05-01T12:30:00Z`; in UTC where it names no zone."""
@@ -56,11 +65,18 @@ class ColumnsConfig:
         for key in ("sparse", "dense", "keep"):
             twice = [name for name, count in Counter(getattr(self, key)).items() if count > 1]
             require(not twice, f"dataset.columns.{key}", "a list that names no column twice", twice)
-        if self.label_column in {*self.sparse, *self.dense}:
+        twice = [name for name in self.lists if name in self.sparse]
+        require(not twice, "dataset.columns.lists", "columns that `sparse` does not name", twice)
+        for name, column in self.lists.items():
+            key = f"dataset.columns.lists.{name}"
+            require(column.length >= 1, f"{key}.length", "at least 1", column.length)
+            is_text = bool(column.separator) and not set(column.separator) & set("\r\n")
+            require(is_text, f"{key}.separator", "text without line breaks", column.separator)
+        if self.label_column in {*self.sparse, *self.dense, *self.lists}:
             raise ConfigError(
                 f"`dataset.columns` has `{self.label_column}` both as label and as feature: a model would read off "
                 "the answer",
-                hint="take it out of `sparse` and `dense`",
+                hint="take it out of `sparse`, `dense` and `lists`",
             )
         reserved = [name for name in self.keep if _RESERVED.fullmatch(name)]
         require(
@@ -78,8 +94,8 @@ class ColumnsConfig:
     @property
     def used(self) -> list[str]:
         """Every column that is read, each once."""
-        named = [self.label_column, *self.sparse, *self.dense, *([self.time] if self.time else []), *self.keep]
-        return list(dict.fromkeys(named))
+        features = [*self.sparse, *self.dense, *sorted(self.lists)]
+        return list(dict.fromkeys([self.label_column, *features, *([self.time] if self.time else []), *self.keep]))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,7 +122,7 @@ class TableLayout:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for fingerprints and model.json."""
-        return to_dict(self)
+        return to_dict(self, execution=False)
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> TableLayout:
@@ -188,5 +204,5 @@ def _check_table(source: str, columns: ColumnsConfig, *, layout: TableLayout, ma
             "missing key `dataset.columns.label`",
             hint="source table must be told its columns; `slipstream init FILE` writes a pipeline that does",
         )
-    require(bool(columns.sparse), "dataset.columns.sparse", "a list of at least one column", [])
+    require(bool(columns.sparse or columns.lists), "dataset.columns.sparse", "a list of at least one column", [])
     require(max_ind_range == 0, "dataset.max_ind_range", "left out with source table", max_ind_range)

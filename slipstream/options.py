@@ -30,7 +30,12 @@ def speed_only(default: Any) -> Any:
 
 
 def later(default: Any) -> Any:
-    """Give a field that came after artifacts were first published: at its default it stays out of fingerprints."""
+    """Give a field that came after artifacts were first published: at its default it stays out of fingerprints.
+
+    A default that is a mapping is made anew for each object.
+    """
+    if isinstance(default, Mapping):
+        return field(default_factory=lambda: dict(default), metadata={"later": True})
     return field(default=default, metadata={"later": True})
 
 
@@ -141,8 +146,6 @@ def build(cls: type[_T], tree: Mapping[str, Any], prefix: str = "") -> _T:
     hints = get_type_hints(cls, include_extras=True)
     specs = {spec.name: spec for spec in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in tree:
-        if key in getattr(cls, "refused", {}):
-            raise ConfigError(f"`{prefix}{key}`: {cls.refused[key]}")  # type: ignore[attr-defined]
         if key not in specs:
             hint = did_you_mean(key, specs, prefix=prefix) or f"known keys: {', '.join(specs)}"
             raise ConfigError(f"unknown key `{prefix}{key}`", hint=hint)
@@ -165,7 +168,8 @@ def to_dict(config: Any, *, execution: bool = True) -> dict[str, Any]:
     """
     plain: dict[str, Any] = {}
     for spec in dataclasses.fields(config):
-        is_later_default = spec.metadata.get("later") and getattr(config, spec.name) == spec.default
+        default = spec.default if spec.default_factory is dataclasses.MISSING else spec.default_factory()
+        is_later_default = spec.metadata.get("later") and getattr(config, spec.name) == default
         if not execution and (spec.metadata.get("execution") or is_later_default):
             continue
         plain[spec.name] = _plain(getattr(config, spec.name), execution=execution)

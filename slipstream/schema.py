@@ -11,7 +11,8 @@ A sample moves through three id spaces; every module says which one it speaks:
 Column names of processed samples are TorchRec's: `label`, `int_0`…, `cat_0`….
 """
 
-from typing import Final
+from dataclasses import dataclass
+from typing import Final, Literal
 
 LABEL: Final = "label"
 SPLITS: Final = ("train", "val", "test")
@@ -22,6 +23,23 @@ MISSING_ID: Final = -(2**63)
 """The raw id of an empty field: a value like any other, and the first in raw-id order."""
 OOV_ROW: Final = 0
 """The row of unknown and rare values, in every table; always hot."""
+
+
+Pooling = Literal["sum", "mean"]
+"""How the rows of a bag become one vector."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bag:
+    """Looked-up columns of one table that a model sees as one: a list of values, its rows pooled.
+
+    Lists shorter than there are columns end with padding, which counts for nothing; an empty one is a zero vector.
+    """
+
+    columns: tuple[int, ...]
+    """Numbers of the columns, in the order of the values."""
+    pooling: Pooling
+    """Sum of the values' rows, or their mean."""
 
 
 def dense_name(index: int) -> str:

@@ -103,7 +103,7 @@ def trained_row_bytes(config: PipelineConfig) -> int:
     return 4 * width * (2 if config.train.average else 1) + OPTIMIZERS.get(config.train.optimizer).state_bytes(width)
 
 
-def affordable_rows(budget: str | int, num_rows: int, num_oov: int, row_bytes: int) -> int:
+def affordable_rows(budget: str | int, num_rows: int, num_oov: int, row_bytes: int, *, num_padding: int = 0) -> int:
     """Count the rows that a hot budget holds.
 
     Args:
@@ -111,16 +111,19 @@ def affordable_rows(budget: str | int, num_rows: int, num_oov: int, row_bytes: i
         num_rows: V; more are never hot.
         num_oov: OOV rows, which always are.
         row_bytes: Accelerator bytes of one hot row, all included.
+        num_padding: Rows that stand for padding, which are always hot too.
 
     Raises:
-        CapacityError: The OOV rows alone take more.
+        CapacityError: The rows that are always hot take more.
     """
     asked = parse_budget(budget, total_bytes=num_rows * row_bytes)
     affordable = min(asked // row_bytes, num_rows)
-    if affordable < num_oov:
+    num_always = num_oov + num_padding
+    if affordable < num_always:
+        padding = f" and {num_padding} padding rows" if num_padding else ""
         raise CapacityError(
             f"`segregate.hot_budget` = {budget} is {asked:,} bytes and holds {affordable} rows of {row_bytes} "
-            f"bytes; the OOV rows of {num_oov} tables are always hot",
-            hint=f"raise it to at least {num_oov * row_bytes} bytes",
+            f"bytes; the OOV rows of {num_oov} tables{padding} are always hot",
+            hint=f"raise it to at least {num_always * row_bytes} bytes",
         )
     return affordable

@@ -62,10 +62,13 @@ def _raw_inputs(config: PipelineConfig, progress: Progress) -> dict[str, str]:
 
 def _profile_settings(config: PipelineConfig) -> dict[str, Any]:
     segregate = config.segregate
-    return to_dict(config.profile, execution=False) | {
+    settings = to_dict(config.profile, execution=False) | {
         "sample_aware_power": segregate.sample_aware_power,
         "sample_aware_rounds": segregate.sample_aware_rounds,
     }
+    if config.dataset.source == "taobao":
+        settings["counts_padding"] = False  # it did once
+    return settings
 
 
 def _segregate_settings(config: PipelineConfig) -> dict[str, Any]:

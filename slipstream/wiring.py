@@ -42,16 +42,16 @@ ROUND_SAMPLES = 1_000_000
 """Most samples of a round."""
 
 
-def choose_tables(config: TablesConfig, tables: Mapping[str, int], padding_rows: Mapping[str, int]) -> list[TableSpec]:
+def choose_tables(config: TablesConfig, tables: Mapping[str, int], zero_rows: Mapping[str, int]) -> list[TableSpec]:
     """Decide how each table is held.
 
     Args:
         config: Section `tables`.
         tables: Rows of each table, in order.
-        padding_rows: Tables with a row that stays zero, and that row.
+        zero_rows: Tables with a row that must be zero, since the model knows padding by that, and that row.
 
     Raises:
-        ConfigError: An override names no table, or a table with padding would be held as cores.
+        ConfigError: An override names no table, or a table whose padding must be a row of zeros would be held as cores.
     """
     for name in config.overrides:
         if name not in tables:
@@ -62,7 +62,7 @@ def choose_tables(config: TablesConfig, tables: Mapping[str, int], padding_rows:
     for name, num_rows in tables.items():
         choice = config.choice_for(name, num_rows)
         assert choice.representation and choice.scale_per and choice.period and choice.tt_ranks
-        if choice.representation == "tt" and name in padding_rows:
+        if choice.representation == "tt" and name in zero_rows:
             raise ConfigError(
                 f"table `{name}` has a padding row, which must stay zero, and tensor-train cores have no single rows",
                 hint=f'give it rows: [tables.overrides.{name}] representation = "dense"',
@@ -118,6 +118,7 @@ def put_together(
         layout=layout,
         specs=specs,
         padding_rows=figures.padding_rows or {},
+        bags=figures.bags or (),
         counts=counts,
         network=config.model,
         linear_bits=config.tables.quantize_linears,
@@ -152,6 +153,7 @@ def put_together_weightless(
         layout=layout,
         specs=specs,
         padding_rows=figures.padding_rows or {},
+        bags=figures.bags or (),
         counts=counts,
         network=config.model,
         linear_bits=config.tables.quantize_linears,
@@ -193,7 +195,13 @@ def make_trainer(
     look_ahead: Any = SharedLookAhead if isinstance(parts.rows, ShardedRows) else LookAhead
     return Trainer(
         step=parts.step,
-        lookahead=look_ahead(parts.rows, parts.placement, chunk_batches=chunk_batches, columns=parts.columns),
+        lookahead=look_ahead(
+            parts.rows,
+            parts.placement,
+            chunk_batches=chunk_batches,
+            columns=parts.columns,
+            padding=parts.representations.padded,
+        ),
         lr_schedule=partial(learning_rate, lr=train.lr, warmup=train.lr_warmup, decay=train.lr_decay),
         skipper=Skipper(skip_rule_of(config, parts), columns=parts.columns),
         schedule=schedule,

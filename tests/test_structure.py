@@ -260,6 +260,7 @@ ACROSS_MODULES = {
     "report/test_html.py": "the HTML pages, from facts to charts",
     "stages/test_altered_inputs.py": "every stage refuses altered files",
     "stages/test_hostile_input.py": "every stage names what is wrong with a log",
+    "stages/test_lists.py": "lists of values, through every stage",
     "stages/test_resume.py": "killed stages go on",
     "test_docs.py": "the documents",
     "test_gpu_marker.py": "the marker that chooses tests",

@@ -225,6 +225,7 @@ def _parse_block(block: RawBlock, source: Source, store: ParsedStore) -> ParsedC
         end=block.end,
         day_counts=day_counts,
         stored=block.stored,
+        lists={name: dict(counts) for name, counts in parsed.lists.items()},
     )
     store.write(chunk, parsed.samples, rejects, dense, parsed.texts)
     return chunk

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -12,7 +12,7 @@ import polars as pl
 
 from slipstream.dataset_schema import TableLayout
 from slipstream.ops.delimited import read_fields
-from slipstream.schema import LABEL
+from slipstream.schema import LABEL, Bag
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,6 +27,9 @@ class ParsedBlock:
     """Positions of rejected lines in the block, ascending. Shape (R,), int64."""
     num_lines: int
     """Lines read: samples and rejects."""
+    lists: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Of the first column of each bag: `values` of all samples, `empty` lists, and lists that were `cut` because they
+    were longer than the bag has columns."""
     texts: pl.DataFrame | None = None
     """What raw ids stand for that do not say it themselves: `column` (`cat_0`…), `raw_id` Int64, `text` String, each
     pair once; None where `format_raw_ids` can write all of them."""
@@ -78,6 +81,11 @@ class Source(Protocol):
     @property
     def padded_tables(self) -> tuple[int, ...]:
         """Tables where MISSING_ID stands for "nothing here": its row stays zero and is never updated."""
+        return ()
+
+    @property
+    def bags(self) -> tuple[Bag, ...]:
+        """Columns whose rows a model sees pooled, first columns ascending; their tables are padded."""
         return ()
 
     @property

@@ -3,10 +3,13 @@
 Lines are CSV as Python's `csv` module reads it, but that a quoted field ends on its line. A file's header is found by
 its names and counted as a rejected line, so that lines = samples + rejects. Parquet files are read by column names.
 
-    int_0…  the dense columns as they were listed      cat_0…  the sparse ones      day  periods since 1970, of `time`
+    int_0…  the dense columns as they were listed
+    cat_0…  the sparse ones, then the first value of each list, lists by name; then their second and later values
+    day     periods since 1970, of `time`
 
 The raw id of a whole number from 0 up, written plainly, is that number; that of any other text is a negative 63-bit
-hash of it, and what it stands for goes along. So 7 and "007" are two values, in integers and in text alike.
+hash of it, and what it stands for goes along. So 7 and "007" are two values, in integers and in text alike. Values of
+a list are ids of the same kind; what a list has fewer of than it may is MISSING_ID.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import csv
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from io import StringIO
 from itertools import islice
 
@@ -22,7 +26,7 @@ import numpy as np
 import polars as pl
 import xxhash
 
-from slipstream.dataset_schema import LabelRule, TableLayout
+from slipstream.dataset_schema import LabelRule, ListColumn, TableLayout
 from slipstream.datasets.columns import as_text
 from slipstream.datasets.source import ColumnarSource, ParsedBlock, SourceOptions
 from slipstream.datasets.times import EXPECTED_TIME, count_periods
@@ -30,7 +34,7 @@ from slipstream.errors import DataError, did_you_mean
 from slipstream.io.raw import is_parquet, read_blocks
 from slipstream.ops.delimited import read_fields
 from slipstream.ops.quoting import unquote
-from slipstream.schema import LABEL, MISSING_ID, dense_name, table_name
+from slipstream.schema import LABEL, MISSING_ID, Bag, dense_name, table_name
 
 _LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1, "False": 0, "True": 1, "FALSE": 0, "TRUE": 1}
 _FIELD = rb'(?:"(?:[^"\n]|"")*"(?=%s|\r?$)|[^%s\n]*)'
@@ -53,6 +57,8 @@ class TableSource(ColumnarSource):
 
     def __init__(self, layout: TableLayout) -> None:
         self._layout, self._columns = layout, layout.columns
+        self._lists = dict(sorted(layout.columns.lists.items()))
+        self._bags = _make_bags(list(self._lists.values()), first=len(self._columns.sparse))
         field = _FIELD % ((re.escape(self.separator.encode()),) * 2)
         before = (field + re.escape(self.separator.encode())) * self.fields.index(self.label_field)
         self._before_label = re.compile(rb"^(?!\Z)" + before, re.MULTILINE)
@@ -64,8 +70,25 @@ class TableSource(ColumnarSource):
 
     @property
     def num_tables(self) -> int:
-        """Number of sparse columns."""
-        return len(self._columns.sparse)
+        """Number of sparse columns and lists."""
+        return len(self._columns.sparse) + len(self._lists)
+
+    @property
+    def table_of_column(self) -> tuple[int, ...]:
+        """One for each sparse column; one for all columns of a list."""
+        table_of = {column: bag.columns[0] for bag in self._bags for column in bag.columns}
+        num_columns = len(self._columns.sparse) + sum(len(bag.columns) for bag in self._bags)
+        return tuple(table_of.get(column, column) for column in range(num_columns))
+
+    @property
+    def padded_tables(self) -> tuple[int, ...]:
+        """Those of lists."""
+        return tuple(bag.columns[0] for bag in self._bags)
+
+    @property
+    def bags(self) -> tuple[Bag, ...]:
+        """The columns of each list."""
+        return self._bags
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -90,8 +113,12 @@ class TableSource(ColumnarSource):
     @property
     def column_names(self) -> dict[str, str]:
         """Names in the files."""
-        dense = {dense_name(index): name for index, name in enumerate(self._columns.dense)}
-        return dense | {table_name(index): name for index, name in enumerate(self._columns.sparse)}
+        names = {dense_name(index): name for index, name in enumerate(self._columns.dense)}
+        names |= {table_name(index): name for index, name in enumerate(self._columns.sparse)}
+        for name, bag in zip(self._lists, self._bags, strict=True):
+            later = {table_name(column): f"{name}[{place}]" for place, column in enumerate(bag.columns)}
+            names |= later | {table_name(bag.columns[0]): name}
+        return names
 
     def parse(self, data: bytes) -> ParsedBlock:
         """Turn whole lines into samples and rejects."""
@@ -102,14 +129,26 @@ class TableSource(ColumnarSource):
         rejected = bad.arg_true().to_numpy().astype(np.int64)
         if rejected.size:
             text, numbers = text.filter(~bad), numbers.filter(~bad)
-        sparse, texts = [], []
+        sparse: dict[int, pl.Series] = {}
+        texts, counts = [], {}
         for index, name in enumerate(self._columns.sparse):
             raw_ids, stands_for = _find_raw_ids(text.get_column(name))
-            sparse.append(raw_ids.alias(table_name(index)))
-            texts.append(stands_for.select(pl.lit(table_name(index)).alias("column"), "raw_id", "text"))
+            sparse[index] = raw_ids
+            texts.append(_name_texts(stands_for, index))
+        for (name, column), bag in zip(self._lists.items(), self._bags, strict=True):
+            found = _find_lists(text.get_column(name), column)
+            sparse |= dict(zip(bag.columns, found.columns, strict=True))
+            texts.append(_name_texts(found.texts, bag.columns[0]))
+            counts[table_name(bag.columns[0])] = found.counts
+        named = [sparse[index].alias(table_name(index)) for index in range(len(sparse))]
         kept = [text.get_column(name) for name in self._columns.keep]
-        samples = pl.DataFrame([*numbers.iter_columns(), *sparse, *kept])
-        return ParsedBlock(samples=samples, rejected_lines=rejected, num_lines=bad.len(), texts=pl.concat(texts))
+        return ParsedBlock(
+            samples=pl.DataFrame([*numbers.iter_columns(), *named, *kept]),
+            rejected_lines=rejected,
+            num_lines=bad.len(),
+            lists=counts,
+            texts=pl.concat(texts),
+        )
 
     def explain(self, line: bytes) -> str:
         """Say why a line that `parse` rejected is no sample."""
@@ -223,7 +262,7 @@ class TableSource(ColumnarSource):
             problems.append((self._columns.time, EXPECTED_TIME, periods.is_null()))
             columns.append(periods.alias("day"))
         if _loses_text(plain):
-            for name in dict.fromkeys([*self._columns.sparse, *self._columns.keep]):
+            for name in dict.fromkeys([*self._columns.sparse, *self._lists, *self._columns.keep]):
                 is_lost = text.get_column(name).str.contains(_LOST, literal=True).fill_null(value=False)
                 problems.append((name, "UTF-8 text without line breaks", is_lost))
         return text, pl.DataFrame(columns), problems
@@ -336,6 +375,59 @@ def _find_raw_ids(text: pl.Series) -> tuple[pl.Series, pl.DataFrame]:
     raw_ids[is_hashed.to_numpy()] = negative
     places = encoded.indices.to_numpy(zero_copy_only=False)
     return pl.Series(raw_ids[places]), pl.DataFrame({"raw_id": negative, "text": hashed})
+
+
+@dataclass(frozen=True, slots=True)
+class _Lists:
+    """The lists of a column."""
+
+    columns: list[pl.Series]
+    """Raw ids of the first values, the second ones, …; MISSING_ID where a list has ended."""
+    texts: pl.DataFrame
+    """`raw_id` and `text` of the values that are hashes."""
+    counts: dict[str, int]
+    """As in `ParsedBlock.lists`."""
+
+
+def _find_lists(text: pl.Series, column: ListColumn) -> _Lists:
+    """Cut the fields of a column into values. Each distinct field is cut once."""
+    encoded = text.to_arrow(compat_level=pl.CompatLevel.oldest()).dictionary_encode(null_encoding="encode")
+    fields = pl.Series("value", encoded.dictionary, dtype=pl.String).fill_null("")
+    field_of_sample = encoded.indices.to_numpy(zero_copy_only=False)
+    values = pl.DataFrame([pl.Series("field", np.arange(len(fields))), fields.str.split(column.separator)])
+    values = values.explode("value").filter(pl.col("value") != "")
+    field_of_value = values.get_column("field").to_numpy()
+    # values stand field by field, so a value's place in its list is its own number less that of the field's first value
+    lengths = np.bincount(field_of_value, minlength=len(fields))
+    places = np.arange(len(field_of_value)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    is_kept = places < column.length
+    raw_ids, stands_for = _find_raw_ids(values.get_column("value").filter(pl.Series(is_kept)))
+    of_field = np.full((column.length, len(fields)), MISSING_ID)
+    of_field[places[is_kept], field_of_value[is_kept]] = raw_ids.to_numpy()
+    samples_of_field = np.bincount(field_of_sample, minlength=len(fields))
+    return _Lists(
+        columns=[pl.Series(raw_ids_at[field_of_sample]) for raw_ids_at in of_field],
+        texts=stands_for,
+        counts={
+            "values": int(samples_of_field @ np.minimum(lengths, column.length)),
+            "empty": int(samples_of_field[lengths == 0].sum()),
+            "cut": int(samples_of_field[lengths > column.length].sum()),
+        },
+    )
+
+
+def _make_bags(lists: Sequence[ListColumn], *, first: int) -> tuple[Bag, ...]:
+    """Give each list its columns: the first ones of all lists from number `first` on, then the others, list by list."""
+    bags, later = [], first + len(lists)
+    for index, column in enumerate(lists):
+        others = range(later, later + column.length - 1)
+        later = others.stop
+        bags.append(Bag(columns=(first + index, *others), pooling=column.pooling))
+    return tuple(bags)
+
+
+def _name_texts(texts: pl.DataFrame, column: int) -> pl.DataFrame:
+    return texts.select(pl.lit(table_name(column)).alias("column"), "raw_id", "text")
 
 
 def _loses_text(data: bytes) -> bool:

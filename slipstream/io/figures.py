@@ -13,12 +13,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass
 from functools import cache
+from types import UnionType
 from typing import Any, ClassVar, Self, TypeVar, get_args, get_origin, get_type_hints
+
+import numpy as np
 
 from slipstream.errors import ArtifactError
 from slipstream.io.artifacts import Artifact
-from slipstream.ops.hot_set import CurvePoint
+from slipstream.ops.hot_set import CurvePoint, table_offsets
 from slipstream.ops.metrics import Quality
+from slipstream.schema import Bag
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,12 +106,40 @@ class TableFigures(Figures):
     table_of_column: list[int] | None = None
     """Table, by position, that each sparse column looks up; None where column i looks up table i."""
     padding_rows: dict[str, int] | None = None
-    """Tables with a row that stands for padding, and that row."""
+    """Tables with a row that stands for padding, and that row; it is no lookup."""
+    bags: list[Bag] | None = None
+    """Columns that the model sees pooled."""
 
     @property
     def column_tables(self) -> list[int]:
         """Table, by position, that each sparse column looks up."""
         return list(range(len(self.rows_per_table))) if self.table_of_column is None else self.table_of_column
+
+    @property
+    def zero_rows(self) -> dict[str, int]:
+        """Padding rows of tables that no bag looks up: there a model knows padding by its zeros."""
+        pooled = {self.column_tables[bag.columns[0]] for bag in self.bags or ()}
+        padded = self.padding_rows or {}
+        return {
+            name: padded[name] for at, name in enumerate(self.rows_per_table) if name in padded and at not in pooled
+        }
+
+    def global_padding_rows(self) -> np.ndarray:
+        """Give the padding rows, counted through all tables. Shape (P,), int64."""
+        offsets = dict(zip(self.rows_per_table, table_offsets(list(self.rows_per_table.values())), strict=False))
+        return np.array([offsets[name] + row for name, row in (self.padding_rows or {}).items()], np.int64)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ListFigures:
+    """What the lists of one column were like, over all samples that were read."""
+
+    values: int
+    """That samples have, all together."""
+    empty: int
+    """Samples without any."""
+    cut: int
+    """Samples that had more, and kept the first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,6 +175,8 @@ class PreprocessFigures(TableFigures):
     """Dense columns of what was before each line, behind all others: fields of `slipstream.ops.past.PastEncoding`."""
     negatives_left_out: int | None = None
     """Training negatives not kept, where a share of them is."""
+    lists: dict[str, ListFigures] | None = None
+    """By table, where samples have lists of values."""
     warnings: list[str] = field(default_factory=list)
     """What looks wrong though nothing failed."""
 
@@ -272,6 +306,10 @@ def _read(hint: Any, value: Any) -> Any:
         specs: Mapping[str, Any] = {_key(spec): spec for spec in fields(hint)}
         known = {key: spec for key, spec in specs.items() if key in value}
         return hint(**{spec.name: _read(_hints(hint)[spec.name], value[key]) for key, spec in known.items()})
+    if isinstance(hint, UnionType):
+        return None if value is None else _read(get_args(hint)[0], value)
+    if get_origin(hint) is tuple:
+        return tuple(_read(get_args(hint)[0], one) for one in value)
     if get_origin(hint) is list:
         return [_read(get_args(hint)[0], one) for one in value]
     if get_origin(hint) is dict:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +47,8 @@ class ParsedChunk:
     """Samples per day; one entry, the file index, where the source has no day column."""
     stored: int = 0
     """Bytes of the file, as it is stored, that were read up to here."""
+    lists: dict[str, dict[str, int]] = field(default_factory=dict)
+    """What it has of lists: see `ParsedBlock.lists`."""
 
 
 class ParsedStore:

@@ -10,7 +10,7 @@ nearest holds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -30,7 +30,7 @@ class Served:
     hot_rows: int
     """H: as many as asked for, or fewer where no more rows were ever looked up."""
     access_threshold: int | None
-    """Λ: the count of the least used hot row outside OOV, 0 when there is none; known of `frequency` alone."""
+    """Λ: count of the least used hot row, OOV and padding aside, 0 when there is none; known of `frequency` alone."""
     hit_ratio: float
     """Lookups that find a hot row."""
     hot_sample_share: float
@@ -61,6 +61,7 @@ class HitCurve:
         offsets: Global row of each table's row 0, the OOV row, and V at the end. Shape (T + 1,).
         column_tables: Table of each column. Length F.
         points: By policy, what the profile measured on training samples; those of `frequency` are needed.
+        padded: Tables with a row that stands for padding: it counts nothing and is always hot.
     """
 
     def __init__(
@@ -69,14 +70,18 @@ class HitCurve:
         offsets: np.ndarray,
         column_tables: Sequence[int],
         points: Mapping[str, Sequence[CurvePoint]],
+        padded: Collection[int] = (),
     ) -> None:
         self.num_rows, self.num_tables = len(counts), len(offsets) - 1
+        self._num_padding: np.ndarray = np.array([int(table in padded) for table in range(self.num_tables)])
+        self.num_always = self.num_tables + int(self._num_padding.sum())
+        """OOV and padding rows, which are always hot."""
         self._column_tables = np.asarray(column_tables)
         tables = [counts[start:stop] for start, stop in pairwise(offsets)]
         self._oov = np.array([table[0] for table in tables], np.int64)
         # of each table the counts beyond OOV, ascending, as searchsorted wants them; rows are ranked, so this is a
-        # matter of turning them round
-        self._ascending = [np.sort(table[1:][::-1]) for table in tables]
+        # matter of turning them round; a padding row is one of those at the beginning that count nothing
+        self._ascending = [np.sort(table[1:][::-1])[num:] for table, num in zip(tables, self._num_padding, strict=True)]
         self._served = [np.concatenate([[0], np.cumsum(table[::-1])]) for table in self._ascending]
         self._lookups = np.array([own + served[-1] for own, served in zip(self._oov, self._served, strict=True)])
         self.lookups = int(self._lookups.sum())
@@ -128,11 +133,14 @@ class HitCurve:
         return self._least(lambda num_rows: self.at(policy, num_rows).hot_sample_share >= share)
 
     def hot_rows_by_table(self, num_rows: int) -> np.ndarray:
-        """Say how many rows of each table are hot under policy `frequency`, OOV included. Shape (T,)."""
+        """Say how many rows of each table are hot under policy `frequency`, OOV and padding included. Shape (T,)."""
         num_rows = self._clip(num_rows)
         if num_rows == self.num_rows:
-            return np.array([1 + len(table) for table in self._ascending])
-        return 1 + self._taken(num_rows)[1]
+            beyond = np.array([len(table) for table in self._ascending])
+        else:
+            beyond = self._taken(num_rows)[1]
+        found: np.ndarray = 1 + self._num_padding + beyond
+        return found
 
     # --- what has to move ---
 
@@ -155,7 +163,7 @@ class HitCurve:
         if policy != "frequency":
             num_rows = self.rows_for_hits("frequency", self.at(policy, num_rows).hit_ratio)
         # rows outside OOV are taken from the most used on: of each distinct count so many stay cold
-        hot = num_rows - self.num_tables
+        hot = num_rows - self.num_always
         cold = np.clip(self._rows_down_to - hot, 0, self._num)
         used = self._values > 0
         share = np.minimum(self._values[used] / max(num_samples, 1), 1 - 1e-12)
@@ -170,11 +178,11 @@ class HitCurve:
         """Give the rows that a set of this size has: those never looked up stay cold, unless all fit."""
         if num_rows >= self.num_rows:
             return self.num_rows
-        return min(max(num_rows, self.num_tables), self.num_tables + self._used)
+        return min(max(num_rows, self.num_always), self.num_always + self._used)
 
     def _taken(self, num_rows: int) -> tuple[int, np.ndarray]:
         """Λ, and the rows of each table beyond OOV that are among the most used `num_rows`. Shape (T,)."""
-        beyond = num_rows - self.num_tables
+        beyond = num_rows - self.num_always
         if beyond <= 0:
             return 0, np.zeros(self.num_tables, np.int64)
         threshold = self._values[np.searchsorted(self._rows_down_to, beyond)]
@@ -199,7 +207,7 @@ class HitCurve:
         """Set the measured points against counts alone: (log rows, misses over misses), (log rows, ρ)."""
         misses, exponents = [], []
         for point in sorted(points, key=lambda point: point.hot_rows):
-            if not self.num_tables < point.hot_rows < self.num_rows:
+            if not self.num_always < point.hot_rows < self.num_rows:
                 continue
             _, hit_ratio, independent = self._by_frequency(point.hot_rows)
             at = np.log(point.hot_rows)
@@ -210,7 +218,7 @@ class HitCurve:
         return _columns(misses), _columns(exponents)
 
     def _least(self, suffices: Callable[[int], bool]) -> int:
-        low, high = self.num_tables, self.num_rows
+        low, high = self.num_always, self.num_rows
         while low < high:
             middle = (low + high) // 2
             if suffices(middle):

@@ -1,7 +1,7 @@
 """Which rows are hot.
 
 Rows of all tables are numbered as one list here, `global row` = rows of the tables before + row, because one
-budget serves all tables. The OOV row of every table is always hot.
+budget serves all tables. The OOV row of every table is always hot, and so is a row that stands for padding.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class HotSet:
     is_hot: np.ndarray
     """Whether each global row is hot. Shape (V,), bool."""
     access_threshold: int
-    """Λ: the access count of the least used hot row outside OOV; 0 when there is none."""
+    """Λ: the access count of the least used hot row, OOV and padding aside; 0 when there is none."""
 
     @property
     def num_hot(self) -> int:
@@ -50,12 +50,12 @@ def table_offsets(rows_per_table: Sequence[int]) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(rows_per_table)]).astype(np.int64)
 
 
-def rank_rows(counts: np.ndarray, oov_rows: np.ndarray, scores: np.ndarray | None = None) -> np.ndarray:
-    """Order global rows from the hottest on: OOV rows, then by score, then count, then table and row.
+def rank_rows(counts: np.ndarray, always_hot: np.ndarray, scores: np.ndarray | None = None) -> np.ndarray:
+    """Order global rows from the hottest on: those that are always hot, then by score, then count, then table and row.
 
     Args:
         counts: Accesses per global row. Shape (V,), integer, >= 0.
-        oov_rows: Global rows of the OOV rows. Shape (T,).
+        always_hot: Global rows that are hot whatever they count: those of OOV and padding. Shape (A,).
         scores: What to rank by instead of counts. Shape (V,), float.
 
     Returns:
@@ -70,51 +70,51 @@ def rank_rows(counts: np.ndarray, oov_rows: np.ndarray, scores: np.ndarray | Non
     if counts.size and int(counts.min()) < 0:
         raise ValueError(f"expected counts of at least 0, found {int(counts.min())}")
     keys = counts.astype(np.float64) if scores is None else scores.copy()
-    keys[oov_rows] = np.inf
+    keys[always_hot] = np.inf
     order = np.argsort(-counts, kind="stable") if scores is not None else np.arange(len(counts))
     return order[np.argsort(-keys[order], kind="stable")]
 
 
-def take_hot_rows(ranked: np.ndarray, counts: np.ndarray, *, num_rows: int, num_oov: int) -> HotSet:
+def take_hot_rows(ranked: np.ndarray, counts: np.ndarray, *, num_rows: int, num_always: int) -> HotSet:
     """Make the first `num_rows` of a ranking hot; rows never accessed stay cold even if they fit.
 
     Args:
-        ranked: Global rows, hottest first, OOV rows leading. Shape (V,).
+        ranked: Global rows, hottest first, those that are always hot leading. Shape (V,).
         counts: Accesses per global row. Shape (V,).
-        num_rows: H asked for, at least `num_oov`.
-        num_oov: Number of OOV rows.
+        num_rows: H asked for, at least `num_always`.
+        num_always: A, how many are always hot.
 
     Raises:
-        ValueError: `num_rows` is below `num_oov` or above V.
+        ValueError: `num_rows` is below `num_always` or above V.
     """
-    if not num_oov <= num_rows <= len(ranked):
-        raise ValueError(f"expected {num_oov} to {len(ranked)} hot rows, found {num_rows}")
+    if not num_always <= num_rows <= len(ranked):
+        raise ValueError(f"expected {num_always} to {len(ranked)} hot rows, found {num_rows}")
     chosen = ranked[:num_rows]
-    beyond_oov = chosen[num_oov:][counts[chosen[num_oov:]] > 0]
+    others = chosen[num_always:][counts[chosen[num_always:]] > 0]
     is_hot = np.zeros(len(ranked), bool)
-    is_hot[ranked[:num_oov]] = True
-    is_hot[beyond_oov] = True
-    threshold = int(counts[beyond_oov].min()) if beyond_oov.size else 0
+    is_hot[ranked[:num_always]] = True
+    is_hot[others] = True
+    threshold = int(counts[others].min()) if others.size else 0
     return HotSet(is_hot=is_hot, access_threshold=threshold)
 
 
-def take_all_rows(counts: np.ndarray, oov_rows: np.ndarray) -> HotSet:
+def take_all_rows(counts: np.ndarray, always_hot: np.ndarray) -> HotSet:
     """Make every row hot, those never accessed too."""
-    beyond_oov = np.delete(counts, oov_rows)
-    return HotSet(is_hot=np.ones(len(counts), bool), access_threshold=int(beyond_oov.min()) if beyond_oov.size else 0)
+    others = np.delete(counts, always_hot)
+    return HotSet(is_hot=np.ones(len(counts), bool), access_threshold=int(others.min()) if others.size else 0)
 
 
-def take_above_threshold(counts: np.ndarray, oov_rows: np.ndarray, *, access_threshold: int) -> HotSet:
-    """Make every row counted at least Λ times hot, and the OOV rows."""
+def take_above_threshold(counts: np.ndarray, always_hot: np.ndarray, *, access_threshold: int) -> HotSet:
+    """Make every row counted at least Λ times hot, and those that always are."""
     is_hot = counts >= max(access_threshold, 1)
-    is_hot[oov_rows] = True
+    is_hot[always_hot] = True
     return HotSet(is_hot=is_hot, access_threshold=access_threshold)
 
 
 def choose_hot_rows(
     policy: str,
     counts: np.ndarray,
-    oov_rows: np.ndarray,
+    always_hot: np.ndarray,
     samples: Callable[[], Iterable[np.ndarray]],
     *,
     num_rows: int,
@@ -126,22 +126,22 @@ def choose_hot_rows(
     Args:
         policy: `frequency` or `sample-aware`.
         counts: Accesses per global row. Shape (V,), integer.
-        oov_rows: Global rows of the OOV rows, which are always hot. Shape (T,).
+        always_hot: Global rows that are hot whatever they count: those of OOV and padding. Shape (A,).
         samples: For `sample-aware`, as `select_sample_aware` takes them; not called for `frequency`.
-        num_rows: H asked for, from T to V.
+        num_rows: H asked for, from A to V.
         power: For `sample-aware`.
         rounds: For `sample-aware`.
     """
     if num_rows == len(counts):
-        return take_all_rows(counts, oov_rows)
+        return take_all_rows(counts, always_hot)
     if policy == "frequency":
-        return take_hot_rows(rank_rows(counts, oov_rows), counts, num_rows=num_rows, num_oov=len(oov_rows))
-    return select_sample_aware(counts, oov_rows, samples, num_rows=num_rows, power=power, rounds=rounds)
+        return take_hot_rows(rank_rows(counts, always_hot), counts, num_rows=num_rows, num_always=len(always_hot))
+    return select_sample_aware(counts, always_hot, samples, num_rows=num_rows, power=power, rounds=rounds)
 
 
 def select_sample_aware(
     counts: np.ndarray,
-    oov_rows: np.ndarray,
+    always_hot: np.ndarray,
     samples: Callable[[], Iterable[np.ndarray]],
     *,
     num_rows: int,
@@ -156,18 +156,18 @@ def select_sample_aware(
 
     Args:
         counts: Accesses per global row. Shape (V,), integer.
-        oov_rows: Global rows of the OOV rows. Shape (T,).
+        always_hot: Global rows that are hot whatever they count: those of OOV and padding. Shape (A,).
         samples: Called once a round; yields blocks of global rows, each of shape (n, T).
         num_rows: H.
         power: How fast a sample loses weight with its cold lookups, > 0.
         rounds: Passes over the samples, >= 1.
     """
-    num_oov = len(oov_rows)
+    num_always = len(always_hot)
     scores: np.ndarray | None = None
     best: tuple[int, HotSet] | None = None
     for last in (*([False] * rounds), True):
-        ranked = rank_rows(counts, oov_rows, scores)
-        candidate = take_hot_rows(ranked, counts, num_rows=num_rows, num_oov=num_oov)
+        ranked = rank_rows(counts, always_hot, scores)
+        candidate = take_hot_rows(ranked, counts, num_rows=num_rows, num_always=num_always)
         scores = np.zeros(len(counts))
         num_hot_samples = 0
         for block in samples():
@@ -209,14 +209,28 @@ def assign_slots(is_hot: np.ndarray) -> np.ndarray:
     return slots
 
 
-def measure_hot_set(hot_set: HotSet, blocks: Iterable[np.ndarray], *, row_share: float) -> CurvePoint:
-    """Hit ratio and hot-sample share of a hot set over blocks of global rows, each (n, T)."""
+def measure_hot_set(
+    hot_set: HotSet, blocks: Iterable[np.ndarray], *, row_share: float, padding_rows: np.ndarray | None = None
+) -> CurvePoint:
+    """Measure hit ratio and hot-sample share of a hot set.
+
+    Args:
+        hot_set: The hot rows.
+        blocks: Global rows of samples. Each of shape (n, T).
+        row_share: What the set was asked to be.
+        padding_rows: Global rows that stand for padding, all of them hot: no lookups. None for none.
+    """
     num_samples = hits = lookups = num_hot_samples = 0
+    is_padding = None
+    if padding_rows is not None and len(padding_rows):
+        is_padding = np.zeros(len(hot_set.is_hot), bool)
+        is_padding[padding_rows] = True
     for block in blocks:
         found = hot_set.is_hot[block]
+        num_padding = 0 if is_padding is None else int(np.count_nonzero(is_padding[block]))
         num_samples += len(block)
-        lookups += block.size
-        hits += int(np.count_nonzero(found))
+        lookups += block.size - num_padding
+        hits += int(np.count_nonzero(found)) - num_padding
         num_hot_samples += int(np.count_nonzero(found.all(axis=1)))
     return CurvePoint(
         row_share=row_share,

@@ -22,6 +22,7 @@ from slipstream.serving.encoder import Encoder
 from slipstream.serving.lines import has_labels, labelled_text
 from slipstream.serving.portable import PortableModel
 from slipstream.training.model_file import load_model, read_tensors
+from slipstream.training.pooling import StoredBags
 from slipstream.training.predict import click_probabilities
 
 _BATCH = 1024
@@ -155,6 +156,7 @@ class ServedModel(nn.Module):
             tensors,
             representations=self.description["representations"],
             column_tables=self.description["column_tables"],
+            bags=StoredBags.of(self.description),
         )
 
     def predict_parsed(self, parsed: pl.DataFrame) -> np.ndarray:

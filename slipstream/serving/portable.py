@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from slipstream.embedding.quantized import PackedLinear
+from slipstream.training.pooling import StoredBags
 from slipstream.training.representations import BITS
 
 
@@ -26,6 +27,7 @@ class PortableModel(nn.Module):
         tensors: Of the tables, by the names of model.safetensors.
         representations: How each table is held.
         column_tables: The table each column looks up.
+        bags: Columns whose rows are pooled; None for none.
     """
 
     def __init__(
@@ -35,11 +37,12 @@ class PortableModel(nn.Module):
         *,
         representations: Mapping[str, str],
         column_tables: Sequence[str],
+        bags: StoredBags | None = None,
     ) -> None:
         super().__init__()
         self.network = with_float_linears(network)
         self.tables = nn.ModuleDict({name: _make_rows(tensors, name, held) for name, held in representations.items()})
-        self._column_tables = list(column_tables)
+        self._column_tables, self._bags = list(column_tables), bags
         self.eval().requires_grad_(False)
 
     def forward(self, dense: Tensor, rows: Tensor) -> Tensor:
@@ -52,8 +55,11 @@ class PortableModel(nn.Module):
         Returns:
             Shape (B,), float32.
         """
-        looked_up = [self.tables[name](rows[:, at]) for at, name in enumerate(self._column_tables)]
-        return torch.sigmoid(self.network(dense, torch.stack(looked_up, dim=1)))
+        columns = [self.tables[name](rows[:, at]) for at, name in enumerate(self._column_tables)]
+        looked_up = torch.stack(columns, dim=1)
+        if self._bags is not None:
+            looked_up = self._bags.pool(looked_up, rows)
+        return torch.sigmoid(self.network(dense, looked_up))
 
 
 class _DenseRows(nn.Module):

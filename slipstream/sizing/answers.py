@@ -237,7 +237,8 @@ class Sizer:
             if point.split == "train":
                 points[point.policy].append(point)
         offsets = table_offsets(list(figures.rows_per_table.values()))
-        self.curve = HitCurve(counts, offsets, figures.column_tables, points)
+        padded = [at for at, name in enumerate(figures.rows_per_table) if name in (figures.padding_rows or {})]
+        self.curve = HitCurve(counts, offsets, figures.column_tables, points, padded)
         self.memory = Memory(self.config, figures, counts, on_cuda=self.on_cuda)
 
     def size(self, questions: Sequence[Asked]) -> Sizes:
@@ -266,7 +267,13 @@ class Sizer:
         if asked.kind == "hot samples":
             return curve.rows_for_hot_samples(policy, asked.value)
         if asked.kind == "budget":
-            return affordable_rows(asked.text, curve.num_rows, curve.num_tables, row_bytes_of(self.config))
+            return affordable_rows(
+                asked.text,
+                curve.num_rows,
+                curve.num_tables,
+                row_bytes_of(self.config),
+                num_padding=len(self.figures.padding_rows or {}),
+            )
         return self._rows_that_fit(int(asked.value))
 
     def _rows_that_fit(self, memory_bytes: int) -> int:
@@ -279,7 +286,7 @@ class Sizer:
         def taken(num_rows: int) -> int:
             return sum(self.memory.weigh(self.config, self._hot_in_tiers(num_rows))[0].values())
 
-        low, high = self.curve.num_tables, self.curve.num_rows
+        low, high = self.curve.num_always, self.curve.num_rows
         if (least := taken(low)) > memory_bytes:
             raise CapacityError(
                 f"a device of {show_bytes(memory_bytes)} is too small: with the OOV rows alone hot, training takes "

@@ -43,8 +43,11 @@ class Memory:
     def __init__(
         self, config: PipelineConfig, figures: PreprocessFigures, counts: np.ndarray, *, on_cuda: bool
     ) -> None:
+        self._specs = choose_tables(config.tables, figures.rows_per_table, figures.zero_rows)
+        # which row is padding weighs nothing, and of tables cut to what a batch looks up there is always a first one
+        padding_rows = None if figures.padding_rows is None else dict.fromkeys(figures.padding_rows, 0)
+        figures = replace(figures, padding_rows=padding_rows)
         self._config, self._figures, self._counts, self._on_cuda = config, figures, counts, on_cuda
-        self._specs = choose_tables(config.tables, figures.rows_per_table, figures.padding_rows or {})
         cores = {spec.name for spec in self._specs if spec.representation == "tt"}
         self._layout = SlotLayout(
             _slot_maps(figures.rows_per_table, are_read=bool(cores)),
@@ -102,9 +105,13 @@ class Memory:
             trainer, place = self._weightless(config, layout), META
         else:
             place = torch.device("cpu")
-            plain = replace(self._figures, padding_rows=None)
             parts = put_together(
-                config, layout=layout, specs=self._specs, figures=plain, counts=_count_all(layout), device=place
+                config,
+                layout=layout,
+                specs=self._specs,
+                figures=self._figures,
+                counts=_count_all(layout),
+                device=place,
             )
             trainer = make_trainer(config, parts, num_train=self._figures.samples["train"])
         batch = stage_example(
@@ -114,13 +121,14 @@ class Memory:
             device=place,
             on_cuda=self._on_cuda and layout.is_whole,
             weighted=config.skip.reweight and CRITERIA.get(config.criterion).drops,
+            padding=trainer.step.representations.padded,
         )
         in_step = step_bytes(trainer, batch)
         in_evaluation = evaluation_bytes(
             trainer.step.model.to(META),
             batch_size=train.eval_batch_size,
             num_dense=self._figures.num_dense,
-            num_columns=len(layout.column_tables),
+            num_fields=trainer.step.representations.pooling.num_fields,
             row_width=config.model.row_width,
         )
         # those of the chunk at work, and of the next

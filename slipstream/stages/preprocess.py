@@ -16,8 +16,9 @@ files and the source alone; they stay in the run folder, and another vocabulary 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,10 @@ from slipstream.datasets.source import ColumnarSource, GroupingSource, Source, S
 from slipstream.errors import ConfigError, DataError
 from slipstream.io.artifacts import PARSED, StageKey, hold, write_atomically
 from slipstream.io.capacity import require_disk, require_memory
-from slipstream.io.figures import PreprocessFigures
+from slipstream.io.figures import ListFigures, PreprocessFigures
 from slipstream.io.lookups import lookup_path, write_lookup
 from slipstream.io.parsed import FORMAT as PARSED_FORMAT
-from slipstream.io.parsed import dictionary_of
+from slipstream.io.parsed import ParsedChunk, dictionary_of
 from slipstream.io.processors import usable_cores
 from slipstream.io.raw import estimate_text_bytes, find_raw_files, find_twins, is_parquet
 from slipstream.io.samples import write_parquet
@@ -177,6 +178,8 @@ def run(
         fields=list(source.fields) if source.takes_fields_from_files else None,
         table_of_column=list(source.table_of_column) if len(source.table_of_column) != source.num_tables else None,
         padding_rows=_find_padding(source, vocabularies),
+        bags=list(source.bags) or None,
+        lists=_sum_up_lists(parsed.samples),
         past=asdict(past) if past else None,
         **_describe_dense(dense),
         negatives_left_out=layout.num_left_out if negative_keep_ratio < 1 else None,
@@ -440,6 +443,16 @@ def _find_padding(source: Source, vocabularies: Sequence[Vocabulary]) -> dict[st
     padding = np.array([MISSING_ID])
     found = {table_name(index): int(vocabularies[index].lookup()(padding)[0]) for index in source.padded_tables}
     return found or None
+
+
+def _sum_up_lists(chunks: Sequence[ParsedChunk]) -> dict[str, ListFigures] | None:
+    """Add up what chunks have of lists."""
+    totals: dict[str, Counter[str]] = {}
+    for chunk in chunks:
+        for name, counts in chunk.lists.items():
+            totals.setdefault(name, Counter()).update(counts)
+    names = [spec.name for spec in fields(ListFigures)]
+    return {table: ListFigures(**{name: total[name] for name in names}) for table, total in totals.items()} or None
 
 
 def _check_table_names(config: PreprocessConfig, source: Source) -> None:

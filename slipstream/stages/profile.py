@@ -2,7 +2,7 @@
 
 Reads   preprocess/   train and val parts
 Writes  profile/      counts.parquet (table, row, count), curve.parquet (policy, split, budget -> Λ, hits, hot samples)
-Keeps   the sum of counts = lookups read; sample_ratio = 1 is exact
+Keeps   the sum of counts = lookups read; sample_ratio = 1 is exact; padding is no lookup
 Costs   one pass over the training rows for the counts, and one for each budget and round of the curve, over at
         most CURVE_SAMPLES samples; memory for a part, for these samples, and up to 60 bytes per row
 """
@@ -75,12 +75,15 @@ def run(
     columns = [table_name(index) for index in range(len(encoded.column_tables))]
     offsets = table_offsets(list(encoded.rows_per_table.values()))
     starts = column_offsets(offsets, encoded.column_tables)
+    padding_rows = encoded.global_padding_rows()
+    num_counted = 0
     parts = processed.files("train/", ".parquet")
     kept: dict[str, list[np.ndarray]] = {"train": [], "val": []}
     strides = {name: _stride(processed, name) for name in kept}
     with progress.task("count accesses", len(parts), "parts") as advance:
 
         def sampled() -> Iterator[np.ndarray]:
+            nonlocal num_counted
             start = 0
             for part in parts:
                 rows = read_rows(processed.check(part), columns, starts)
@@ -89,32 +92,35 @@ def run(
                     picked = sample_positions(start, start + len(rows), ratio=config.sample_ratio, seed=seed)
                     start += len(rows)
                     rows = rows[picked]
+                num_counted += len(rows)
                 yield rows
                 advance(1, "")
 
         counts = count_accesses(sampled(), num_rows=int(offsets[-1]))
+    counts[padding_rows] = 0
     write_counts(scratch / "counts.parquet", counts, encoded.rows_per_table)
     for part in processed.files("val/", ".parquet"):
         kept["val"].append(read_rows(processed.check(part), columns, starts)[:: strides["val"]].copy())
     blocks = {name: _in_blocks(np.concatenate(kept.pop(name))) for name in ("train", "val")}
 
-    oov_rows = offsets[:-1]
+    always_hot = np.concatenate([offsets[:-1], padding_rows])
 
     def measure(choice: tuple[float, str]) -> list[CurveFigures]:
         share, policy = choice
         hot_set = choose_hot_rows(
             policy,
             counts,
-            oov_rows,
+            always_hot,
             blocks["train"],
-            num_rows=max(int(len(counts) * share), len(oov_rows)),
+            num_rows=max(int(len(counts) * share), len(always_hot)),
             power=sample_aware_power,
             rounds=sample_aware_rounds,
         )
-        return [
-            CurveFigures(policy=policy, split=split, **asdict(measure_hot_set(hot_set, read(), row_share=share)))
+        points = {
+            split: measure_hot_set(hot_set, read(), row_share=share, padding_rows=padding_rows)
             for split, read in blocks.items()
-        ]
+        }
+        return [CurveFigures(policy=policy, split=split, **asdict(point)) for split, point in points.items()]
 
     choices = list(product(config.curve, ("frequency", "sample-aware")))
     curve: list[CurveFigures] = []
@@ -126,7 +132,7 @@ def run(
         frame = pl.DataFrame([asdict(point) for point in curve])
         frame.select("policy", "split", pl.exclude("policy", "split")).write_parquet(path)
     lookups = int(counts.sum())
-    return ProfileFigures(samples_counted=lookups // len(columns), lookups=lookups, rows=int(offsets[-1]), curve=curve)
+    return ProfileFigures(samples_counted=num_counted, lookups=lookups, rows=int(offsets[-1]), curve=curve)
 
 
 def _stride(processed: Artifact, split: str) -> int:

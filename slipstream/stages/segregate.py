@@ -88,20 +88,29 @@ def run(
     _write_hot_set(scratch, hot_set, slots, counts, list(encoded.rows_per_table), offsets)
     dense = [dense_name(index) for index in range(encoded.num_dense)]
     slot_maps = [slots[start:stop] for start, stop in pairwise(offsets)]
-    columns = _Columns(dense, names, [slot_maps[table] for table in encoded.column_tables])
-    written, hits = _write_shards(config, processed, columns, hot_set.num_hot, scratch=scratch, progress=progress)
+    padding = dict(enumerate((encoded.padding_rows or {}).get(name) for name in encoded.rows_per_table))
+    columns = _Columns(
+        dense,
+        names,
+        [slot_maps[table] for table in encoded.column_tables],
+        [None if padding[table] is None else int(slot_maps[table][padding[table]]) for table in encoded.column_tables],
+    )
+    written, hits, lookups = _write_shards(
+        config, processed, columns, hot_set.num_hot, scratch=scratch, progress=progress
+    )
     num_train = written["hot"] + written["cold"]
     return SegregateFigures(
         samples=written,
         hot_rows=hot_set.num_hot,
         rows=len(counts),
         access_threshold=hot_set.access_threshold,
-        hit_ratio=hits / (num_train * len(names)),
+        hit_ratio=hits / lookups if lookups else 0.0,
         hot_sample_share=written["hot"] / num_train,
         num_dense=len(dense),
         rows_per_table=encoded.rows_per_table,
         table_of_column=encoded.table_of_column,
         padding_rows=encoded.padding_rows,
+        bags=encoded.bags,
         warnings=_doubt_budget(config, len(counts), row_bytes),
     )
 
@@ -128,11 +137,13 @@ def _choose(
     row_bytes: int,
     scratch: Path,
 ) -> HotSet:
-    oov_rows = offsets[:-1]
+    encoded = PreprocessFigures.of(processed)
+    always_hot = np.concatenate([offsets[:-1], encoded.global_padding_rows()])
     if config.access_threshold:
-        return take_above_threshold(counts, oov_rows, access_threshold=config.access_threshold)
-    num_rows = affordable_rows(config.hot_budget, len(counts), len(oov_rows), row_bytes)
-    starts = column_offsets(offsets, PreprocessFigures.of(processed).column_tables)
+        return take_above_threshold(counts, always_hot, access_threshold=config.access_threshold)
+    num_padding = len(always_hot) - len(offsets) + 1
+    num_rows = affordable_rows(config.hot_budget, len(counts), len(offsets) - 1, row_bytes, num_padding=num_padding)
+    starts = column_offsets(offsets, encoded.column_tables)
 
     def samples() -> Iterator[np.ndarray]:
         for path in _hold_rows(processed, columns, starts, scratch / "work" / "rows"):
@@ -141,7 +152,7 @@ def _choose(
     return choose_hot_rows(
         config.policy,
         counts,
-        oov_rows,
+        always_hot,
         samples,
         num_rows=num_rows,
         power=config.sample_aware_power,
@@ -216,10 +227,17 @@ class _Columns:
     dense: list[str]
     tables: list[str]
     slot_maps: list[np.ndarray]
+    padding_slots: list[int | None]
+    """Of each sparse column; None where it has no padding."""
 
     def read(self, part: Path) -> Samples:
         """Give samples of a part, `X_cat` as slots."""
         return read_part(part, self.dense, self.tables, self.slot_maps)
+
+    def count_padding(self, samples: Samples) -> int:
+        """Count what stands in samples for no value."""
+        padded = [(at, slot) for at, slot in enumerate(self.padding_slots) if slot is not None]
+        return sum(int(np.count_nonzero(samples.X_cat[:, at] == slot)) for at, slot in padded)
 
 
 def _write_shards(
@@ -230,10 +248,10 @@ def _write_shards(
     *,
     scratch: Path,
     progress: Progress,
-) -> tuple[dict[str, int], int]:
-    """Write all shards; returns samples per group, and training lookups that find a hot row."""
+) -> tuple[dict[str, int], int, int]:
+    """Write all shards; returns samples per group, training lookups that find a hot row, and all training lookups."""
     written: dict[str, int] = {}
-    hits = 0
+    hits = lookups = 0
     with progress.task("write shards", sum(PreprocessFigures.of(processed).samples.values()), "samples") as advance:
         for split in ("train", "val", "test"):
             groups = ("hot", "cold") if split == "train" else (split,)
@@ -242,7 +260,7 @@ def _write_shards(
             tallies = [_tally_path(scratch, part) for part in parts]
             num_done = 0
             while num_done < len(parts) and (tally := _finished_tally(tallies[num_done], writers)) is not None:
-                hits += tally["hits"]
+                hits, lookups = hits + tally["hits"], lookups + tally["lookups"]
                 num_done += 1
                 advance(sum(tally["samples"]), "")
             loaded = in_order(lambda part: columns.read(processed.check(part)), parts[num_done:], _WORKERS)
@@ -252,12 +270,16 @@ def _write_shards(
                 pieces = [samples.take(is_hot), samples.take(~is_hot)] if split == "train" else [samples]
                 for writer, piece in zip(writers, pieces, strict=True):
                     writer.add(piece)
-                found_here = int(np.count_nonzero(found)) if split == "train" else 0
-                write_json(path, {"samples": [len(piece) for piece in pieces], "hits": found_here})
-                hits += found_here
+                found_here = asked_here = 0
+                if split == "train":
+                    num_padding = columns.count_padding(samples)
+                    found_here, asked_here = int(np.count_nonzero(found)) - num_padding, found.size - num_padding
+                tally = {"samples": [len(piece) for piece in pieces], "hits": found_here, "lookups": asked_here}
+                write_json(path, tally)
+                hits, lookups = hits + found_here, lookups + asked_here
                 advance(len(samples), "")
             written |= {group: writer.close() for group, writer in zip(groups, writers, strict=True)}
-    return {group: written[group] for group in SHARD_GROUPS}, hits
+    return {group: written[group] for group in SHARD_GROUPS}, hits, lookups
 
 
 def _tally_path(scratch: Path, part: Path) -> Path:

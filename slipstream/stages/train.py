@@ -26,7 +26,7 @@ from slipstream.io.artifacts import Artifact, write_atomically, write_json
 from slipstream.io.capacity import require_disk, require_memory
 from slipstream.io.costs import train_disk_bytes, train_memory_bytes
 from slipstream.io.counts import read_counts
-from slipstream.io.figures import SegregateFigures, TrainFigures
+from slipstream.io.figures import PreprocessFigures, SegregateFigures, TrainFigures
 from slipstream.ops.metrics import Quality, measure_quality
 from slipstream.ops.plausibility import doubt_quality
 from slipstream.options import to_dict
@@ -40,6 +40,7 @@ from slipstream.training.faithful import FaithfulRule, FaithfulTrainer
 from slipstream.training.loop import LoopTotals, StepReport, Trainer
 from slipstream.training.model_file import save_model
 from slipstream.training.order.shards import Shards, read_slot_maps
+from slipstream.training.pooling import describe_bags
 from slipstream.training.predict import predict
 from slipstream.training.representations import TableSpec
 from slipstream.training.shared_step import SharedStep, require_same_model
@@ -111,7 +112,7 @@ def _open(config: PipelineConfig, segregated: Artifact, *, counts: np.ndarray, s
     device = resolve_device(config.train.device)
     check_kernels(config.train.kernels, device)
     figures = SegregateFigures.of(segregated)
-    specs = choose_tables(config.tables, figures.rows_per_table, figures.padding_rows or {})
+    specs = choose_tables(config.tables, figures.rows_per_table, figures.zero_rows)
     _check_capacity(config, figures, specs, scratch, on_host=device.type == "cpu")
     layout = SlotLayout(
         read_slot_maps(segregated),
@@ -265,19 +266,23 @@ def _save(
     if isinstance(trainer, Trainer) and out is not None:
         write_json(out / "staleness.json", [asdict(check) for check in trainer.skipper.checks])
         write_json(out / "losses.json", trainer.totals.losses)
+    layout, bags = parts.layout, parts.representations.pooling.bags
     description = {
         "num_dense": parts.num_dense,
-        "tables": {name: len(slots) for name, slots in parts.layout.slot_maps.items()},
-        "column_tables": parts.layout.column_tables,
+        "tables": {name: len(slots) for name, slots in layout.slot_maps.items()},
+        "column_tables": layout.column_tables,
         "quantize_linears": config.tables.quantize_linears,
         "encoding": describe_encoding(processed).to_json(),
         **to_dict(config.model),
     }
+    if bags:
+        padding_rows = PreprocessFigures.of(processed).padding_rows or {}
+        description["bags"] = describe_bags(bags, layout.column_tables, padding_rows)
     save_model(
         out,
         model=parts.model,
         rows=parts.rows,
-        slot_maps=parts.layout.slot_maps,
+        slot_maps=layout.slot_maps,
         description=description,
         representations=parts.representations,
     )

@@ -25,6 +25,7 @@ from slipstream.embedding.row_cache import Policy, RowCache
 from slipstream.embedding.tiers.placement import CachedRows, Placement, StagingHalves
 from slipstream.embedding.tiers.rows import TieredRows
 from slipstream.models.model import Model
+from slipstream.schema import Bag
 from slipstream.training.averaging import WeightAverage
 from slipstream.training.dense_optimizer import DenseOptimizer
 from slipstream.training.device import fitting_the_device
@@ -83,6 +84,7 @@ def assemble(
     layout: SlotLayout,
     specs: Sequence[TableSpec],
     padding_rows: Mapping[str, int],
+    bags: Sequence[Bag] = (),
     counts: np.ndarray,
     network: Model,
     linear_bits: int,
@@ -98,6 +100,7 @@ def assemble(
         layout: Slots of the tables.
         specs: How each table is held, in the order of the layout.
         padding_rows: Tables with a row that stays zero, and that row.
+        bags: Columns whose rows the model sees pooled.
         counts: Access counts per global row, which mode `cached` ranks by. Shape (V,), int64.
         network: Builds the model, and says how wide its rows are and how they start.
         linear_bits: Bits of the dense layers' weights; 0 leaves them fp32.
@@ -111,10 +114,10 @@ def assemble(
     """
     rows, placement = place_rows(settings, layout, counts, row_width=network.row_width, device=device, sums=sums)
     draw_rows(rows, layout, padding_rows, bound_of=network.initial_bound, seed=seed)
-    representations = represent(settings, specs, layout, rows, seed=seed)
+    representations = represent(settings, specs, layout, rows, seed=seed, bags=bags, padding_rows=padding_rows)
     torch.manual_seed(seed)
     with fitting_the_device("the dense layers"):
-        model = network.build(num_dense=num_dense, num_columns=len(layout.column_tables)).to(device)
+        model = network.build(num_dense=num_dense, num_columns=representations.pooling.num_fields).to(device)
         if linear_bits:
             quantize_linears(model, linear_bits)
     step = make_step(settings, model, rows, representations, num_dense=num_dense, sums=sums)
@@ -228,7 +231,14 @@ def draw_rows(
 
 
 def represent(
-    settings: Settings, specs: Sequence[TableSpec], layout: SlotLayout, rows: TieredRows, *, seed: int
+    settings: Settings,
+    specs: Sequence[TableSpec],
+    layout: SlotLayout,
+    rows: TieredRows,
+    *,
+    seed: int,
+    bags: Sequence[Bag] = (),
+    padding_rows: Mapping[str, int] | None = None,
 ) -> Representations:
     """Make what the model sees of rows: scales from the initial weights, cores drawn by seed."""
     representations = Representations(
@@ -239,6 +249,8 @@ def represent(
         eps=settings.eps,
         seed=seed,
         device=rows.device,
+        bags=bags,
+        padding_rows=padding_rows,
     )
     representations.set_exact_scales(rows)
     return representations

@@ -82,7 +82,8 @@ class FaithfulTrainer:
     ) -> None:
         self.totals = LoopTotals()
         self.step = step
-        self.lookahead = LookAhead(step.rows, StagingHalves(step.rows), chunk_batches=1)
+        padding = step.representations.padded
+        self.lookahead = LookAhead(step.rows, StagingHalves(step.rows), chunk_batches=1, padding=padding)
         self.classified = self.dropped = 0
         self.threshold: float | None = None
         self.sync_bytes = 0
@@ -100,7 +101,8 @@ class FaithfulTrainer:
             device=host.device,
         )
         self._hot_step = step.over(self._hot_rows)
-        self._hot_lookahead = LookAhead(self._hot_rows, StagingHalves(self._hot_rows), chunk_batches=1)
+        placement = StagingHalves(self._hot_rows)
+        self._hot_lookahead = LookAhead(self._hot_rows, placement, chunk_batches=1, padding=padding)
 
     def figures(self) -> FitFigures:
         """Sum up what training amounted to."""

@@ -23,10 +23,12 @@ from torch.utils._pytree import tree_leaves
 from slipstream.embedding.duplicates import Distinct
 from slipstream.embedding.quantized import quantize_linears
 from slipstream.embedding.tiers.lookahead import Batch, LookAhead, StagedBatch
+from slipstream.embedding.tiers.padding import PaddedColumns
 from slipstream.embedding.tiers.pinned import NUM_SLABS, SLAB_BYTES
 from slipstream.embedding.tiers.placement import StagingHalves
 from slipstream.embedding.tiers.rows import TieredRows
 from slipstream.models.model import Model
+from slipstream.schema import Bag
 from slipstream.training.assemble import Assembly, Settings, find_padding, make_step, place_rows
 from slipstream.training.loop import Trainer
 from slipstream.training.predict import click_probabilities
@@ -103,6 +105,7 @@ def assemble_weightless(
     layout: SlotLayout,
     specs: Sequence[TableSpec],
     padding_rows: Mapping[str, int],
+    bags: Sequence[Bag] = (),
     counts: np.ndarray,
     network: Model,
     linear_bits: int,
@@ -116,6 +119,7 @@ def assemble_weightless(
         layout: Slots of the tables.
         specs: How each table is held.
         padding_rows: As in `assemble`.
+        bags: As there.
         counts: As there.
         network: As there.
         linear_bits: As there.
@@ -132,8 +136,10 @@ def assemble_weightless(
         eps=settings.eps,
         seed=0,
         device=META,
+        bags=bags,
+        padding_rows=padding_rows,
     )
-    model = network.build(num_dense=num_dense, num_columns=len(layout.column_tables)).to(META)
+    model = network.build(num_dense=num_dense, num_columns=representations.pooling.num_fields).to(META)
     if linear_bits:
         quantize_linears(model, linear_bits)
     return Assembly(
@@ -249,19 +255,19 @@ def step_bytes(trainer: Trainer, batch: StagedBatch) -> int:
     return peak_of(train)
 
 
-def evaluation_bytes(model: nn.Module, *, batch_size: int, num_dense: int, num_columns: int, row_width: int) -> int:
-    """Bytes that a batch of evaluation takes: looked-up rows and activations.
+def evaluation_bytes(model: nn.Module, *, batch_size: int, num_dense: int, num_fields: int, row_width: int) -> int:
+    """Bytes that a batch of evaluation takes: looked-up rows, pooled, and activations.
 
     Args:
         model: On the device `meta`.
         batch_size: B.
         num_dense: Dense columns.
-        num_columns: F.
+        num_fields: F.
         row_width: D.
     """
 
     def predict() -> None:
-        looked_up = torch.zeros(batch_size, num_columns, row_width, device=META)
+        looked_up = torch.zeros(batch_size, num_fields, row_width, device=META)
         click_probabilities(model, torch.zeros(batch_size, num_dense, device=META), looked_up)
 
     with torch.inference_mode():
@@ -287,7 +293,14 @@ def cut_layout(layout: SlotLayout, batch_size: int) -> SlotLayout:
 
 
 def stage_example(
-    layout: SlotLayout, *, batch_size: int, num_dense: int, device: torch.device, on_cuda: bool, weighted: bool
+    layout: SlotLayout,
+    *,
+    batch_size: int,
+    num_dense: int,
+    device: torch.device,
+    on_cuda: bool,
+    weighted: bool,
+    padding: PaddedColumns | None = None,
 ) -> StagedBatch:
     """Give a batch as a step gets it, whose lookups are as different as they can be.
 
@@ -298,6 +311,7 @@ def stage_example(
         device: Where its tensors are.
         on_cuda: Whether the device finds the duplicates, as a GPU does.
         weighted: Whether its samples have weights.
+        padding: Columns that may hold padding.
     """
     slots = np.empty((batch_size, len(layout.column_tables)), np.int32)
     passed = dict.fromkeys(layout.tables, 0)
@@ -314,6 +328,7 @@ def stage_example(
         StagingHalves(rows),
         chunk_batches=1,
         columns=None if layout.is_whole else layout.columns,
+        padding=padding,
         in_thread=False,
         sorts_all=not on_cuda,
     )
@@ -344,4 +359,5 @@ def _move(batch: StagedBatch, device: torch.device) -> StagedBatch:
         else Distinct(found.rows.to(device), found.inverse.to(device), there(found.order), there(found.starts)),
         weights=there(batch.weights),
         tierless=there(batch.tierless),
+        is_value=there(batch.is_value),
     )

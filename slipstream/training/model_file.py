@@ -35,6 +35,7 @@ from slipstream.io.artifacts import write_json
 from slipstream.io.model_folder import DESCRIPTION, WEIGHTS, read_description
 from slipstream.io.tensors import StoredTensor, write_tensors
 from slipstream.models.registry import read_model
+from slipstream.training.pooling import StoredBags
 from slipstream.training.representations import BITS, Representations
 
 
@@ -107,15 +108,19 @@ class StoredTables:
     Args:
         columns: Rows of each column's table, by row number: (n,) int64 -> (n, D).
         nbytes: Bytes of all tables.
+        bags: Columns whose rows are pooled; None for none.
     """
 
-    def __init__(self, columns: Sequence[Callable[[Tensor], Tensor]], nbytes: int) -> None:
-        self._columns, self.nbytes = list(columns), nbytes
+    def __init__(
+        self, columns: Sequence[Callable[[Tensor], Tensor]], nbytes: int, bags: StoredBags | None = None
+    ) -> None:
+        self._columns, self.nbytes, self._bags = list(columns), nbytes, bags
 
-    def look_up(self, rows_BF: Tensor) -> Tensor:
-        """Rows that a batch looks up, by row number. Shape (B, F), int64 -> (B, F, D)."""
-        columns = zip(self._columns, rows_BF.unbind(1), strict=True)
-        return torch.stack([table(rows) for table, rows in columns], dim=1)
+    def look_up(self, rows_BC: Tensor) -> Tensor:
+        """Rows that a batch looks up, by row number; those of bags pooled. Shape (B, C), int64 -> (B, F, D)."""
+        columns = zip(self._columns, rows_BC.unbind(1), strict=True)
+        looked_up = torch.stack([table(rows) for table, rows in columns], dim=1)
+        return looked_up if self._bags is None else self._bags.pool(looked_up, rows_BC)
 
     def look_up_column(self, column: int, rows: Tensor) -> Tensor:
         """Rows of one column's table. Shape (n,), int64 -> (n, D)."""
@@ -140,7 +145,9 @@ def load_model(folder: Path) -> tuple[nn.Module, StoredTables]:
     try:
         column_tables: list[str] = description["column_tables"]
         model = read_model(description)
-        network = model.build(num_dense=description["num_dense"], num_columns=len(column_tables))
+        bags = StoredBags.of(description)
+        num_fields = len(column_tables) if bags is None else bags.num_fields
+        network = model.build(num_dense=description["num_dense"], num_columns=num_fields)
         held: dict[str, str] = description["representations"]
         tables = {
             name: _read_table(tensors, name, held[name], num_rows, model.row_width)
@@ -150,7 +157,7 @@ def load_model(folder: Path) -> tuple[nn.Module, StoredTables]:
         if bits := description.get("quantize_linears", 0):
             _use_packed_linears(network, bits)
         network.load_state_dict(dense)
-        columns = StoredTables([tables[name] for name in column_tables], nbytes)
+        columns = StoredTables([tables[name] for name in column_tables], nbytes, bags)
     except (ConfigError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError) as exc:
         # whatever a damaged description holds in the place of a name, a number or a table of them
         raise ArtifactError(

@@ -4,7 +4,8 @@ Rows of dense, int8 and int4 tables live in tiers, and all placements treat them
 between the lookup and the model. Tables of cores have no rows, so nothing of them is staged: they are looked up, and
 updated by their own fused optimizer, where the model is.
 
-Shape suffixes: B batch, F columns, K columns of tables in tiers, J columns of tables of cores, D embedding_dim.
+Shape suffixes: B batch, C columns, K columns of tables in tiers, J columns of tables of cores, P columns that may hold
+padding, F fields: columns and bags of columns, D embedding_dim.
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ from torch import Tensor
 from slipstream.embedding.quantized.abs_max import CHUNK_ROWS
 from slipstream.embedding.quantized.base import TableScale
 from slipstream.embedding.quantized.grids import RowGrids
+from slipstream.embedding.tiers.padding import PaddedColumns
 from slipstream.embedding.tiers.rows import TieredRows
 from slipstream.embedding.tt.bag import TTEmbeddingBag
+from slipstream.schema import Bag
+from slipstream.training.pooling import Pooling, pad_columns
 from slipstream.training.slot_layout import SlotLayout
 
 Representation = Literal["dense", "int8", "int4", "int2", "tt"]
@@ -54,6 +58,8 @@ class Representations:
         eps: Of its rule.
         seed: Of the cores' initial values.
         device: Where the model is.
+        bags: Columns whose rows are pooled.
+        padding_rows: Tables with a row that stands for padding, and that row; those of all bags among them.
     """
 
     def __init__(
@@ -66,7 +72,12 @@ class Representations:
         eps: float,
         seed: int,
         device: torch.device,
+        bags: Sequence[Bag] = (),
+        padding_rows: Mapping[str, int] | None = None,
     ) -> None:
+        padding_rows = padding_rows or {}
+        self.pooling = Pooling(bags, num_columns=len(layout.column_tables), device=device)
+        self.padded = _find_padded(layout, bags, padding_rows)
         self.specs, self.layout = list(specs), layout
         tiered = [spec for spec in specs if spec.representation != "tt"]
         self.grids: RowGrids | None = None
@@ -85,6 +96,7 @@ class Representations:
                 spec.tt_ranks,
                 optimizer=optimizer,
                 eps=eps,
+                padding_idx=padding_rows.get(spec.name),
                 device=device,
                 generator=torch.Generator().manual_seed(_seed_of_table(seed, at)),
             )
@@ -121,32 +133,36 @@ class Representations:
         for bag in self.bags.values():
             bag.set_learning_rate(lr)
 
-    def train(self, looked_up_BKD: Tensor, tierless_BJ: Tensor | None) -> Tensor:
+    def train(self, looked_up_BKD: Tensor, tierless_BJ: Tensor | None, is_value_BP: Tensor | None = None) -> Tensor:
         """Say what the model trains on. Shape (B, F, D).
 
         Args:
             looked_up_BKD: Rows of the tables in tiers.
             tierless_BJ: Slots of the others' lookups, int64; None when all tables live in tiers.
+            is_value_BP: Which lookups of padded columns are values, bool; None where nothing is pooled.
         """
         if self.grids is not None:
             looked_up_BKD = self.grids.train(looked_up_BKD)
-        return self._with_cores(looked_up_BKD, tierless_BJ)
+        return self.pooling.pool(self._with_cores(looked_up_BKD, tierless_BJ), is_value_BP)
 
-    def look_up(self, rows: TieredRows, slots_BF: np.ndarray) -> Tensor:
+    def look_up(self, rows: TieredRows, slots_BC: np.ndarray) -> Tensor:
         """Say what the model predicts from: nothing is noted, and rows may be anywhere. Shape (B, F, D).
 
         Args:
             rows: The tiers, flushed.
-            slots_BF: Slots of the layout.
+            slots_BC: Slots of the layout.
         """
-        tiered = np.ascontiguousarray(slots_BF if self.layout.is_whole else slots_BF[:, self.layout.columns])
+        tiered = np.ascontiguousarray(slots_BC if self.layout.is_whole else slots_BC[:, self.layout.columns])
         looked_up = rows.gather(torch.from_numpy(tiered.ravel())).view(*tiered.shape, rows.embedding_dim)
         if self.grids is not None:
             looked_up = self.grids.round(looked_up)
         tierless = None
         if self.bags:
-            tierless = torch.from_numpy(slots_BF[:, self._tierless_columns].astype(np.int64)).to(rows.device)
-        return self._with_cores(looked_up, tierless)
+            tierless = torch.from_numpy(slots_BC[:, self._tierless_columns].astype(np.int64)).to(rows.device)
+        is_value = None
+        if self.pooling.bags and self.padded is not None:
+            is_value = torch.from_numpy(self.padded.find_values(slots_BC)).to(rows.device)
+        return self.pooling.pool(self._with_cores(looked_up, tierless), is_value)
 
     def set_exact_scales(self, rows: TieredRows) -> None:
         """Set every scale from its whole table, exactly. One pass over the rounded tables; the tiers are flushed."""
@@ -215,6 +231,16 @@ class Representations:
         columns = [bag(rows_BJ[:, at : at + 1]) for at, bag in enumerate(self._tierless_bags)]
         together = torch.cat([looked_up_BKD, torch.stack(columns, dim=1)], dim=1)
         return together.index_select(1, self._column_order)
+
+
+def _find_padded(layout: SlotLayout, bags: Sequence[Bag], padding_rows: Mapping[str, int]) -> PaddedColumns | None:
+    """Find the columns that may hold padding, those of bags first; None where there are none."""
+    columns = pad_columns(bags, layout.column_tables, padding_rows)
+    if not columns:
+        return None
+    names = [layout.column_tables[column] for column in columns]
+    slots = [int(layout.slot_maps[name][padding_rows[name]]) for name in names]
+    return PaddedColumns(columns=np.array(columns), slots=np.array(slots), is_pooled=bool(bags))
 
 
 def _seed_of_table(seed: int, table: int) -> int:

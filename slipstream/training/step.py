@@ -164,8 +164,8 @@ class TrainStep:
         """
         values, looked_up = self._look_up(distinct)
         looked_up.requires_grad_()
-        pooled = looked_up.view(len(batch), batch.num_lookups() // len(batch), self.rows.embedding_dim)
-        pooled = self.representations.train(pooled, batch.tierless)
+        by_sample = looked_up.view(len(batch), batch.num_lookups() // len(batch), self.rows.embedding_dim)
+        pooled = self.representations.train(by_sample, batch.tierless, batch.is_value)
         with self._autocast():
             logits = self.model(batch.dense, pooled)
         loss = binary_cross_entropy_with_logits(logits.float(), batch.labels, weight=batch.weights, reduction="sum")
@@ -276,7 +276,7 @@ class FixedShapeStep(TrainStep):
     Args:
         batch_size: B of full batches; larger ones take the plain path.
         num_dense: Dense columns.
-        num_tables: T.
+        num_tables: Looked-up columns T.
         **options: Of `TrainStep`; determinism cannot be captured.
     """
 
@@ -287,6 +287,7 @@ class FixedShapeStep(TrainStep):
         if self.representations.has_cores:
             raise ValueError("expected tables in tiers only: lookups of cores cannot be captured; use TrainStep")
         device, num_lookups = self.rows.device, batch_size * num_tables
+        num_padded = len(self.representations.pooling.columns)
         position_type = torch.int32 if self.rows.positions_fit_32_bits else torch.int64
         self._static = StagedBatch(
             dense=torch.zeros(batch_size, num_dense, device=device),
@@ -294,6 +295,7 @@ class FixedShapeStep(TrainStep):
             positions=torch.zeros(num_lookups, dtype=position_type, device=device),
             is_hot=False,
             weights=torch.zeros(batch_size, device=device),
+            is_value=torch.zeros(batch_size, num_padded, dtype=torch.bool, device=device) if num_padded else None,
         )
         self._pad(num_lookups)  # once for all: graphs read it where it is
         self._variants: dict[tuple[object, ...], _Variant] = {}
@@ -334,6 +336,8 @@ class FixedShapeStep(TrainStep):
         static.dense.copy_(batch.dense)
         static.labels.copy_(batch.labels)
         static.positions.copy_(batch.positions)
+        if batch.is_value is not None and static.is_value is not None:
+            static.is_value.copy_(batch.is_value)
         if batch.weights is not None and static.weights is not None:
             static.weights.copy_(batch.weights)
         return self._variants[key]
@@ -349,5 +353,6 @@ class FixedShapeStep(TrainStep):
             labels=static.labels[:num_samples],
             positions=static.positions[: num_samples * lookups_per_sample],
             weights=None if batch.weights is None else static.weights[:num_samples],
+            is_value=None if static.is_value is None else static.is_value[:num_samples],
             divisor=batch.divisor,
         )

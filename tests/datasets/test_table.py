@@ -15,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slipstream.config import build_pipeline
-from slipstream.dataset_schema import ColumnsConfig, LabelRule, TableLayout
+from slipstream.dataset_schema import ColumnsConfig, LabelRule, ListColumn, TableLayout
 from slipstream.datasets.source import SourceOptions
 from slipstream.datasets.table import TableSource, build
 from slipstream.errors import ConfigError, DataError
 from slipstream.pipeline import RunResult, run_pipeline
-from slipstream.schema import MISSING_ID
+from slipstream.schema import MISSING_ID, Bag
 
 COLUMNS = ColumnsConfig(label="clicked", sparse=("user", "city"), dense=("price",), time="when", keep=("id",))
 NAMES = ("id", "user", "city", "price", "when", "clicked")
@@ -42,6 +42,11 @@ def build_on(folder: Path, *contents: bytes, columns: ColumnsConfig = COLUMNS, *
 def hash_of(text: str) -> int:
     """The documented raw id of text, in Python's own integers."""
     return max(-1 - (xxhash.xxh3_64_intdigest(text.encode()) >> 1), MISSING_ID + 1)
+
+
+def raw_id_of(text: str) -> int:
+    """The documented raw id of any value."""
+    return int(text) if text.isdigit() and str(int(text)) == text else hash_of(text)
 
 
 def pipeline_on(raw: Path, **changes: Any) -> dict[str, Any]:
@@ -243,6 +248,66 @@ def test_two_texts_of_one_hash_stop_the_run(tmp_path: Path, monkeypatch: pytest.
         preprocess(tmp_path / "log.csv", tmp_path / "runs")
 
 
+# --- lists ---------------------------------------------------------------------------------------------------
+
+LISTS = ColumnsConfig(
+    label="clicked",
+    sparse=("user",),
+    lists={"tags": ListColumn(separator=", ", length=1), "genres": ListColumn(length=3, pooling="sum")},
+)
+
+
+def test_lists_have_columns_of_their_own_by_name_and_one_table_each():
+    source = make_source(LISTS, ("user", "tags", "genres", "clicked"))
+    assert source.num_tables == 3
+    assert source.table_of_column == (0, 1, 2, 1, 1)
+    assert source.padded_tables == (1, 2)
+    assert source.bags == (Bag(columns=(1, 3, 4), pooling="sum"), Bag(columns=(2,), pooling="mean"))
+    names = {"cat_0": "user", "cat_1": "genres", "cat_2": "tags", "cat_3": "genres[1]", "cat_4": "genres[2]"}
+    assert source.column_names == names
+
+
+@given(
+    rows=st.lists(
+        st.tuples(
+            st.lists(st.sampled_from(["Drama", "7", "007", "", "Sci Fi", "é"]), max_size=5),
+            st.lists(st.sampled_from(["a", "b|c", "12"]), max_size=3),
+        ),
+        min_size=1,
+        max_size=12,
+    )
+)
+def test_lists_are_cut_as_python_cuts_them(rows: list[tuple[list[str], list[str]]]):
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(["u", ", ".join(tags), "|".join(g), 1] for g, tags in rows)
+    parsed = make_source(LISTS, ("user", "tags", "genres", "clicked")).parse(text.getvalue().encode())
+    assert parsed.samples.height == len(rows)
+    for columns, length, lists in (
+        ((1, 3, 4), 3, [[value for value in genres if value] for genres, _ in rows]),
+        ((2,), 1, [tags for _, tags in rows]),
+    ):
+        found = parsed.samples.select(f"cat_{column}" for column in columns).rows()
+        for raw_ids, values in zip(found, lists, strict=True):
+            expected = [raw_id_of(value) for value in values[:length]]
+            assert list(raw_ids) == expected + [MISSING_ID] * (length - len(expected))
+        assert parsed.lists[f"cat_{columns[0]}"] == {
+            "values": sum(min(len(values), length) for values in lists),
+            "empty": sum(not values for values in lists),
+            "cut": sum(len(values) > length for values in lists),
+        }
+        assert parsed.texts is not None
+        texts = parsed.texts.filter(pl.col("column") == f"cat_{columns[0]}")
+        hashed = {value for values in lists for value in values[:length] if not value.isdigit() or value == "007"}
+        assert dict(texts.select("raw_id", "text").rows()) == {hash_of(value): value for value in hashed}
+
+
+def test_what_is_no_text_in_a_list_is_rejected():
+    source = make_source(LISTS, ("user", "tags", "genres", "clicked"))
+    line = b"u,a,Dr\xffma|Comedy,1"
+    assert source.parse(line + b"\n").rejected_lines.tolist() == [0]
+    assert "genres: expected UTF-8 text" in source.explain(line)
+
+
 # --- the pipeline file ---------------------------------------------------------------------------------------
 
 
@@ -255,7 +320,12 @@ def test_two_texts_of_one_hash_stop_the_run(tmp_path: Path, monkeypatch: pytest.
         ({"label": "y", "sparse": ["y"]}, "both as label and as feature"),
         ({"label": {"column": "y", "at_least": 4}, "sparse": ["a"], "dense": ["y"]}, "both as label and as feature"),
         ({"label": "y", "sparse": ["a"], "keep": ["cat_0"]}, "dataset.columns.keep"),
-        ({"label": "y", "sparse": ["a"], "lists": {"g": {"separator": "|"}}}, "lists`: columns with several values"),
+        ({"label": "y", "lists": {"g": {"separator": "|"}}}, "missing key `dataset.columns.lists.g.length`"),
+        ({"label": "y", "lists": {"g": {"length": 0}}}, "`dataset.columns.lists.g.length` must be at least 1"),
+        ({"label": "y", "lists": {"g": {"length": 2, "separator": ""}}}, "lists.g.separator` must be text without"),
+        ({"label": "y", "lists": {"g": {"length": 2, "pooling": "max"}}}, "lists.g.pooling` must be one of sum, mean"),
+        ({"label": "y", "lists": {"y": {"length": 2}}}, "both as label and as feature"),
+        ({"label": "y", "sparse": ["g"], "lists": {"g": {"length": 2}}}, "columns that `sparse` does not name"),
         ({"label": {"column": "y"}, "sparse": ["a"]}, "missing key `dataset.columns.label.at_least`"),
         ({"label": 3, "sparse": ["a"]}, "`dataset.columns.label` must be str or LabelRule"),
     ],

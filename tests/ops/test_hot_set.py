@@ -84,7 +84,7 @@ def test_a_larger_budget_keeps_every_hot_row(drawn, data):
     small, large = sorted(
         data.draw(st.lists(st.integers(len(oov_rows), len(counts)), min_size=2, max_size=2), label="budgets")
     )
-    fewer, more = (take_hot_rows(ranked, counts, num_rows=n, num_oov=len(oov_rows)) for n in (small, large))
+    fewer, more = (take_hot_rows(ranked, counts, num_rows=n, num_always=len(oov_rows)) for n in (small, large))
     assert not (fewer.is_hot & ~more.is_hot).any()
     assert fewer.num_hot <= small
     assert fewer.is_hot[oov_rows].all()
@@ -95,7 +95,7 @@ def test_no_cold_row_is_used_more_than_a_hot_one_and_lambda_is_the_least_count(d
     rows_per_table, counts = drawn
     oov_rows = table_offsets(rows_per_table)[:-1]
     num_rows = data.draw(st.integers(len(oov_rows), len(counts)))
-    chosen = take_hot_rows(rank_rows(counts, oov_rows), counts, num_rows=num_rows, num_oov=len(oov_rows))
+    chosen = take_hot_rows(rank_rows(counts, oov_rows), counts, num_rows=num_rows, num_always=len(oov_rows))
     is_oov = np.isin(np.arange(len(counts)), oov_rows)
     hot, cold = counts[chosen.is_hot & ~is_oov], counts[~chosen.is_hot & ~is_oov]
     assert (hot > 0).all()
@@ -110,7 +110,7 @@ def test_no_cold_row_is_used_more_than_a_hot_one_and_lambda_is_the_least_count(d
 def test_a_hot_set_holds_at_least_the_oov_rows_and_at_most_all(num_rows: int):
     counts = np.array([0, 2, 1, 0, 5, 1])
     with pytest.raises(ValueError, match="expected 2 to 6 hot rows"):
-        take_hot_rows(rank_rows(counts, np.array([0, 3])), counts, num_rows=num_rows, num_oov=2)
+        take_hot_rows(rank_rows(counts, np.array([0, 3])), counts, num_rows=num_rows, num_always=2)
 
 
 @given(count_tables(), st.integers(1, 6))
@@ -142,7 +142,7 @@ def test_sample_aware_never_has_fewer_hot_samples_than_frequency(drawn, data):
     counts = count_accesses([rows], num_rows=int(offsets[-1]))
     num_rows = data.draw(st.integers(len(rows_per_table), int(offsets[-1])))
     power = data.draw(st.sampled_from([0.5, 2.0, 4.0]))
-    by_count = take_hot_rows(rank_rows(counts, offsets[:-1]), counts, num_rows=num_rows, num_oov=len(rows_per_table))
+    by_count = take_hot_rows(rank_rows(counts, offsets[:-1]), counts, num_rows=num_rows, num_always=len(rows_per_table))
     aware = select_sample_aware(counts, offsets[:-1], lambda: [rows], num_rows=num_rows, power=power, rounds=4)
     assert aware.num_hot <= num_rows
     assert aware.is_hot[rows].all(axis=1).sum() >= by_count.is_hot[rows].all(axis=1).sum()
@@ -153,7 +153,7 @@ def test_sample_aware_prefers_rows_whose_companions_are_hot():
     rows = np.array([[2, 5], [2, 6], [2, 7], [1, 3], [1, 3]])
     counts = np.bincount(rows.ravel(), minlength=8)
     oov_rows = np.array([0, 3])
-    by_count = take_hot_rows(rank_rows(counts, oov_rows), counts, num_rows=3, num_oov=2)
+    by_count = take_hot_rows(rank_rows(counts, oov_rows), counts, num_rows=3, num_always=2)
     aware = select_sample_aware(counts, oov_rows, lambda: [rows], num_rows=3, power=4.0, rounds=3)
     assert (by_count.is_hot[2], by_count.is_hot[rows].all(axis=1).sum()) == (True, 0)
     assert (aware.is_hot[1], aware.is_hot[rows].all(axis=1).sum()) == (True, 2)
@@ -206,7 +206,7 @@ def test_the_curve_counts_hits_and_hot_samples_like_a_plain_loop(drawn, data):
     offsets = table_offsets(rows_per_table)
     counts = count_accesses([rows], num_rows=int(offsets[-1]))
     num_rows = data.draw(st.integers(len(rows_per_table), int(offsets[-1])))
-    chosen = take_hot_rows(rank_rows(counts, offsets[:-1]), counts, num_rows=num_rows, num_oov=len(rows_per_table))
+    chosen = take_hot_rows(rank_rows(counts, offsets[:-1]), counts, num_rows=num_rows, num_always=len(rows_per_table))
     cut = data.draw(st.integers(0, len(rows)))
     point = measure_hot_set(chosen, [rows[:cut], rows[cut:]], row_share=0.5)
     hits = sum(bool(chosen.is_hot[row]) for sample in rows for row in sample)

@@ -105,9 +105,9 @@ def test_a_sampled_profile_counts_about_its_share(tiny_runs: Path, profiled: Run
 def test_the_curve_holds_its_samples_and_no_part(tmp_path: Path, profiled: RunResult, monkeypatch: pytest.MonkeyPatch):
     seen: list[np.ndarray] = []
 
-    def measure(hot_set: HotSet, blocks: Iterable[np.ndarray], *, row_share: float) -> CurvePoint:
+    def measure(hot_set: HotSet, blocks: Iterable[np.ndarray], **options: Any) -> CurvePoint:
         seen.extend(blocks := list(blocks))
-        return measure_hot_set(hot_set, blocks, row_share=row_share)
+        return measure_hot_set(hot_set, blocks, **options)
 
     monkeypatch.setattr(profile, "measure_hot_set", measure)
     monkeypatch.setattr(profile, "CURVE_SAMPLES", 100)

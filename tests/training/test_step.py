@@ -13,8 +13,9 @@ from slipstream.embedding.rules import OPTIMIZERS
 from slipstream.embedding.tiers.lookahead import StagedBatch
 from slipstream.embedding.tiers.rows import TieredRows
 from slipstream.models.dlrm import DLRM
+from slipstream.schema import Bag
 from slipstream.training.dense_optimizer import DenseOptimizer
-from slipstream.training.representations import Representations
+from slipstream.training.representations import Representations, TableSpec
 from slipstream.training.skipping.criterion import Movement
 from slipstream.training.slot_layout import SlotLayout
 from slipstream.training.step import FixedShapeStep, TrainStep
@@ -56,12 +57,19 @@ def make_model() -> torch.nn.Module:
     return DLRM(embedding_dim=DIM, bottom_mlp=(5, DIM), top_mlp=(6, 1)).build(num_dense=DENSE, num_columns=TABLES)
 
 
-def make_step(make: type[TrainStep], model: torch.nn.Module, rows: TieredRows, *, kernels: str) -> TrainStep:
+def make_step(
+    make: type[TrainStep],
+    model: torch.nn.Module,
+    rows: TieredRows,
+    *,
+    kernels: str,
+    representations: Representations | None = None,
+) -> TrainStep:
     options = {
         "model": model,
         "rows": rows,
         "dense_optimizer": DenseOptimizer(model.parameters(), optimizer=rows.optimizer, eps=1e-8),
-        "representations": fp32_tables(),
+        "representations": representations or fp32_tables(),
         "eps": 1e-8,
         "kernels": kernels,
     }
@@ -103,6 +111,34 @@ def test_a_fixed_shape_step_equals_the_plain_one_to_the_bit(optimizer: str, weig
     assert all(torch.equal(a, b) for a, b in zip(plain_model.parameters(), fixed_model.parameters(), strict=True))
     assert plain.take_loss_sum() == fixed.take_loss_sum() != 0.0
     assert plain.take_loss_sum() == 0.0
+
+
+def test_a_fixed_shape_step_pools_lists_as_the_plain_one_does_to_the_bit() -> None:
+    bag = Bag(columns=tuple(range(1, TABLES)), pooling="mean")
+    layout = SlotLayout({"cat_0": np.arange(ROWS)}, num_hot=ROWS, table_of_column=[0] * TABLES)
+    tables = Representations(
+        [TableSpec(name="cat_0", num_rows=ROWS)],
+        layout=layout,
+        embedding_dim=DIM,
+        optimizer="adagrad",
+        eps=1e-8,
+        seed=0,
+        device=torch.device("cpu"),
+        bags=[bag],
+        padding_rows={"cat_0": 0},
+    )
+    network = DLRM(embedding_dim=DIM, bottom_mlp=(5, DIM), top_mlp=(6, 1))
+    plain_model = network.build(num_dense=DENSE, num_columns=2)
+    trained = []
+    for make in (TrainStep, FixedShapeStep):
+        rows, model = make_rows("adagrad"), copy.deepcopy(plain_model)
+        step = make_step(make, model, rows, kernels="torch", representations=tables)
+        for seed, size in enumerate([BATCH, 5, BATCH]):
+            batch = make_batch(size, seed, weighted=False, sorted_by_host=make is TrainStep)
+            is_value = make_batch(size, seed, weighted=False).positions.view(size, TABLES)[:, 1:] != 0  # type: ignore[union-attr]
+            step(dataclasses.replace(batch, is_value=is_value), 0.1)
+        trained.append([rows.buffer[:ROWS], *model.parameters()])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*trained, strict=True))
 
 
 @pytest.mark.parametrize("weight", [0.5, 3.0])

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from slipstream.embedding.duplicates import Distinct, SortedLookups, find_distinct, sort_lookups
 from slipstream.embedding.tiers.frozen import FrozenTiers
+from slipstream.embedding.tiers.padding import PaddedColumns
 from slipstream.embedding.tiers.placement import Placement, Plan, Request
 from slipstream.embedding.tiers.rows import TieredRows
 from slipstream.embedding.tiers.transfer import RowMover
@@ -88,6 +89,8 @@ class StagedBatch:
     """As of the batch."""
     part: BatchPart | None = None
     """Of what this is a part; None where it is a whole batch."""
+    is_value: Tensor | None = None
+    """Which lookups of the padded columns are values, where rows are pooled. Shape (B, P), bool."""
 
     def __len__(self) -> int:
         """B; of a part, its own samples."""
@@ -120,7 +123,8 @@ class StagedBatch:
         """Everything that went to the device."""
         found = self.distinct
         of_distinct = () if found is None else (found.rows, found.inverse, found.order, found.starts)
-        given = (self.dense, self.labels, self.positions, self.weights, self.tierless, *of_distinct)
+        own = (self.dense, self.labels, self.positions, self.weights, self.tierless, self.is_value)
+        given = (*own, *of_distinct)
         return [value for value in given if value is not None]
 
 
@@ -162,6 +166,7 @@ class LookAhead:
         placement: Decides where cold rows sit.
         chunk_batches: Batches per chunk, at most; a chunk that does not fit is split.
         columns: Columns of a batch's slots whose rows have tiers; None for all. The others only travel along.
+        padding: Columns that may hold padding, which counts as no lookup; None for none.
         in_thread: Whether moves are made by a thread of their own, and cold rows found by a few more; None where the
             device is no CPU. On a CPU they take their time from the computation, and a step's threads wait.
         sorts_all: Whether the host finds the distinct positions of a batch, not only its cold rows; None on a CPU.
@@ -175,6 +180,7 @@ class LookAhead:
         *,
         chunk_batches: int,
         columns: np.ndarray | None = None,
+        padding: PaddedColumns | None = None,
         in_thread: bool | None = None,
         sorts_all: bool | None = None,
         mover: RowMover | None = None,
@@ -185,7 +191,7 @@ class LookAhead:
         self._in_thread = not on_cpu if in_thread is None else in_thread
         self._sorts_all = on_cpu if sorts_all is None else sorts_all
         self._rows, self._placement, self._chunk_batches = rows, placement, chunk_batches
-        self._columns = columns
+        self._columns, self._padding = columns, padding
         self._mover = RowMover(rows) if mover is None else mover
         self._frozen: FrozenTiers | None = None
         self.lookups = 0
@@ -313,12 +319,21 @@ class LookAhead:
         if self._sorts_all:
             found = sort_lookups(slots)
             places = slice(int(np.searchsorted(found.unique, num_hot)), None)
-            return BatchLookups(
-                batch, found.unique, places, found.unique[places] - num_hot, found.counts()[places], None, found
-            )
+            cold_rows, counts = found.unique[places] - num_hot, found.counts()[places]
+            self._count_no_padding(cold_rows, counts)
+            return BatchLookups(batch, found.unique, places, cold_rows, counts, None, found)
         at = np.flatnonzero(slots >= num_hot)
         cold = sort_lookups(slots[at] - slots.dtype.type(num_hot))
-        return BatchLookups(batch, slots, at, cold.unique, cold.counts(), cold.inverse, None)
+        counts = cold.counts()
+        self._count_no_padding(cold.unique, counts)
+        return BatchLookups(batch, slots, at, cold.unique, counts, cold.inverse, None)
+
+    def _count_no_padding(self, cold_rows: np.ndarray, counts: np.ndarray) -> None:
+        """Set the counts of padding rows among distinct cold rows to 0."""
+        if self._padding is None:
+            return
+        padding_rows = np.unique(self._padding.slots) - self._rows.num_hot
+        counts[np.isin(cold_rows, padding_rows, assume_unique=True)] = 0
 
     def _leave_and_prepare(self, current: Plan, pending: _Pending, chunk_batches: int) -> _Chunk | None:
         self._mover.write_back(*current.leaving)
@@ -360,11 +375,14 @@ class LookAhead:
         positions[lookups.cold_places] = cold_positions if inverse is None else cold_positions[inverse]
         self.lookups += len(lookups.slots if found is None else found.order)
         self.cold_lookups += int(lookups.cold_counts.sum())
+        is_value = self._leave_out_padding(batch)
         arrays = {"dense": batch.dense, "labels": batch.labels, "positions": positions}
         if batch.weights is not None:
             arrays["weights"] = batch.weights
         if self._columns is not None:
             arrays["tierless"] = _tierless_slots(batch.slots, self._columns)
+        if is_value is not None:
+            arrays["is_value"] = is_value
         if found is not None:
             arrays |= {"inverse": found.inverse, "order": found.order, "starts": found.starts}
         there = dict(zip(arrays, self._mover.to_device(list(arrays.values())), strict=True))
@@ -380,7 +398,16 @@ class LookAhead:
             weights=there.get("weights"),
             tierless=there.get("tierless"),
             divisor=batch.divisor,
+            is_value=there.get("is_value"),
         )
+
+    def _leave_out_padding(self, batch: Batch) -> np.ndarray | None:
+        """Take padding out of the counts; say which lookups are values, if steps must know. Shape (B, P), bool."""
+        if self._padding is None:
+            return None
+        is_value = self._padding.find_values(batch.slots)
+        self.lookups -= self._padding.count(is_value, stop=self._rows.num_rows)
+        return is_value if self._padding.is_pooled else None
 
     # --- main thread ---
 
