@@ -22,6 +22,7 @@ from slipstream.distributed.ranks import Ranks
 from slipstream.distributed.rows import ShardedMover, ShardedRows
 from slipstream.embedding.duplicates import sort_lookups
 from slipstream.embedding.tiers.lookahead import Batch, BatchLookups, BatchPart, LookAhead, StagedBatch
+from slipstream.embedding.tiers.padding import PaddedColumns
 from slipstream.embedding.tiers.placement import CachedRows, Placement
 
 _HASH_BITS = 63
@@ -58,13 +59,27 @@ class SharedLookAhead(LookAhead):
         placement: Decides where cold rows sit; the same on all ranks, for it is asked the same.
         chunk_batches: Batches per chunk, at most.
         columns: Columns of a batch's slots whose rows have tiers; None for all.
+        padding: Columns that may hold padding, which counts as no lookup; None for none.
     """
 
     def __init__(
-        self, rows: ShardedRows, placement: Placement, *, chunk_batches: int, columns: np.ndarray | None = None
+        self,
+        rows: ShardedRows,
+        placement: Placement,
+        *,
+        chunk_batches: int,
+        columns: np.ndarray | None = None,
+        padding: PaddedColumns | None = None,
     ) -> None:
-        mover = ShardedMover(rows)
-        super().__init__(rows, placement, chunk_batches=chunk_batches, columns=columns, sorts_all=True, mover=mover)
+        super().__init__(
+            rows,
+            placement,
+            chunk_batches=chunk_batches,
+            columns=columns,
+            padding=padding,
+            sorts_all=True,
+            mover=ShardedMover(rows),
+        )
         self._ranks: Ranks = rows.ranks
         self._tells_counts = isinstance(placement, CachedRows)  # a cache goes by how often rows are looked up
         self._chain = 0
@@ -89,7 +104,7 @@ class SharedLookAhead(LookAhead):
             own.cold_inverse,
             own.sorted,
             num_samples=len(batch),
-            num_lookups=len(batch) * num_columns,
+            num_lookups=len(batch) * num_columns - self._count_padding(batch),
             digest=_digest(batch),
         )
 
@@ -163,6 +178,7 @@ class SharedLookAhead(LookAhead):
         if self._tells_counts:
             told = np.concatenate([counts for _, counts in of_ranks if counts is not None])
             counts = np.bincount(found.inverse, weights=told, minlength=len(found.unique))[first_cold:].astype(np.int64)
+            self._count_no_padding(cold, counts)
         return replace(
             one,
             cold=cold,
@@ -171,6 +187,12 @@ class SharedLookAhead(LookAhead):
             places=tuple(places),
             num_cold_lookups=num_cold_lookups,
         )
+
+    def _count_padding(self, batch: Batch) -> int:
+        """Count the lookups of a batch that are none, in tables with tiers."""
+        if self._padding is None:
+            return 0
+        return self._padding.count(self._padding.find_values(batch.slots), stop=self._rows.num_rows)
 
     def _stage(self, lookups: BatchLookups) -> StagedBatch:
         assert isinstance(lookups, PartLookups) and lookups.union is not None and lookups.sorted is not None
