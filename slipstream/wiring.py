@@ -21,7 +21,7 @@ from slipstream.distributed.gradients import GradientSums
 from slipstream.distributed.lookahead import SharedLookAhead
 from slipstream.distributed.ranks import Ranks
 from slipstream.distributed.rows import ShardedRows
-from slipstream.embedding.tiers.lookahead import LookAhead
+from slipstream.embedding.tiers.lookahead import Batch, LookAhead
 from slipstream.errors import ConfigError
 from slipstream.io.figures import TableFigures
 from slipstream.io.processors import usable_cores
@@ -168,7 +168,9 @@ def make_trainer(
     *,
     num_train: int,
     on_report: Callable[[StepReport], None] = lambda report: None,
+    on_batch: Callable[[Batch, float], None] | None = None,
     between_chunks: Callable[[Trainer], None] = lambda trainer: None,
+    most_steps: int | None = None,
 ) -> Trainer:
     """Make the loop that every mode shares.
 
@@ -177,7 +179,9 @@ def make_trainer(
         parts: What trains.
         num_train: Training samples of an epoch.
         on_report: Hears reports.
+        on_batch: Hears every batch and its learning rate.
         between_chunks: Called with the trainer whenever no row is moving.
+        most_steps: Steps after which training ends; None for none.
     """
     train = config.train
     schedule = Schedule(
@@ -209,7 +213,9 @@ def make_trainer(
         average=train.average,
         padding_slots=parts.padding_slots,
         on_report=on_report,
+        on_batch=on_batch,
         between_chunks=between_chunks,
+        most_steps=most_steps,
     )
 
 

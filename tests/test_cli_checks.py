@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from strategies import tiny_tree, write_toml
 from test_cli import call, call_json
+
+from slipstream.embedding.tiers.transfer import RowMover
 
 
 @pytest.fixture(scope="module")
@@ -42,3 +47,63 @@ def test_size_without_a_profile_says_what_to_run(arguments: list[object], tmp_pa
 def test_size_names_the_option_that_is_wrong(arguments: list[object]):
     error = call("size", *arguments, "--hit-ratio", "95", expect=2).stderr
     assert "`--hit-ratio` must be a share such as 95% or 0.95, found '95'" in error
+
+
+# --- verify --------------------------------------------------------------------------------------------------
+
+
+def train_output(arguments: list[object]) -> Path:
+    return Path(call_json("run", *arguments)["stages"]["train"]["output"])
+
+
+def test_verify_puts_a_certificate_into_the_artifact_whose_manifest_stays_true(arguments: list[object]):
+    done = call("verify", *arguments, "--steps", "20")
+    assert "equal to the bit; promised: equal to the bit" in done.stdout
+    folder = train_output(arguments)
+    assert f"certificate written to {folder / 'certificate.json'}" in done.stderr
+    assert "certificate.json" in json.loads((folder / "manifest.json").read_text())["outputs"]
+    assert "train: unaltered" in call("check", *arguments, "--files").stderr
+    assert {stage["status"] for stage in call_json("run", *arguments)["stages"].values()} == {"skipped"}
+    document = call_json("verify", *arguments, "--steps", "21")
+    assert (document["verdict"], document["largest_difference"], document["steps"]) == ("equal to the bit", 0, 21)
+    assert json.loads((folder / "certificate.json").read_text()) == document, "the newer one stays"
+    assert "train: unaltered" in call("check", *arguments, "--files").stderr
+
+
+def test_the_report_shows_the_certificate(arguments: list[object], tmp_path: Path):
+    call("verify", *arguments, "--steps", "20", "--quiet")
+    call("report", *arguments, "--out", tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Verified against a plain loop: equal to the bit." in page
+    assert ">Certificate<" in page
+
+
+def test_verify_fails_where_the_tier_is_broken_and_says_where(
+    arguments: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    tree = [arguments[0], "--runs", tmp_path]
+    call("run", *tree, "--quiet")
+    write_back = RowMover.write_back
+
+    def lose_one(self: RowMover, cold: np.ndarray, positions: np.ndarray) -> None:
+        write_back(self, cold[1:], positions[1:])
+
+    monkeypatch.setattr(RowMover, "write_back", lose_one)
+    failed = call("verify", *tree, "--steps", "20", expect=1)
+    assert "the model trained as configured is not that of a plain loop: `tables.cat_" in failed.stderr
+    assert "what differs, the largest first" in failed.stdout
+    certificate: dict[str, Any] = json.loads((train_output(tree) / "certificate.json").read_text())
+    assert certificate["verdict"] == "different" and certificate["largest_difference"] > 0
+    assert call("verify", *tree, "--steps", "20", "--quiet", expect=1).stdout == ""
+
+
+def test_verify_needs_a_trained_model_that_nobody_altered(arguments: list[object], tmp_path: Path):
+    error = call("verify", arguments[0], "--runs", tmp_path, expect=1).stderr
+    assert "stage `train` has no output" in error and "hint: run `slipstream run` first" in error
+    tree = [arguments[0], "--runs", tmp_path]
+    call("run", *tree, "--quiet")
+    losses = train_output(tree) / "losses.json"
+    losses.write_text(losses.read_text().replace("0.", "1.", 1))
+    before = (losses.parent / "manifest.json").read_text()
+    assert "`losses.json`" in call("verify", *tree, "--steps", "2", expect=1).stderr
+    assert (losses.parent / "manifest.json").read_text() == before

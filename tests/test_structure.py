@@ -38,6 +38,7 @@ MAY_IMPORT = {
         "shipped",
         "forecast",
         "sizing",
+        "evidence",
         "compare",
         "stage",
         "stage_list",
@@ -84,6 +85,7 @@ MAY_IMPORT = {
             "schema",
         )
     },
+    "evidence": {"pipeline", "stages", "config", "io", "errors", "progress"},
     "sizing": {
         *("sizing", "wiring", "pipeline", "stage", "training", "config", "options", "io", "ops"),
         *("errors", "progress"),

@@ -13,11 +13,13 @@ from slipstream.cli.front import (
     RUNS,
     JsonOption,
     PipelineArgument,
+    QuietOption,
     RunsOption,
     SetOption,
     answer,
     app,
     load,
+    say,
 )
 
 
@@ -61,3 +63,32 @@ def size(
         typer.echo(json.dumps(sizes.to_json(), indent=1))
     else:
         answer(sizes_table(sizes))
+
+
+@app.command(epilog="Example: slipstream verify tiny --steps 100")
+def verify(
+    pipeline: PipelineArgument = DEFAULT_PIPELINE,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to train.")] = 100,
+    runs: RunsOption = RUNS,
+    overrides: SetOption = NO_OVERRIDES,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Train some steps as configured and by a plain nn.EmbeddingBag loop, and compare every parameter."""
+    config = load(pipeline, overrides)
+    from rich.console import Console
+
+    from slipstream.evidence import require_equal, verify_pipeline
+    from slipstream.progress import Silent
+    from slipstream.report import RichProgress
+    from slipstream.report.certificate import certificate_table
+
+    progress = Silent() if quiet else RichProgress(Console(stderr=True))
+    certificate, trained = verify_pipeline(config, runs, steps=steps, progress=progress)
+    if as_json:
+        typer.echo(json.dumps(certificate.to_json(), indent=1))
+    elif not quiet:
+        answer(certificate_table(certificate))
+    if not quiet:
+        say(f"certificate written to {trained.path / 'certificate.json'}")
+    require_equal(certificate, trained)

@@ -229,6 +229,35 @@ def publish(run_dir: Path, key: StageKey, counts: Mapping[str, Any], *, seconds:
     return Artifact(path=run_dir / key.stage / key.fingerprint, manifest=manifest)
 
 
+def add_output(artifact: Artifact, name: str, value: object) -> Artifact:
+    """Add a JSON file to a published artifact, or replace it; the manifest lists it, and stays true.
+
+    The caller holds the artifact alone. The manifest is written last, and its time is what tells files that were
+    written after it; so every file is hashed before.
+
+    Args:
+        artifact: The artifact.
+        name: Of the file.
+        value: Its content.
+
+    Raises:
+        ArtifactError: A file was altered since it was published.
+    """
+    if altered := [other for other in artifact.find_altered(by_hash=True) if other != name]:
+        raise ArtifactError(describe_altered(artifact.path, altered), hint=artifact.remedy)
+    outputs = {other: entry for other, entry in artifact.manifest["outputs"].items() if other != name}
+    if name in artifact.manifest["outputs"]:  # a kill while it is replaced must not leave one that looks altered
+        write_json(artifact.path / MANIFEST, artifact.manifest | {"outputs": outputs})
+        sync(artifact.path)
+    file = artifact.path / name
+    write_json(file, value)
+    outputs[name] = {"bytes": file.stat().st_size, "xxh3": hash_file(file)}
+    manifest = artifact.manifest | {"outputs": dict(sorted(outputs.items()))}
+    sync(artifact.path)
+    write_json(artifact.path / MANIFEST, manifest)
+    return Artifact(path=artifact.path, manifest=manifest)
+
+
 def complete_publishing(run_dir: Path, key: StageKey) -> None:
     """Give a scratch folder whose manifest is written its published name; does nothing for any other."""
     scratch, final = _partial_dir(run_dir, key), run_dir / key.stage / key.fingerprint

@@ -19,6 +19,7 @@ from slipstream.io.figures import (
 )
 from slipstream.options import to_dict
 from slipstream.progress import Progress
+from slipstream.report.certificate import certificate_parts
 from slipstream.report.cost_sections import memory, time_spent
 from slipstream.report.data_sections import data, frequencies, hot_set
 from slipstream.report.facts import RunFacts, joined, open_run
@@ -66,6 +67,7 @@ def run_page(facts: RunFacts, command: Sequence[str]) -> Page:
         ("Skipping", skipping),
         ("Memory and movement", memory),
         ("Time", time_spent),
+        ("Certificate", certificate_parts),
         ("How it was made", lambda facts: _provenance(facts, command)),
     ]
     made = [(title, list(make(facts))) for title, make in makers]

@@ -10,10 +10,11 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 import numpy as np
 
-from slipstream.embedding.tiers.lookahead import LookAhead, StagedBatch
+from slipstream.embedding.tiers.lookahead import Batch, LookAhead, StagedBatch
 from slipstream.embedding.tiers.placement import StagingOverflowError
 from slipstream.errors import CapacityError, TrainingError
 from slipstream.io.figures import FitFigures
@@ -112,7 +113,9 @@ class Trainer:
         average: Share of training, its last part, whose weights are averaged by the step.
         padding_slots: Hot slots that stand for no id, for criteria that watch rows; None for none.
         on_report: Hears reports.
+        on_batch: Hears every batch that is trained on, as it was before it was staged, and its learning rate.
         between_chunks: Called with the trainer whenever no row is moving, for checkpoints.
+        most_steps: Steps after which training ends, whatever the schedule says; None for none.
     """
 
     def __init__(
@@ -127,7 +130,9 @@ class Trainer:
         average: float = 0.0,
         padding_slots: np.ndarray | None = None,
         on_report: Callable[[StepReport], None] = lambda report: None,
+        on_batch: Callable[[Batch, float], None] | None = None,
         between_chunks: Callable[[Trainer], None] = lambda trainer: None,
+        most_steps: int | None = None,
     ) -> None:
         self.totals = LoopTotals()
         self.position = Position()
@@ -139,6 +144,7 @@ class Trainer:
         self._lr_schedule, self._schedule = lr_schedule, schedule
         self._averages_from = 1.0 - average
         self._log_every, self._on_report, self._between_chunks = log_every, on_report, between_chunks
+        self._on_batch, self._most_steps = on_batch, most_steps
         self._started, self._cpu_started = time.perf_counter(), time.process_time()
 
     def train(self, open_streams: OpenStreams) -> None:
@@ -160,6 +166,8 @@ class Trainer:
             for prepared in rounds:
                 self.totals.input_seconds += time.perf_counter() - asked
                 self._train_round(prepared)
+                if self.totals.steps == self._most_steps:
+                    break
                 asked = time.perf_counter()
         self.position = Position(epoch=self._schedule.epochs)
         self._report()
@@ -244,10 +252,15 @@ class Trainer:
                 tracker.open_window()
             progress = (span[0] + (span[1] - span[0]) * done / len(batches)) / schedule.epochs
             self.step.is_averaging = self.step.average is not None and progress >= self._averages_from
-            self._train_batch(batch, self._lr_schedule(progress))
+            lr = self._lr_schedule(progress)
+            if self._on_batch is not None:
+                self._on_batch(batches[done], lr)
+            self._train_batch(batch, lr)
             position.batches_done = done + 1
 
-        remaining = iter(batches[position.batches_done :])
+        steps_left = None if self._most_steps is None else self._most_steps - self.totals.steps
+        remaining = islice(batches, position.batches_done, None)
+        remaining = islice(remaining, steps_left)
         try:
             self.lookahead.run(remaining, train, between_chunks=lambda: self._between_chunks(self))
         except StagingOverflowError as exc:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from slipstream.errors import ArtifactError, CapacityError
 from slipstream.io.artifacts import (
     StageKey,
+    add_output,
     find_artifact,
     hash_file,
     leftovers,
@@ -251,3 +252,49 @@ def test_outputs_of_another_form_are_a_damaged_manifest(tmp_path: Path, outputs:
     rewrite_outputs(artifact.path, outputs)
     with pytest.raises(ArtifactError, match="is damaged"):
         open_artifact(artifact.path)
+
+
+# --- files that come later -----------------------------------------------------------------------------------
+
+
+def test_a_file_added_later_is_listed_and_checked_like_the_others(tmp_path: Path):
+    added = add_output(publish_files(tmp_path, a="one"), "note.json", {"verdict": "equal"})
+    found = find_artifact(tmp_path, KEY)
+    assert found == added
+    assert list(found.manifest["outputs"]) == ["a", "note.json"]
+    assert found.find_altered(by_hash=True) == []
+    assert json.loads(found.check(found.path / "note.json").read_text()) == {"verdict": "equal"}
+    (found.path / "note.json").write_text('{"verdict": "better"}')
+    assert found.find_altered() == ["note.json"]
+
+
+def test_a_file_added_again_replaces_the_first(tmp_path: Path):
+    artifact = add_output(publish_files(tmp_path, a="one"), "note.json", [1])
+    (artifact.path / "note.json").write_text("broken")
+    again = add_output(artifact, "note.json", [2])
+    assert open_artifact(artifact.path).find_altered(by_hash=True) == []
+    assert json.loads((again.path / "note.json").read_text()) == [2]
+
+
+def test_nothing_is_added_to_an_artifact_that_was_altered_in_secret(tmp_path: Path):
+    artifact = publish_files(tmp_path, a="one")
+    file = artifact.path / "a"
+    times = file.stat()
+    file.write_text("two")
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert artifact.find_altered() == [], "size and time hide it"
+    with pytest.raises(ArtifactError, match=r"altered or removed .*: `a`"):
+        add_output(artifact, "note.json", 1)
+    assert not (artifact.path / "note.json").exists()
+
+
+def test_a_kill_before_the_manifest_leaves_the_artifact_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    artifact = publish_files(tmp_path, a="one")
+    manifest = (artifact.path / "manifest.json").read_bytes()
+    monkeypatch.setattr(
+        "slipstream.io.artifacts.hash_file", lambda path: 1 / 0 if path.name == "note.json" else hash_file(path)
+    )
+    with pytest.raises(ZeroDivisionError):
+        add_output(artifact, "note.json", 1)
+    assert (artifact.path / "manifest.json").read_bytes() == manifest
+    assert open_artifact(artifact.path).find_altered() == []
