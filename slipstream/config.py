@@ -224,12 +224,18 @@ class TrainConfig:
     the model is what the last step left."""
     eps: float = 1e-8
     """Added to the root of Adagrad's accumulator and of Adam's second moment."""
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
-    """Of matrix products: `tf32` on CUDA only, `bf16` by autocast; weights and updates stay fp32."""
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
+    """Of matrix products: `auto` is `tf32` on CUDA, `fp32` elsewhere; `tf32` on CUDA only, `bf16` by autocast. Weights
+    and updates stay fp32."""
     deterministic: bool = False
     """Repeat to the bit on CUDA too, without graph capture; on CPU results always repeat."""
-    kernels: Literal["torch", "triton"] = "torch"
-    """What looks rows up and updates them; `triton` needs a GPU, and computes the same up to rounding."""
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    """What looks rows up and updates them: `triton` needs a GPU and computes the same up to rounding; `auto` takes it
+    on a GPU where it is installed and has the optimizer, else `torch`."""
+    cold_access: Literal["auto", "in_place", "look_ahead"] = "auto"
+    """How cold rows get to the step: `in_place` the device reads and writes them in page-locked host memory,
+    `look_ahead` the host gathers them chunk by chunk. The same results, to the bit on a CPU; `auto` is `in_place` on
+    CUDA with `triton` kernels, except in mode `cached`, and `look_ahead` elsewhere."""
     weight_decay: float = 0.0
     """L2 penalty on the dense layers' weights."""
     order: Literal["interleaved", "mixed"] = "interleaved"
@@ -263,6 +269,11 @@ class TrainConfig:
         require(0 <= self.lr_warmup < 1, "train.lr_warmup", "in [0, 1)", self.lr_warmup)
         require(self.eps > 0, "train.eps", "above 0", self.eps)
         check_kernels(self.optimizer, self.kernels)
+        if self.cold_access == "in_place" and self.mode == "cached":
+            raise ConfigError(
+                "`train.cold_access` = 'in_place' does not go with mode `cached`, whose cache the host keeps",
+                hint="set train.cold_access to 'auto' or 'look_ahead', or choose another train.mode",
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

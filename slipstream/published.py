@@ -14,7 +14,7 @@ from slipstream.errors import ConfigError
 from slipstream.training.skipping.registry import CRITERIA
 
 _NOT_OF_THE_LOOP = (
-    *("lr_warmup", "lr_decay", "order", "chunk_batches", "staging_rows", "log_every", "average"),
+    *("lr_warmup", "lr_decay", "order", "chunk_batches", "staging_rows", "log_every", "average", "cold_access"),
     *("checkpoint_minutes", "checkpoint_steps"),
 )
 """Keys of `[train]`: constant learning rate; no look-ahead, reports, mean of weights or checkpoints."""

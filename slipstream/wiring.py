@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from slipstream.config import PipelineConfig, TablesConfig
+from slipstream.config import PipelineConfig, TablesConfig, TrainConfig
 from slipstream.distributed.environment import count_ranks, ranks_on_host
 from slipstream.distributed.gradients import GradientSums
 from slipstream.distributed.lookahead import SharedLookAhead
 from slipstream.distributed.ranks import Ranks
 from slipstream.distributed.rows import ShardedRows
+from slipstream.embedding.tiers.in_place import InPlace, Runner
 from slipstream.embedding.tiers.lookahead import Batch, LookAhead
 from slipstream.errors import ConfigError
 from slipstream.io.figures import TableFigures
@@ -195,17 +196,9 @@ def make_trainer(
         smaller_by=config.skip.target_drop if config.skip.keep_steps else 0.0,
         seed=config.train_seed,
     )
-    chunk_batches = 1 if train.mode == "baseline" else train.chunk_batches
-    look_ahead: Any = SharedLookAhead if isinstance(parts.rows, ShardedRows) else LookAhead
     return Trainer(
         step=parts.step,
-        lookahead=look_ahead(
-            parts.rows,
-            parts.placement,
-            chunk_batches=chunk_batches,
-            columns=parts.columns,
-            padding=parts.representations.padded,
-        ),
+        lookahead=_make_runner(train, parts),
         lr_schedule=partial(learning_rate, lr=train.lr, warmup=train.lr_warmup, decay=train.lr_decay),
         skipper=Skipper(skip_rule_of(config, parts), columns=parts.columns),
         schedule=schedule,
@@ -217,6 +210,20 @@ def make_trainer(
         between_chunks=between_chunks,
         most_steps=most_steps,
     )
+
+
+def _make_runner(train: TrainConfig, parts: Assembly) -> Runner:
+    """Make what runs batches through the step, their rows on the device."""
+    padding = parts.representations.padded
+    if isinstance(parts.placement, InPlace):
+        parts.placement.padding = padding
+        return parts.placement
+    chunk_batches = 1 if train.mode == "baseline" else train.chunk_batches
+    look_ahead: Any = SharedLookAhead if isinstance(parts.rows, ShardedRows) else LookAhead
+    runner: LookAhead = look_ahead(
+        parts.rows, parts.placement, chunk_batches=chunk_batches, columns=parts.columns, padding=padding
+    )
+    return runner
 
 
 def skip_rule_of(config: PipelineConfig, parts: Assembly) -> SkipRule:

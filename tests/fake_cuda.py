@@ -14,7 +14,7 @@ whatever the timing of today.
     pageable_copies    copies between the device and ordinary memory; the host waits for these
     spins              waits for events that do not let the thread sleep
 
-A graph is captured without effect and replayed by running its operations again on the memory they had.
+A graph is captured without effect and replayed by running its operations again: `fake_graphs`.
 """
 
 from __future__ import annotations
@@ -29,10 +29,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fake_graphs import BRANCH, FakeCapture, FakeGraph, new_tensors, tensors_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
 from vector_clocks import Clock, Memory, join
+
+from slipstream.training import assemble
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 SYNCHRONISING = frozenset(
@@ -58,6 +60,10 @@ class FakeCuda:
         self.on_capture: Callable[[], None] = lambda: None
         """Called when a capture has begun."""
         self.limit_bytes: float = float("inf")
+        self.locked: dict[int, int] = {}
+        """Bytes of host memory that is page-locked where it lies, by address."""
+        self.lock_error = 0
+        """What `cudaHostRegister` answers."""
         self._memories: dict[int, Memory] = {}
         self._allocated_bytes = 0
         self._streams: list[FakeStream] = []
@@ -75,13 +81,14 @@ class FakeCuda:
     def not_handed_over(self) -> list[str]:
         """Memory that is gone, and the streams that may still have used it.
 
-        What several streams write is taken to live to the end, as its owner does.
+        What several streams write is taken to live to the end, as its owner does. Whoever launches a graph waits for
+        all of its branches.
         """
         return [
             f"{memory.num_units} x {memory.unit} bytes of {memory.born} used by {sorted(others)}"
             for memory in self._memories.values()
             if memory.born and memory.storage.expired() and len(memory.writes) == 1
-            if (others := memory.used_by - memory.handed_to - {memory.born})
+            if (others := {name for name in memory.used_by if BRANCH not in name} - memory.handed_to - {memory.born})
         ]
 
     # --- who is at work ---
@@ -114,6 +121,15 @@ class FakeCuda:
         for stream in self._streams:
             join(self.thread()[1], stream.clock)
 
+    def make_stream(self, name: str) -> FakeStream:
+        """Give a stream that does not look for work of its own."""
+        return FakeStream(self, name)
+
+    def own_capture(self) -> FakeCapture | None:
+        """The capture that the current thread makes, if it makes one."""
+        capture = self._capture
+        return capture if capture is not None and capture.thread == threading.get_ident() else None
+
     def call(self, what: str, *, waits: bool = False) -> None:
         """Note a call, where a graph is being captured; what waits is refused to the capturing thread itself."""
         capture = self._capture
@@ -139,8 +155,8 @@ class FakeCuda:
 
     def _adopt(self, made: Any, given: Any, *, born: str | None) -> None:
         """Watch what an operation allocated on the device."""
-        known = {tensor.untyped_storage()._cdata for tensor in _tensors(given)}
-        for tensor in _tensors(made):
+        known = {tensor.untyped_storage()._cdata for tensor in tensors_of(given)}
+        for tensor in tensors_of(made):
             storage = tensor.untyped_storage()
             if storage._cdata not in known:
                 self._memories[storage._cdata] = Memory.of(tensor, is_pinned=False, born=born)
@@ -157,6 +173,27 @@ class FakeCuda:
             kind = f"{'page-locked' if memory.is_pinned else 'device'} memory {tuple(tensor.shape)}"
             self.races.append(f"{actor} {'writes' if writes else 'reads'} {kind} in {what}, in no order with {others}")
 
+    def cudaHostRegister(self, address: int, num_bytes: int, flags: int) -> int:
+        """Lock pages."""
+        if not self.lock_error:
+            self.locked[address] = num_bytes
+        return self.lock_error
+
+    def cudaHostUnregister(self, address: int) -> int:
+        """Let go of pages."""
+        del self.locked[address]
+        return 0
+
+    def view_of(self, region: Any) -> Tensor:
+        """Locked memory as the device sees it: the same memory, and watched from now on."""
+        host: Tensor = region.host
+        assert self.locked[host.data_ptr()] >= host.nbytes
+        memory = Memory.of(host, is_pinned=True, born=None)
+        self._memories.setdefault(host.untyped_storage()._cdata, memory)
+        view = host.view(host.shape)
+        view.region = region  # type: ignore[attr-defined]
+        return view
+
     # --- operations ---
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -164,7 +201,7 @@ class FakeCuda:
         name = func.overloadpacket.__name__
         wants_device = torch.device(kwargs.get("device") or CPU).type == "cuda"
         wants_pinned = bool(kwargs.get("pin_memory")) or name == "_pin_memory"
-        known = [memory for tensor in _tensors((args, kwargs)) if (memory := self.memory_of(tensor)) is not None]
+        known = [memory for tensor in tensors_of((args, kwargs)) if (memory := self.memory_of(tensor)) is not None]
         is_for_device = wants_device or any(not memory.is_pinned for memory in known)
         if name == "is_pinned":
             return bool(known) and not is_for_device
@@ -183,8 +220,8 @@ class FakeCuda:
                 clock[actor] += 1
                 self._watch(func, args, kwargs, actor, clock)
                 return func(*args, **kwargs)
-            if self._capture is not None and self._capture.thread == threading.get_ident():
-                return self._capture.record(func, args, kwargs)
+            if (capture := self.own_capture()) is not None:
+                return capture.record(func, args, kwargs)
             return self.run_on_stream(func, args, kwargs)
 
     def run_on_stream(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -195,7 +232,7 @@ class FakeCuda:
         self._watch(func, args, kwargs, stream.name, stream.clock)
         made = func(*args, **kwargs)
         self._adopt(made, (args, kwargs), born=stream.name)
-        for tensor in _new_tensors(made, (args, kwargs)):
+        for tensor in new_tensors(made, (args, kwargs)):
             self._access(stream.name, stream.clock, tensor, name, writes=True)
         is_pageable = self._is_pageable_copy(name, args)
         if is_pageable:
@@ -235,21 +272,11 @@ class FakeCuda:
         for argument in schema:
             writes = argument.alias_info is not None and argument.alias_info.is_write
             rows = _picked_rows(values) if argument.name == "self" and name in _BY_ROWS else None
-            for tensor in _tensors(values.get(argument.name)):
+            for tensor in tensors_of(values.get(argument.name)):
                 if not writes or (name not in _OVERWRITING and argument.name != "out"):
                     self._access(actor, clock, tensor, name, rows=rows, writes=False)
                 if writes:
                     self._access(actor, clock, tensor, name, rows=rows, writes=True)
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def _new_tensors(made: Any, given: Any) -> list[Tensor]:
-    """What an operation made that shares no memory with what it was given."""
-    known = {tensor.untyped_storage()._cdata for tensor in _tensors(given)}
-    return [tensor for tensor in _tensors(made) if tensor.untyped_storage()._cdata not in known]
 
 
 def _picked_rows(values: dict[str, Any]) -> Tensor | None:
@@ -279,7 +306,13 @@ class FakeStream:
         return event
 
     def wait_event(self, event: FakeEvent) -> None:
+        if (capture := self._cuda.own_capture()) is not None:
+            capture.wait(self, event)
+            return
         join(self.clock, event.clock)
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.wait_event(other.record_event())
 
 
 class FakeEvent:
@@ -290,6 +323,9 @@ class FakeEvent:
 
     def record(self, stream: FakeStream | None = None) -> None:
         stream = stream or self._cuda.current_stream()
+        if (capture := self._cuda.own_capture()) is not None:
+            capture.note(stream, self)
+            return
         stream.advance()
         self.clock = dict(stream.clock)
 
@@ -299,64 +335,6 @@ class FakeEvent:
         if not self._blocking:
             self._cuda.spins.append(thread)
         join(clock, self.clock)
-
-
-class FakeGraph:
-    """Recorded operations."""
-
-    def __init__(self, cuda: FakeCuda) -> None:
-        self._cuda = cuda
-        self.operations: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
-
-    def pool(self) -> object:
-        return self
-
-    def replay(self) -> None:
-        """Run everything again, results going where they went."""
-        self._cuda.num_replays += 1
-        with _disable_current_modes(), torch.no_grad():
-            for func, args, kwargs, made in self.operations:
-                again = _new_tensors(self._cuda.run_on_stream(func, args, kwargs), (args, kwargs))
-                for old, new in zip(_new_tensors(made, (args, kwargs)), again, strict=True):
-                    old.copy_(new)
-
-
-class FakeCapture:
-    """What `torch.cuda.graph` gives."""
-
-    def __init__(self, cuda: FakeCuda, graph: FakeGraph, *, pool: object, capture_error_mode: str) -> None:
-        self._cuda, self._graph, self.mode = cuda, graph, capture_error_mode
-        self.thread = threading.get_ident()
-        self._made: set[int] = set()
-        self._before: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def __enter__(self) -> None:
-        self._cuda.synchronize()
-        self._cuda._lock.acquire()
-        self._cuda._capture = self
-        self._cuda.capture_modes.append(self.mode)
-        self._cuda.on_capture()
-
-    def __exit__(self, *exc: object) -> None:
-        self._cuda._capture = None
-        with _disable_current_modes(), torch.no_grad():
-            for now, before in self._before.values():
-                now.copy_(before)
-        self._cuda._lock.release()
-
-    def record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run an operation for the shape of its result; what it does to older memory is undone in the end."""
-        for tensor in _tensors((args, kwargs)):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self._made | self._before.keys():
-                whole = torch.empty(0, dtype=torch.uint8).set_(storage)
-                self._before[storage._cdata] = whole, whole.clone()
-        made = func(*args, **kwargs)
-        self._cuda._adopt(made, (args, kwargs), born=None)
-        self._made |= {tensor.untyped_storage()._cdata for tensor in _new_tensors(made, (args, kwargs))}
-        held = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, (args, kwargs, made))
-        self._graph.operations.append((func, *held))
-        return made
 
 
 class _Watch(TorchDispatchMode):
@@ -388,8 +366,11 @@ def pretend_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
         "synchronize": cuda.synchronize,
         "CUDAGraph": lambda: FakeGraph(cuda),
         "graph": capture,
+        "cudart": lambda: cuda,
     }.items():
         monkeypatch.setattr(torch.cuda, name, replacement)
+    # Triton would read and write memory behind its back; the same work in plain PyTorch is watched
+    monkeypatch.setattr(assemble, "has_triton", lambda: False)
     _patch_tensors(cuda, monkeypatch)
     _patch_pools(cuda, monkeypatch)
     with _Watch(cuda):
@@ -398,7 +379,7 @@ def pretend_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
 
 def _patch_tensors(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors say where they live, and move."""
-    base, make_tensor = torch._C.TensorBase, torch.tensor
+    base, make_tensor, as_tensor = torch._C.TensorBase, torch.tensor, torch.as_tensor
 
     def tensor(values: Any, *, device: torch.device | str | None = None, **options: Any) -> Tensor:
         made: Tensor = make_tensor(values, **options)
@@ -424,7 +405,11 @@ def _patch_tensors(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
         assert memory is not None
         memory.handed_to.add(stream.name)
 
+    def as_tensor_there(data: Any, **options: Any) -> Tensor:
+        return cuda.view_of(data) if hasattr(data, "__cuda_array_interface__") else as_tensor(data, **options)
+
     monkeypatch.setattr(torch, "tensor", tensor)
+    monkeypatch.setattr(torch, "as_tensor", as_tensor_there)
     for name, replacement in {
         "to": to,
         "cpu": lambda tensor: to(tensor, CPU),

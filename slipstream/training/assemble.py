@@ -9,10 +9,11 @@ Initial weights depend on the seed alone, not on what is hot, so every mode star
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,18 +23,24 @@ from slipstream.distributed.gradients import GradientSums
 from slipstream.distributed.rows import ShardedRows
 from slipstream.embedding.quantized import quantize_linears
 from slipstream.embedding.row_cache import Policy, RowCache
+from slipstream.embedding.rules import OPTIMIZERS
+from slipstream.embedding.tiers.batch_plan import BatchPlan
+from slipstream.embedding.tiers.in_place import InPlace
+from slipstream.embedding.tiers.mapped import CannotMapError, map_to_device
 from slipstream.embedding.tiers.placement import CachedRows, Placement, StagingHalves
 from slipstream.embedding.tiers.rows import TieredRows
+from slipstream.errors import ConfigError
 from slipstream.models.model import Model
 from slipstream.schema import Bag
 from slipstream.training.averaging import WeightAverage
 from slipstream.training.dense_optimizer import DenseOptimizer
-from slipstream.training.device import fitting_the_device
+from slipstream.training.device import fitting_the_device, has_triton
 from slipstream.training.representations import Representations, TableSpec
 from slipstream.training.shared_step import SharedStep
 from slipstream.training.slot_layout import SlotLayout
 from slipstream.training.step import FixedShapeStep, Kernels, Precision, TrainStep
 
+_log = logging.getLogger(__name__)
 _STAGING_CAP = 1 << 19
 """Rows a staging half holds by default, unless one batch needs more."""
 
@@ -53,9 +60,22 @@ class Settings:
     optimizer: str
     eps: float
     weight_decay: float
-    precision: Precision
-    kernels: Kernels
+    precision: Literal["auto", "fp32", "tf32", "bf16"]
+    kernels: Literal["auto", "torch", "triton"]
+    cold_access: Literal["auto", "in_place", "look_ahead"]
     deterministic: bool
+
+    def precision_on(self, *, on_cuda: bool) -> Precision:
+        """Give the precision in force."""
+        if self.precision == "auto":
+            return "tf32" if on_cuda else "fp32"
+        return self.precision
+
+    def kernels_on(self, *, on_cuda: bool, have_rule: bool) -> Kernels:
+        """Give the kernels in force; `have_rule` says whether those in Triton have the optimizer."""
+        if self.kernels == "auto":
+            return "triton" if on_cuda and has_triton() and have_rule else "torch"
+        return self.kernels
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +85,8 @@ class Assembly:
     layout: SlotLayout
     num_dense: int
     rows: TieredRows
-    placement: Placement
+    placement: Placement | InPlace
+    """Where the host puts cold rows, or what lets the device read them in place."""
     representations: Representations
     model: nn.Module
     step: TrainStep
@@ -147,13 +168,37 @@ def place_rows(
     *,
     row_width: int,
     device: torch.device,
+    on_cuda: bool | None = None,
     sums: GradientSums | None = None,
-) -> tuple[TieredRows, Placement]:
-    """Make tiers of the sizes that the mode wants, and what moves rows between them.
+) -> tuple[TieredRows, Placement | InPlace]:
+    """Make tiers of the sizes that the mode wants, and what brings cold rows to the device.
+
+    Args:
+        settings: How.
+        layout: Slots of the tables.
+        counts: As in `assemble`.
+        row_width: Of the model.
+        device: Where the buffer is to be.
+        on_cuda: Whether they are to be as on a GPU; None where `device` is one.
+        sums: As in `assemble`.
 
     Raises:
         CapacityError: The device has no room for them.
+        ConfigError: Cold rows are to be read in place, and cannot be.
     """
+    on_cuda = device.type == "cuda" if on_cuda is None else on_cuda
+    if choose_in_place(settings, layout, on_cuda=on_cuda, is_alone=sums is None):
+        rows = make_rows(settings, layout, row_width=row_width, device=device, is_in_place=True)
+        try:
+            return rows, _read_in_place(settings, layout, rows, on_cuda=on_cuda)
+        except CannotMapError as exc:
+            if settings.cold_access == "in_place":
+                raise ConfigError(
+                    f"`train.cold_access` is in_place, and {exc}",
+                    hint="set train.cold_access to 'auto' or 'look_ahead', or allow more locked memory (ulimit -l)",
+                ) from exc
+            _log.warning(f"the host gathers cold rows: {exc}")
+            del rows
     rows = make_rows(settings, layout, row_width=row_width, device=device, sums=sums)
     if settings.mode != "cached":
         return rows, StagingHalves(rows)
@@ -167,6 +212,61 @@ def place_rows(
     return rows, CachedRows(rows, cache)
 
 
+def choose_in_place(settings: Settings, layout: SlotLayout, *, on_cuda: bool, is_alone: bool) -> bool:
+    """Decide whether the device is to read cold rows in place.
+
+    Args:
+        settings: How.
+        layout: Slots of the tables.
+        on_cuda: Whether training is on a GPU.
+        is_alone: Whether it is in a process alone.
+
+    Raises:
+        ConfigError: It is to, and several ranks or kernels that do not know the optimizer speak against it.
+    """
+    have_rule = _kernels_have(settings.optimizer)
+    kernels = settings.kernels_on(on_cuda=on_cuda, have_rule=have_rule)
+    if settings.cold_access == "in_place" and not is_alone:
+        raise ConfigError(
+            "`train.cold_access` = 'in_place' does not go with several ranks, which share the cold tier",
+            hint="set train.cold_access to 'auto' or 'look_ahead'",
+        )
+    if settings.cold_access == "in_place" and kernels == "triton" and not have_rule:
+        raise ConfigError(
+            f"`train.cold_access` is in_place, and no Triton kernel has `train.optimizer` = '{settings.optimizer}'",
+            hint="set train.cold_access to 'look_ahead', or train.kernels to 'torch'",
+        )
+    if not len(layout.columns) or settings.cold_access == "look_ahead":
+        return False
+    is_default = kernels == "triton" and have_rule and settings.mode != "cached" and not settings.faithful
+    return settings.cold_access == "in_place" or (is_default and is_alone)
+
+
+def _kernels_have(optimizer: str) -> bool:
+    """Whether the kernels that work in place have a rule."""
+    if not has_triton():
+        return False
+    from slipstream.embedding.tiers.triton_plan import has_kernel  # needs Triton
+
+    return has_kernel(OPTIMIZERS.get(optimizer))
+
+
+def _read_in_place(settings: Settings, layout: SlotLayout, rows: TieredRows, *, on_cuda: bool) -> InPlace:
+    make_plan = BatchPlan
+    if settings.kernels_on(on_cuda=on_cuda, have_rule=_kernels_have(settings.optimizer)) == "triton":
+        from slipstream.embedding.tiers.triton_plan import TritonPlan as make_plan  # needs Triton
+
+    return InPlace(
+        rows,
+        map_to_device(rows.on_host, rows.device),
+        batch_size=settings.batch_size,
+        num_columns=len(layout.columns),
+        most_distinct=layout.most_distinct(settings.batch_size),
+        columns=None if layout.is_whole else layout.columns,
+        make_plan=make_plan,
+    )
+
+
 def make_rows(
     settings: Settings,
     layout: SlotLayout,
@@ -174,13 +274,16 @@ def make_rows(
     row_width: int,
     device: torch.device,
     sums: GradientSums | None = None,
+    is_in_place: bool = False,
 ) -> TieredRows:
-    """Make tiers of the sizes that the mode wants; all rows are zero.
+    """Make tiers of the sizes that the mode wants, with room for two batches in place; all rows are zero.
 
     Raises:
         CapacityError: The device has no room for them.
     """
     num_hot, num_staged = _size_tiers(settings, layout)
+    if is_in_place:
+        num_staged = 2 * min(layout.most_distinct(settings.batch_size), layout.num_rows - num_hot)
     with fitting_the_device(f"{num_hot:,} hot rows and {num_staged:,} staged rows of {row_width} floats"):
         kind = TieredRows if sums is None else partial(ShardedRows, ranks=sums.ranks)
         return kind(
@@ -268,7 +371,8 @@ def make_step(
 ) -> TrainStep:
     """Make the step: of fixed shape where a CUDA graph can hold it; `on_cuda` is whether it is for a GPU."""
     layout = representations.layout
-    on_cuda = rows.device.type == "cuda" if on_cuda is None else on_cuda
+    is_there = rows.device.type == "cuda"
+    on_cuda = is_there if on_cuda is None else on_cuda
     optimizer = DenseOptimizer(
         model.parameters(),
         optimizer=settings.optimizer,
@@ -282,8 +386,8 @@ def make_step(
         "dense_optimizer": optimizer,
         "representations": representations,
         "eps": settings.eps,
-        "precision": settings.precision,
-        "kernels": settings.kernels,
+        "precision": settings.precision_on(on_cuda=is_there),
+        "kernels": settings.kernels_on(on_cuda=is_there, have_rule=rows.rule.has_kernel),
         "most_distinct": layout.most_distinct(settings.batch_size),
         "average": WeightAverage(rows, [*model.parameters(), *representations.cores()]) if settings.average else None,
     }

@@ -24,6 +24,11 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def has_triton() -> bool:
+    """Whether the package is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
 def check_kernels(name: str, device: torch.device) -> None:
     """Check that what looks up and updates rows can run.
 
@@ -32,7 +37,7 @@ def check_kernels(name: str, device: torch.device) -> None:
     """
     if name == "triton" and device.type != "cuda":
         raise ConfigError("`train.kernels` is triton, and training runs on the CPU", hint="use torch, or a GPU")
-    if name == "triton" and importlib.util.find_spec("triton") is None:
+    if name == "triton" and not has_triton():
         raise ConfigError(
             "`train.kernels` is triton, and the package is not installed", hint="use torch, or pip install triton"
         )

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from slipstream.embedding.duplicates import Distinct
 from slipstream.embedding.quantized import quantize_linears
+from slipstream.embedding.tiers.in_place import InPlace
 from slipstream.embedding.tiers.lookahead import Batch, LookAhead, StagedBatch
 from slipstream.embedding.tiers.padding import PaddedColumns
 from slipstream.embedding.tiers.pinned import NUM_SLABS, SLAB_BYTES
@@ -44,7 +45,7 @@ class Footprint:
 
     device: dict[str, int]
     """`hot rows` and their `optimizer state` (with what a mean over steps keeps of them),
-    `staging`, `staleness`, `layers`, `scales and cores`."""
+    `staging`, `staleness`, `layers`, `finding rows`, `scales and cores`."""
     host: dict[str, int]
     """`cold rows` and their `optimizer state`, `slots`, `skipping`, `moving rows`."""
 
@@ -127,7 +128,9 @@ def assemble_weightless(
         on_cuda: Whether the step is the one that a GPU gets.
     """
     with META:  # the cold tier names no device: it lives where tensors live by default
-        rows, placement = place_rows(settings, layout, counts, row_width=network.row_width, device=META)
+        rows, placement = place_rows(
+            settings, layout, counts, row_width=network.row_width, device=META, on_cuda=on_cuda
+        )
     representations = Representations(
         specs,
         layout=layout,
@@ -164,19 +167,21 @@ def weigh(trainer: Trainer, *, on_cuda: bool = False) -> Footprint:
     step, rows = trainer.step, trainer.step.rows
     held = _Held()
     hot = slice(0, rows.num_hot)
-    (_, cold), *states = rows.pairs
+    buffers, (cold, *cold_states) = [buffer for buffer, _ in rows.pairs], rows.on_host
     device = {
         "hot rows": rows.buffer[hot].nbytes,
-        "optimizer state": sum(state[hot].nbytes for state, _ in states),
-        "staging": sum(buffer[rows.num_hot :].nbytes for buffer, _ in rows.pairs),
+        "optimizer state": sum(state[hot].nbytes for state in buffers[1:]),
+        "staging": sum(buffer[rows.num_hot :].nbytes for buffer in buffers),
     }
-    host = {"cold rows": cold.nbytes, "optimizer state": sum(state.nbytes for _, state in states)}
+    host = {"cold rows": cold.nbytes, "optimizer state": sum(state.nbytes for state in cold_states)}
     held.add(rows)
     host["slots"] = held.add(step.representations.layout)
     device["scales and cores"] = held.add(step.representations)
     if step.tracker is not None:
         device["staleness"] = held.add(step.tracker)
     device["layers"] = held.add(step)
+    if isinstance(trainer.lookahead, InPlace):
+        device["finding rows"] = held.add(trainer.lookahead.plans)
     host["skipping"] = held.add(trainer.skipper)
     host["moving rows"] = held.add(trainer.lookahead) + (NUM_SLABS * SLAB_BYTES if on_cuda else 0)
     return Footprint(

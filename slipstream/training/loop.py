@@ -14,7 +14,8 @@ from itertools import islice
 
 import numpy as np
 
-from slipstream.embedding.tiers.lookahead import Batch, LookAhead, StagedBatch
+from slipstream.embedding.tiers.in_place import Runner
+from slipstream.embedding.tiers.lookahead import Batch, StagedBatch
 from slipstream.embedding.tiers.placement import StagingOverflowError
 from slipstream.errors import CapacityError, TrainingError
 from slipstream.io.figures import FitFigures
@@ -66,7 +67,7 @@ class LoopTotals:
 
 def fit_figures(
     totals: LoopTotals,
-    lookahead: LookAhead,
+    lookahead: Runner,
     *,
     classified: int,
     dropped: int,
@@ -122,7 +123,7 @@ class Trainer:
         self,
         *,
         step: TrainStep,
-        lookahead: LookAhead,
+        lookahead: Runner,
         lr_schedule: Callable[[float], float],
         skipper: Skipper,
         schedule: Schedule,

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from slipstream.distributed.gradients import GradientSums
 from slipstream.distributed.ranks import Ranks
-from slipstream.embedding.duplicates import Distinct
 from slipstream.embedding.tiers.lookahead import StagedBatch
+from slipstream.embedding.tiers.row_access import RowAccess, change_rows
 from slipstream.training.skipping.trackers import RowTracker
 from slipstream.training.step import TrainStep, mean_by_weight
 
@@ -93,30 +93,38 @@ class SharedStep(TrainStep):
         assert batch.distinct is not None and batch.part is not None
         self._num_steps.add_(1)
         self._steps += 1
-        distinct, part, weights = batch.distinct, batch.part, batch.weights
-        gradients, loss = self._differentiate_part(batch, distinct)
+        access, part, weights = self._access(batch), batch.part, batch.weights
+        gradients, loss = self._differentiate_part(batch, access)
         totals = self._sum_dense(loss, weights)
         counted = None if weights is None else totals[2] / totals[1]
         self.dense_optimizer.step(self._lr, num_steps=self._num_steps, sample_weight=counted)
         if len(batch):
-            self._observe(batch, gradients, distinct)
+            self._observe(batch, gradients, access)
         dim = self.rows.embedding_dim
         summed = self.sums.sum_rows(
-            self._sum_by_row(gradients, distinct) if len(batch) else gradients,
-            self._beside_rows(weights, distinct),
+            access.sum_by_row(gradients) if len(batch) else gradients,
+            self._beside_rows(weights, access, batch.num_lookups()),
             part,
             step=self._steps,
         )
         row_weights = mean_by_weight(summed[:, dim:]) if summed.shape[1] > dim else None
-        values = self.rows.buffer.index_select(0, part.rows)
-        self._update(values, summed[:, :dim].contiguous(), part.rows, row_weights)
+        with self._averaging(lambda: part.rows):
+            change_rows(
+                self.rows,
+                part.rows,
+                summed[:, :dim].contiguous(),
+                self._rule,
+                kernels=self._row_kernels,
+                lr=self._lr,
+                num_steps=self._num_steps,
+                sample_weights=row_weights,
+            )
         self._loss_sum += totals[0] / (part.num_samples if weights is None else totals[1])
 
-    def _differentiate_part(self, batch: StagedBatch, distinct: Distinct) -> tuple[Tensor, Tensor]:
+    def _differentiate_part(self, batch: StagedBatch, access: RowAccess) -> tuple[Tensor, Tensor]:
         """(gradient of each lookup (L, D), Σ wᵢ ℓᵢ); zeros where this rank has no sample of the batch."""
         if len(batch):
-            _, gradients, loss = self._differentiate(batch, distinct)
-            return gradients, loss
+            return self._differentiate(batch, access)
         for parameter in self.model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         buffer = self.rows.buffer
@@ -131,13 +139,13 @@ class SharedStep(TrainStep):
             beside[1], beside[2] = weights.sum(), weights.square().sum()
         return self.sums.sum_dense(gradients, beside)
 
-    def _beside_rows(self, weights: Tensor | None, distinct: Distinct) -> Tensor | None:
+    def _beside_rows(self, weights: Tensor | None, access: RowAccess, num_lookups: int) -> Tensor | None:
         """Give Σw and Σw² over this rank's lookups of each row, for a rule with state. Shape (u, 2)."""
         if weights is None or not self.rows.buffer_state:
             return None
         if not len(weights):
             return self.rows.buffer.new_zeros(0, 2)
-        return self._sum_weights(weights, distinct).to(self.rows.buffer.dtype)
+        return self._sum_weights(weights, access, num_lookups).to(self.rows.buffer.dtype)
 
 
 def require_same_model(step: TrainStep) -> None:

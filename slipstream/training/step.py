@@ -7,7 +7,7 @@ is how the tests prove it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from slipstream.embedding.duplicates import Distinct, sum_duplicates
 from slipstream.embedding.tiers.lookahead import StagedBatch
-from slipstream.embedding.tiers.rows import TieredRows, update_rows
+from slipstream.embedding.tiers.row_access import RowAccess, StagedAccess
+from slipstream.embedding.tiers.rows import TieredRows
 from slipstream.training.averaging import WeightAverage
 from slipstream.training.dense_optimizer import DenseOptimizer
 from slipstream.training.representations import Representations
@@ -147,23 +147,35 @@ class TrainStep:
 
     def _compute(self, batch: StagedBatch) -> None:
         self._num_steps.add_(1)
-        distinct = batch.find_distinct(padding=self._pad(batch.num_lookups()))
-        values, gradients, loss = self._differentiate(batch, distinct)
+        if batch.in_place is not None:
+            batch.in_place.begin()
+        access = self._access(batch)
+        gradients, loss = self._differentiate(batch, access)
         weights = batch.weights
         counted = None if weights is None else _mean_by_weight(weights)
         self.dense_optimizer.step(self._lr, num_steps=self._num_steps, sample_weight=counted)
-        self._observe(batch, gradients, distinct)
-        summed = self._sum_by_row(gradients, distinct)
-        self._update(values, summed, distinct.rows, None if weights is None else self._weigh_rows(weights, distinct))
+        self._observe(batch, gradients, access)
+        row_weights = None if weights is None else self._weigh_rows(weights, access, batch.num_lookups())
+        with self._averaging(access.padded_positions):
+            access.update(self._rule, gradients, lr=self._lr, num_steps=self._num_steps, sample_weights=row_weights)
+        if batch.in_place is not None:
+            batch.in_place.end()
         self._loss_sum += loss / (len(batch) if weights is None else weights.sum())
 
-    def _differentiate(self, batch: StagedBatch, distinct: Distinct) -> tuple[Tensor | None, Tensor, Tensor]:
-        """(distinct rows (U, D), where the update needs them; gradient of each lookup (L, D); Σ wᵢ ℓᵢ).
+    def _access(self, batch: StagedBatch) -> RowAccess:
+        """Give what gets at the rows of a batch."""
+        if batch.in_place is not None:
+            return batch.in_place.plan
+        return StagedAccess(
+            rows=self.rows,
+            distinct=batch.find_distinct(padding=self._pad(batch.num_lookups())),
+            kernels=self._row_kernels,
+            deterministic=self._deterministic,
+        )
 
-        The gradients of the dense layers are with their parameters.
-        """
-        values, looked_up = self._look_up(distinct)
-        looked_up.requires_grad_()
+    def _differentiate(self, batch: StagedBatch, access: RowAccess) -> tuple[Tensor, Tensor]:
+        """(gradient of each lookup (L, D); Σ wᵢ ℓᵢ). The gradients of the dense layers are with their parameters."""
+        looked_up = access.look_up(batch.num_lookups()).requires_grad_()
         by_sample = looked_up.view(len(batch), batch.num_lookups() // len(batch), self.rows.embedding_dim)
         pooled = self.representations.train(by_sample, batch.tierless, batch.is_value)
         with self._autocast():
@@ -172,22 +184,20 @@ class TrainStep:
         self.dense_optimizer.zero_grad()
         (loss / self._divisor(batch)).backward()
         assert looked_up.grad is not None
-        return values, looked_up.grad, loss.detach()
+        return looked_up.grad, loss.detach()
 
     def _divisor(self, batch: StagedBatch) -> int:
         """B of the loss."""
         return batch.divisor or self._batch_size or batch.num_samples
 
-    def _observe(self, batch: StagedBatch, gradients: Tensor, distinct: Distinct) -> None:
+    def _observe(self, batch: StagedBatch, gradients: Tensor, access: RowAccess) -> None:
         """Let the tracker see the step, where one watches."""
         if self.tracker is None or not self.tracker.is_open:
             return
         divisor = self._divisor(batch)
         self.tracker.observe(
-            distinct.rows,
-            lambda: self._sum_by_row(
-                pulls_of_lookups(gradients, batch.labels, batch.weights, batch_size=divisor), distinct
-            ),
+            access.padded_positions(),
+            lambda: access.sum_by_row(pulls_of_lookups(gradients, batch.labels, batch.weights, batch_size=divisor)),
         )
 
     def _pad(self, num_lookups: int) -> Tensor:
@@ -197,50 +207,30 @@ class TrainStep:
             self._padding = self.rows.padding(count)
         return self._padding[:count]
 
-    def _look_up(self, distinct: Distinct) -> tuple[Tensor | None, Tensor]:
-        """(distinct rows (U, D), where the update needs them; rows of all lookups (L, D))."""
-        buffer = self.rows.buffer
-        if self._row_kernels is not None:
-            return None, self._row_kernels.gather_rows(buffer, distinct.rows, distinct.inverse)
-        values = buffer.index_select(0, distinct.rows)
-        return values, values.index_select(0, distinct.inverse)
-
-    def _sum_by_row(self, per_lookup: Tensor, distinct: Distinct) -> Tensor:
-        return sum_duplicates(
-            per_lookup,
-            distinct.inverse,
-            len(distinct.rows),
-            order=distinct.order,
-            starts=distinct.starts,
-            deterministic=self._deterministic,
-        )
-
-    def _weigh_rows(self, weights: Tensor, distinct: Distinct) -> Tensor | None:
+    def _weigh_rows(self, weights: Tensor, access: RowAccess, num_lookups: int) -> Tensor | None:
         """Give the weight of the samples that look up each distinct row, for a rule with state. Shape (U,)."""
         if not self.rows.buffer_state:
             return None
-        return mean_by_weight(self._sum_weights(weights, distinct))
+        return mean_by_weight(self._sum_weights(weights, access, num_lookups))
 
-    def _sum_weights(self, weights: Tensor, distinct: Distinct) -> Tensor:
+    def _sum_weights(self, weights: Tensor, access: RowAccess, num_lookups: int) -> Tensor:
         """Give Σw and Σw² over the lookups of each distinct row. Shape (U, 2)."""
-        per_lookup = weights.new_empty(len(weights), len(distinct.inverse) // len(weights), 2)
+        per_lookup = weights.new_empty(len(weights), num_lookups // len(weights), 2)
         per_lookup[..., 0] = weights.unsqueeze(1)
         per_lookup[..., 1] = weights.square().unsqueeze(1)
-        return self._sum_by_row(per_lookup.flatten(end_dim=1), distinct)
+        return access.sum_by_row(per_lookup.flatten(end_dim=1))
 
-    def _update(self, values: Tensor | None, summed: Tensor, positions: Tensor, weights: Tensor | None) -> None:
-        rows = self.rows
-        place = (self._rule, rows.buffer, rows.buffer_state, positions)
-        before = rows.buffer.index_select(0, positions) if self.is_averaging else None
-        if self._row_kernels is not None:
-            options = {"lr": self._lr, "sample_weights": weights, "first_spare": rows.first_spare}
-            self._row_kernels.update_rows(*place, summed, **options)
-        else:
-            assert values is not None
-            update_rows(*place, values, summed, lr=self._lr, num_steps=self._num_steps, sample_weights=weights)
-        if self.average is not None and before is not None:
-            self.average.follow_rows(positions, before)
-            self.average.count()
+    @contextmanager
+    def _averaging(self, positions: Callable[[], Tensor]) -> Iterator[None]:
+        """Take what is done to rows at distinct positions into the mean, if this step is averaged."""
+        if self.average is None or not self.is_averaging:
+            yield
+            return
+        at = positions()
+        before = self.rows.buffer.index_select(0, at)
+        yield
+        self.average.follow_rows(at, before)
+        self.average.count()
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self._precision != "bf16":
@@ -328,14 +318,16 @@ class FixedShapeStep(TrainStep):
     def _load(self, batch: StagedBatch) -> _Variant:
         """Copy a batch to where its kind of step reads it."""
         is_watched = self.tracker is not None and self.tracker.is_open
-        key = (len(batch), batch.divisor, batch.weights is not None, is_watched, self.is_averaging)
+        # rows in place take turns between two halves of the buffer: a graph for each
+        kind = (batch.weights is not None, is_watched, self.is_averaging, batch.in_place)
+        key = (len(batch), batch.divisor, *kind)
         if key not in self._variants:
             self._variants[key] = _Variant(batch=self._first_of_static(batch))
         static = self._variants[key].batch
-        assert batch.positions is not None and static.positions is not None
         static.dense.copy_(batch.dense)
         static.labels.copy_(batch.labels)
-        static.positions.copy_(batch.positions)
+        if batch.positions is not None and static.positions is not None:
+            static.positions.copy_(batch.positions)
         if batch.is_value is not None and static.is_value is not None:
             static.is_value.copy_(batch.is_value)
         if batch.weights is not None and static.weights is not None:
@@ -352,6 +344,7 @@ class FixedShapeStep(TrainStep):
             dense=static.dense[:num_samples],
             labels=static.labels[:num_samples],
             positions=static.positions[: num_samples * lookups_per_sample],
+            in_place=batch.in_place,
             weights=None if batch.weights is None else static.weights[:num_samples],
             is_value=None if static.is_value is None else static.is_value[:num_samples],
             divisor=batch.divisor,

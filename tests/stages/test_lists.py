@@ -181,7 +181,13 @@ HELD = {
     "int4": {"representation": "int4", "period": 7},
     "cores": {"overrides": {"cat_2": {"representation": "tt", "tt_ranks": [2]}}},
 }
-MODES = [{"mode": "resident"}, {"mode": "baseline"}, {"mode": "cached", "cache_ratio": 0.9}, {"mode": "slipstream"}]
+MODES = [
+    {"mode": "resident"},
+    {"mode": "baseline"},
+    {"mode": "cached", "cache_ratio": 0.9},
+    {"mode": "slipstream"},
+    {"mode": "fae", "cold_access": "in_place"},
+]
 
 
 @pytest.mark.parametrize("held", HELD)
@@ -190,7 +196,9 @@ def test_lists_give_the_same_model_in_every_mode_to_the_bit(log: Path, held: str
     options = {"optimizer": optimizer, "lr": 0.01}
     first = run(log, train={"mode": "fae", **options}, tables=HELD[held])
     for mode in MODES:
-        assert_same_training(first, run(log, train={**mode, **options}, tables=HELD[held]))
+        other = run(log, train={**mode, **options}, tables=HELD[held])
+        assert_same_training(first, other)
+    assert other.counts("train")["hit_ratio"] == first.counts("train")["hit_ratio"]  # padding is no lookup in place
 
 
 def test_a_model_predicts_what_embedding_bags_predict_from_the_lines(

@@ -70,6 +70,7 @@ class Killed(BaseException):
         pytest.param({"criterion": "importance", "scope": "all", "scorer": "model"}, marks=pytest.mark.slow),
         {"criterion": "random", "order": "mixed", "average": 0.6},
         {"held": "int4", "mode": "cached", "cache_ratio": 0.6, "optimizer": "adam"},
+        {"criterion": "negative", "cold_access": "in_place", "average": 0.6},
         pytest.param({"mode": "resident", "optimizer": "sgd"}, marks=pytest.mark.slow),
     ],
     ids=str,
@@ -143,7 +144,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
 # --- written while training goes on --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [{}, {"mode": "cached", "cache_ratio": 0.6}, {"mode": "resident"}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"mode": "cached", "cache_ratio": 0.6}, {"mode": "resident"}, {"mode": "fae", "cold_access": "in_place"}],
+    ids=str,
+)
 def test_a_checkpoint_written_beside_training_is_of_one_moment(
     settings: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

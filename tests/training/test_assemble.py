@@ -5,18 +5,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fake_cuda import FakeCuda
 from strategies import tiny_config
 
+from slipstream.embedding.tiers.in_place import InPlace
+from slipstream.embedding.tiers.placement import CachedRows, StagingHalves
+from slipstream.errors import ConfigError
 from slipstream.options import pick
+from slipstream.training import assemble as assemble_module
 from slipstream.training.assemble import Assembly, Settings, assemble
 from slipstream.training.representations import TableSpec
 from slipstream.training.slot_layout import SlotLayout
 
 SIZES = {"cat_0": 40, "cat_1": 3, "cat_2": 77}
 NUM_ROWS = sum(SIZES.values())
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-def put_together(*, num_hot: int, seed: int = 0, slots_seed: int = 0, **train: Any) -> Assembly:
+def put_together(
+    *, num_hot: int, seed: int = 0, slots_seed: int = 0, device: torch.device = CPU, **train: Any
+) -> Assembly:
     """Three tables, whose slots are drawn by `slots_seed`."""
     config = tiny_config(**{f"train__{name}": value for name, value in ({"batch_size": 2} | train).items()})
     slots = np.random.default_rng(slots_seed).permutation(NUM_ROWS).astype(np.int32)
@@ -32,7 +40,7 @@ def put_together(*, num_hot: int, seed: int = 0, slots_seed: int = 0, **train: A
         linear_bits=0,
         num_dense=2,
         seed=seed,
-        device=torch.device("cpu"),
+        device=device,
     )
 
 
@@ -76,8 +84,70 @@ def test_padding_is_found_where_it_is_hot():
         ({"mode": "baseline", "chunk_batches": 1}, 0, 2 * 6),
         ({"mode": "cached", "cache_ratio": 0.5}, 0, NUM_ROWS // 2),
         ({"mode": "cached", "cache_ratio": 0.01}, 0, 2 * 6),  # two batches
+        ({"mode": "fae", "cold_access": "in_place"}, 7, 2 * 6),  # two halves of what a batch can look up
     ],
 )
 def test_each_mode_has_rows_where_it_wants_them(train: dict[str, Any], num_hot: int, num_staged: int):
     rows = put_together(num_hot=7, **train).rows
     assert (rows.num_hot, rows.num_staged) == (num_hot, num_staged)
+
+
+# --- who brings cold rows ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def triton_cuda(fake_cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    """A device for which there are kernels; none is launched."""
+    pytest.importorskip("triton", reason="needs triton: pip install triton")
+    monkeypatch.setattr(assemble_module, "has_triton", lambda: True)
+    return fake_cuda
+
+
+@pytest.mark.parametrize(
+    ("train", "placement"),
+    [
+        ({"mode": "fae"}, InPlace),
+        ({"mode": "baseline", "optimizer": "adam"}, InPlace),
+        ({"mode": "cached", "cache_ratio": 0.5}, CachedRows),
+        ({"mode": "fae", "faithful": True, "chunk_batches": 16}, StagingHalves),
+        ({"mode": "fae", "kernels": "torch"}, StagingHalves),
+        ({"mode": "fae", "cold_access": "look_ahead"}, StagingHalves),
+        ({"mode": "fae", "kernels": "torch", "cold_access": "in_place"}, InPlace),
+    ],
+)
+def test_a_gpu_reads_cold_rows_in_place_unless_something_speaks_against_it(
+    train: dict[str, Any], placement: type, triton_cuda: FakeCuda
+):
+    assert type(put_together(num_hot=7, device=CUDA, **train).placement) is placement
+
+
+@pytest.mark.parametrize("mode", ["resident", "baseline", "fae", "slipstream", "cached"])
+def test_a_cpu_looks_ahead_unless_told_otherwise(mode: str):
+    assert type(put_together(num_hot=7, mode=mode).placement) is (CachedRows if mode == "cached" else StagingHalves)
+    if mode != "cached":
+        assert type(put_together(num_hot=7, mode=mode, cold_access="in_place").placement) is InPlace
+
+
+def test_where_memory_cannot_be_locked_the_host_looks_ahead_and_says_so_once(
+    triton_cuda: FakeCuda, caplog: pytest.LogCaptureFixture
+):
+    triton_cuda.lock_error = 2
+    parts = put_together(num_hot=7, mode="fae", device=CUDA)
+    assert isinstance(parts.placement, StagingHalves)
+    assert parts.rows.num_staged == put_together(num_hot=7, mode="fae").rows.num_staged
+    [record] = caplog.records
+    assert "the host gathers cold rows" in record.message and "cannot be mapped" in record.message
+    with pytest.raises(ConfigError, match=r"`train.cold_access` is in_place, and .* cannot be mapped") as failed:
+        put_together(num_hot=7, mode="fae", device=CUDA, cold_access="in_place")
+    assert "look_ahead" in (failed.value.hint or "")
+
+
+def test_a_cache_that_the_host_keeps_is_not_read_in_place():
+    with pytest.raises(ConfigError, match="'in_place' does not go with mode `cached`"):
+        tiny_config(train__mode="cached", train__cold_access="in_place")
+
+
+def test_matrix_products_are_tf32_on_a_gpu_unless_told_otherwise():
+    settings = pick(Settings, tiny_config().train)
+    assert (settings.precision_on(on_cuda=True), settings.precision_on(on_cuda=False)) == ("tf32", "fp32")
+    assert pick(Settings, tiny_config(train__precision="fp32").train).precision_on(on_cuda=True) == "fp32"

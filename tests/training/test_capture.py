@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
@@ -16,7 +16,9 @@ from strategies import make_tracker
 from torch import Tensor
 
 from slipstream.embedding.quantized import quantize_linears
+from slipstream.embedding.tiers.in_place import InPlace, Runner
 from slipstream.embedding.tiers.lookahead import Batch, LookAhead
+from slipstream.embedding.tiers.mapped import map_to_device
 from slipstream.embedding.tiers.pinned import NUM_SLABS, SLAB_BYTES
 from slipstream.embedding.tiers.placement import StagingHalves
 from slipstream.embedding.tiers.rows import TieredRows
@@ -72,6 +74,11 @@ def look_ahead(rows: TieredRows) -> LookAhead:
     return LookAhead(rows, StagingHalves(rows), chunk_batches=2, sorts_all=False)
 
 
+def in_place(rows: TieredRows) -> InPlace:
+    host = map_to_device(rows.on_host, rows.device)
+    return InPlace(rows, host, batch_size=BATCH, num_columns=TABLES, most_distinct=BATCH * TABLES)
+
+
 def results_of(step: TrainStep) -> list[Tensor]:
     rows = step.rows
     state = rows.read_state(torch.arange(NUM_ROWS))
@@ -125,11 +132,18 @@ def test_a_capture_that_forbade_others_their_calls_would_fail(fake_cuda: FakeCud
 # --- every kind of step --------------------------------------------------------------------------------------
 
 
-def train_all_kinds(make: type[TrainStep], device: torch.device, *, kind: str, movement: Movement) -> list[Tensor]:
+def train_all_kinds(
+    make: type[TrainStep],
+    device: torch.device,
+    *,
+    kind: str,
+    movement: Movement,
+    run_over: Callable[[TieredRows], Runner] = look_ahead,
+) -> list[Tensor]:
     """Batches with and without weights, in a window and outside, whole and cut short, in one order."""
     step = make_step(make, device, kind=kind)
     step.tracker = make_tracker(movement, step.rows.buffer[:NUM_HOT])
-    lookahead = look_ahead(step.rows)
+    lookahead = run_over(step.rows)
     moved = []
     for part in range(4):
         if part % 2:
@@ -144,11 +158,13 @@ def train_all_kinds(make: type[TrainStep], device: torch.device, *, kind: str, m
     return [*results_of(step), *moved]
 
 
-@pytest.mark.parametrize("movement", ["net", "per-label"])
-@pytest.mark.parametrize("kind", ["sgd", "adagrad"])
-def test_replayed_steps_of_every_kind_equal_plain_ones_on_the_cpu(kind: str, movement: Movement, cuda: torch.device):
+@pytest.mark.parametrize("run_over", [look_ahead, in_place])
+@pytest.mark.parametrize(("kind", "movement"), [("sgd", "net"), ("sgd", "per-label"), ("adagrad", "per-label")])
+def test_replayed_steps_of_every_kind_equal_plain_ones_on_the_cpu(
+    kind: str, movement: Movement, run_over: Callable[[TieredRows], Runner], cuda: torch.device
+):
     expected = train_all_kinds(TrainStep, torch.device("cpu"), kind=kind, movement=movement)
-    found = train_all_kinds(FixedShapeStep, cuda, kind=kind, movement=movement)
+    found = train_all_kinds(FixedShapeStep, cuda, kind=kind, movement=movement, run_over=run_over)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -156,6 +172,32 @@ def test_each_kind_of_step_is_captured_once(fake_cuda: FakeCuda):
     train_all_kinds(FixedShapeStep, CUDA, kind="adagrad", movement="per-label")
     assert fake_cuda.capture_modes == ["thread_local"] * 4
     assert fake_cuda.num_replays == 4 * 10 - 4 * step_module._EAGER_STEPS
+
+
+def test_rows_in_place_take_one_graph_for_each_half_and_no_other_launch(fake_cuda: FakeCuda):
+    step = make_step(FixedShapeStep, CUDA)
+    in_place(step.rows).run(map(make_batch, range(20)), partial(step, lr=0.1))
+    assert fake_cuda.capture_modes == ["thread_local"] * 2
+    assert fake_cuda.num_replays == 20 - 2 * step_module._EAGER_STEPS
+
+
+@pytest.mark.parametrize("what", ["begin", "end"])
+def test_a_graph_whose_streams_do_not_wait_for_each_other_is_noticed(what: str, fake_cuda: FakeCuda):
+    step = make_step(FixedShapeStep, CUDA)
+    assert isinstance(step, FixedShapeStep)
+    runner = in_place(step.rows)
+    batches = [make_batch(number) for number in range(20)]
+    runner.run(iter(batches[:10]), partial(step, lr=0.1))
+    assert fake_cuda.num_replays == 4 and fake_cuda.races == fake_cuda.refused == []
+    # events are nodes of a graph: take those of the fork, or of the join, out of the graphs there are
+    for variant in step._variants.values():
+        nodes = variant.graph.operations
+        waits = [node for node in nodes if node.waits]
+        assert len(waits) == 2  # one stream forks, and joins
+        nodes.remove(waits[0] if what == "begin" else waits[1])
+    runner.run(iter(batches[10:]), partial(step, lr=0.1))
+    assert fake_cuda.races
+    assert bool(fake_cuda.refused) == (what == "end")
 
 
 def test_steps_outside_a_window_do_nothing_for_the_tracker(fake_cuda: FakeCuda):

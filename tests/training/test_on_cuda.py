@@ -15,6 +15,8 @@ from slipstream.pipeline import run_pipeline
 RUNS: dict[str, dict[str, Any]] = {
     "resident": {"train__mode": "resident", "skip__criterion": "none"},
     "baseline": {"train__mode": "baseline", "train__optimizer": "sgd"},
+    "in place": {"train__mode": "slipstream", "train__cold_access": "in_place", "skip__refresh_steps": 8},
+    "in place, adam": {"train__mode": "baseline", "train__cold_access": "in_place", "train__optimizer": "adam"},
     "fae": {"train__mode": "fae", "tables": {"representation": "int8", "period": 7}},
     "stale": {"train__mode": "slipstream", "skip__refresh_steps": 8},
     "net": {"train__mode": "slipstream", "skip__movement": "net", "skip__refresh_steps": 8, "train__optimizer": "sgd"},
@@ -30,7 +32,11 @@ SMALL = {"dataset": {"source": "synthetic", "num_samples": 2000}}
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in ("stale", "cached", "fae") else pytest.mark.slow) for name in RUNS]
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("in place", "stale", "cached", "fae") else pytest.mark.slow)
+        for name in RUNS
+    ],
 )
 def test_a_training_on_cuda_ends_with_the_model_of_the_cpu(name: str, cuda: torch.device, tmp_path: Path):
     models = []

@@ -11,6 +11,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from slipstream.embedding.duplicates import Distinct, sort_lookups
 from slipstream.embedding.rules import OPTIMIZERS
 from slipstream.embedding.tiers.lookahead import StagedBatch
+from slipstream.embedding.tiers.row_access import StagedAccess
 from slipstream.embedding.tiers.rows import TieredRows
 from slipstream.models.dlrm import DLRM
 from slipstream.schema import Bag
@@ -180,7 +181,8 @@ def test_weights_of_one_row_in_several_samples_count_by_their_size() -> None:
     distinct = Distinct(*(torch.from_numpy(part) for part in (found.unique, found.inverse, found.order, found.starts)))
     step = make_step(TrainStep, make_model(), make_rows("rowwise_adagrad"), kernels="torch")
 
-    found_weights = step._weigh_rows(weights, distinct)
+    access = StagedAccess(rows=step.rows, distinct=distinct)
+    found_weights = step._weigh_rows(weights, access, len(slots))
 
     assert found_weights is not None
     shared = (1 + 9) / (1 + 3)

@@ -84,13 +84,22 @@ class FrozenRows:
                 stop = min(start + self.block_rows, len(self._rows))
                 if self._num_read > start:
                     return  # closed
-                block = self._rows[start:stop].clone()
+                block = self._read(start, stop)
                 for numbers, values in self._kept.pop(start // self.block_rows, ()):
                     block[torch.from_numpy(numbers - start)] = values
                     self._num_kept -= len(numbers)
                 self._num_read = stop
                 self._changed.notify_all()
             yield block.numpy()
+
+    def _read(self, start: int, stop: int) -> Tensor:
+        """Give rows as they are, but for those that were kept: somebody may be writing these now."""
+        is_kept = self._is_kept[start:stop]
+        if not is_kept.any():
+            return self._rows[start:stop].clone()
+        block = torch.zeros(stop - start, *self.shape[1:], dtype=self._rows.dtype)
+        unchanged = torch.from_numpy(np.flatnonzero(~is_kept))
+        return block.index_copy_(0, unchanged, self._rows.index_select(0, unchanged + start))
 
     def close(self) -> None:
         """Stop keeping rows: nobody reads on."""

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from slipstream.embedding.duplicates import Distinct, SortedLookups, find_distinct, sort_lookups
+from slipstream.embedding.tiers.batch_plan import RowsInPlace
 from slipstream.embedding.tiers.frozen import FrozenTiers
 from slipstream.embedding.tiers.padding import PaddedColumns
 from slipstream.embedding.tiers.placement import Placement, Plan, Request
@@ -82,6 +83,8 @@ class StagedBatch:
     """Of each lookup, sample by sample, where the device finds the duplicates. Shape (L,), int32 or int64."""
     distinct: Distinct | None = None
     """The distinct positions, where the host found them."""
+    in_place: RowsInPlace | None = None
+    """The rows of the batch, where the device finds and fetches them by itself."""
     weights: Tensor | None = None
     tierless: Tensor | None = None
     """Slots of the columns whose rows have no tier. Shape (B, J), int64."""
@@ -103,6 +106,8 @@ class StagedBatch:
 
     def num_lookups(self) -> int:
         """L."""
+        if self.in_place is not None:
+            return len(self) * self.in_place.num_columns
         found = self.positions if self.distinct is None else self.distinct.inverse
         return 0 if found is None else len(found)
 
@@ -115,6 +120,8 @@ class StagedBatch:
 
     def find_positions(self) -> Tensor:
         """Give the positions looked up, once or more often each. Shape (U,) or (L,)."""
+        if self.in_place is not None:
+            return self.in_place.plan.padded_positions()
         positions = self.positions if self.distinct is None else self.distinct.rows
         assert positions is not None
         return positions
@@ -380,7 +387,7 @@ class LookAhead:
         if batch.weights is not None:
             arrays["weights"] = batch.weights
         if self._columns is not None:
-            arrays["tierless"] = _tierless_slots(batch.slots, self._columns)
+            arrays["tierless"] = tierless_slots(batch.slots, self._columns)
         if is_value is not None:
             arrays["is_value"] = is_value
         if found is not None:
@@ -420,7 +427,8 @@ class LookAhead:
             self._mover.hand_over(batch.tensors())
 
 
-def _tierless_slots(slots: np.ndarray, columns: np.ndarray) -> np.ndarray:
+def tierless_slots(slots: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Give the slots of the columns that look up no row in tiers. Shape (B, J), int64."""
     return np.delete(slots, columns, axis=1).astype(np.int64)
 
 

@@ -6,7 +6,7 @@ use them are at work: then they sit in the staging area of the device buffer.
     buffer  [H+S+P, D]    0 .. H-1      hot rows, position = slot
                           H .. H+S-1    staging area: two halves that take turns, or a cache
                           H+S ..        spare rows that no slot has: fixed-shape steps send their padding there
-    cold    [V - H, D]    row of slot H + i at i
+    cold    [V - H, D]    row of slot H + i at i, and spare rows after the last
 
 A batch's slots become positions in the buffer, so a lookup is one gather and an update one scatter, whatever
 the batch. Optimizer state has the same layout and travels with its row.
@@ -24,9 +24,12 @@ import torch
 from torch import Tensor
 
 from slipstream.embedding.rules import OPTIMIZERS, RowOptimizer
+from slipstream.embedding.tiers.mapped import zeros_in_own_pages
 
 NUM_SPARE = 1024
 """P. More than one: hundreds of thousands of stores to a single row would wait for each other on a GPU."""
+NUM_SPARE_COLD = 2
+"""Rows after the last cold one: where fixed shapes ask for a row, one is read and another written."""
 
 
 class TieredRows:
@@ -62,16 +65,20 @@ class TieredRows:
         self.device = device
         num_positions = num_hot + num_staged + NUM_SPARE
         self.buffer = torch.zeros(num_positions, embedding_dim, device=device)
-        self.cold = torch.zeros(self.count_cold_here(), embedding_dim)
-        shapes = self.rule.state_shapes(self.buffer.shape), self.rule.state_shapes(self.cold.shape)
+        host_shape = (self.count_cold_here() + NUM_SPARE_COLD, embedding_dim)
+        shapes = self.rule.state_shapes(self.buffer.shape), self.rule.state_shapes(host_shape)
         self.buffer_state = [torch.zeros(shape, device=device) for shape in shapes[0].values()]
         """What the rule keeps, in its order, of every position."""
-        self.cold_state = [torch.zeros(shape) for shape in shapes[1].values()]
-        """What the rule keeps of every cold row."""
         self.buffer_lead = torch.zeros_like(self.buffer) if keeps_lead else None
         """n times what the row at a position is ahead of its mean over n steps. Shape of `buffer`."""
-        self.cold_lead = torch.zeros_like(self.cold) if keeps_lead else None
-        """The same of every cold row."""
+        leads = [host_shape] if keeps_lead else []
+        self.on_host = [zeros_in_own_pages(shape) for shape in (host_shape, *shapes[1].values(), *leads)]
+        """Everything of the cold rows that has a pair on the device, each with its spare rows."""
+        self.cold, *rest = (tensor[: self.count_cold_here()] for tensor in self.on_host)
+        self.cold_state = rest[: len(shapes[1])]
+        """What the rule keeps of every cold row."""
+        self.cold_lead = rest[-1] if keeps_lead else None
+        """The lead of every cold row."""
         self.mean_over = 0
         """Steps that rows are given the mean over by `gather`; 0 gives them as they are."""
 

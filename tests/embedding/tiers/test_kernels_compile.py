@@ -46,7 +46,31 @@ for dim in (3, 128):
                 rule, buffer, [state] if rule.state else [], torch.arange(20), gradients,
                 lr=torch.tensor(0.1), sample_weights=weights, first_spare=40,
             )
-every = sorted(name for name, value in vars(kernels).items() if isinstance(value, JITFunction))
+from slipstream.embedding.tiers import finding_kernels, summing_kernels, triton_plan
+from slipstream.embedding.tiers.rows import TieredRows
+for dim, rules in ((3, ["rowwise_adagrad"]), (128, OPTIMIZERS.names())):
+    for rule in rules:
+        rows = TieredRows(
+            num_rows=50, num_hot=10, embedding_dim=dim, num_staged=40, optimizer=rule, device=torch.device("cpu"),
+            keeps_lead=True,
+        )
+        plans = [
+            triton_plan.TritonPlan(rows, rows.on_host, num_lookups=300, most_distinct=20, half=half)
+            for half in (0, 1)
+        ]
+        plans[0].find(plans[1])
+        plans[0].fetch()
+        plans[0].look_up(300)
+        plans[0].sum_by_row(torch.zeros(300, 4))
+        plans[0].update(
+            rows.rule(), torch.zeros(300, dim), lr=torch.tensor(0.1), num_steps=torch.ones((), dtype=torch.float64),
+            sample_weights=torch.ones(21) if dim > 3 else None,
+        )
+        plans[0].write_back()
+        plans[1].take_over(plans[0])
+launched = [value for part in (kernels, finding_kernels, summing_kernels) for value in vars(part).values()]
+helpers = {"_sum_run"}  # called by kernels
+every = sorted({each.__name__ for each in launched if isinstance(each, JITFunction)} - helpers)
 print(json.dumps({"compiled": compiled, "every": every}))
 """
 
