@@ -91,6 +91,8 @@ def _train_settings(config: PipelineConfig) -> dict[str, Any]:
             skip["counts_padding"] = False  # it did once
     else:
         skip = {"refresh_steps": config.skip.refresh_steps}
+    if config.validates:
+        train["kept"] = "best"  # it was the last once
     if config.train.mode != "cached":
         train = {name: value for name, value in train.items() if not name.startswith("cache_")}
     settings = {

@@ -38,6 +38,7 @@ from slipstream.training.skipping.criterion import SkipRule
 from slipstream.training.skipping.skipper import Skipper
 from slipstream.training.slot_layout import SlotLayout
 from slipstream.training.threads import choose_threads, step_flop
+from slipstream.training.validation import Validation
 
 ROUND_SAMPLES = 1_000_000
 """Most samples of a round."""
@@ -171,6 +172,7 @@ def make_trainer(
     on_report: Callable[[StepReport], None] = lambda report: None,
     on_batch: Callable[[Batch, float], None] | None = None,
     between_chunks: Callable[[Trainer], None] = lambda trainer: None,
+    validation: Validation | None = None,
     most_steps: int | None = None,
 ) -> Trainer:
     """Make the loop that every mode shares.
@@ -182,6 +184,7 @@ def make_trainer(
         on_report: Hears reports.
         on_batch: Hears every batch and its learning rate.
         between_chunks: Called with the trainer whenever no row is moving.
+        validation: Measures what would be served while training goes on.
         most_steps: Steps after which training ends; None for none.
     """
     train = config.train
@@ -193,6 +196,7 @@ def make_trainer(
         round_samples=ROUND_SAMPLES,
         warmup_steps=config.skip.warmup_steps,
         window_steps=config.skip.window_steps,
+        positive_weight=train.positive_weight,
         smaller_by=config.skip.target_drop if config.skip.keep_steps else 0.0,
         seed=config.train_seed,
     )
@@ -204,6 +208,7 @@ def make_trainer(
         schedule=schedule,
         log_every=train.log_every,
         average=train.average,
+        validation=validation,
         padding_slots=parts.padding_slots,
         on_report=on_report,
         on_batch=on_batch,

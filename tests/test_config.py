@@ -365,6 +365,7 @@ CONDITIONS: dict[str, dict[str, Any]] = {
 }
 """What must hold for keys that mean nothing otherwise."""
 NEEDS: dict[str, dict[str, Any]] = {
+    "train.patience": {"train__validate_steps": 5},
     "model.name": {"dataset__source": "taobao", "dataset__raw": [__file__]},  # planning reads no line of it
 }
 """What other values of a key need; the key means something without it too."""

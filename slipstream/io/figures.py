@@ -274,6 +274,18 @@ class FitFigures:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ValidationFigures:
+    """One measurement on validation data while training goes on."""
+
+    step: int
+    """Steps trained before it."""
+    epoch: int
+    """The epoch it was made in, from 0."""
+    quality: Quality
+    """Of what would be served then."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainFigures(FitFigures, Figures):
     """Figures of a trained model."""
 
@@ -286,6 +298,12 @@ class TrainFigures(FitFigures, Figures):
     """R: processes that trained together; None for one alone."""
     sent_bytes_per_step: dict[str, int] | None = None
     """Bytes that the first rank sent, by what for, over all of training and evaluation, divided by steps."""
+    validations: list[ValidationFigures] = field(default_factory=list)
+    """Measurements on the way, in order; none where the model after the last step is the only one measured."""
+    best_step: int | None = None
+    """Step after which the model was kept, where several were measured."""
+    stopped_early: bool | None = None
+    """Whether `train.patience` ended training, where several models were measured."""
     warnings: list[str] = field(default_factory=list)
     """What looks wrong though nothing failed."""
 

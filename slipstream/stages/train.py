@@ -16,17 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from slipstream.config import PipelineConfig, TrainConfig
 from slipstream.distributed.ranks import ALONE, Alone, Ranks
 from slipstream.embedding.tiers.placement import CachedRows
-from slipstream.errors import ConfigError
-from slipstream.io.artifacts import Artifact, write_atomically, write_json
+from slipstream.errors import ArtifactError, ConfigError, TrainingError
+from slipstream.io.artifacts import Artifact, hash_file, link_or_copy, write_atomically, write_json
 from slipstream.io.capacity import require_disk, require_memory
 from slipstream.io.costs import train_disk_bytes, train_memory_bytes
 from slipstream.io.counts import read_counts
 from slipstream.io.figures import PreprocessFigures, SegregateFigures, TrainFigures
+from slipstream.io.model_folder import FILES, WEIGHTS
 from slipstream.ops.metrics import Quality, measure_quality
 from slipstream.ops.plausibility import doubt_quality
 from slipstream.options import to_dict
@@ -38,7 +41,7 @@ from slipstream.training.checkpoint import Checkpointer
 from slipstream.training.device import check_kernels, fitting_the_device, resolve_device
 from slipstream.training.faithful import FaithfulRule, FaithfulTrainer
 from slipstream.training.loop import LoopTotals, StepReport, Trainer
-from slipstream.training.model_file import save_model
+from slipstream.training.model_file import load_model, save_model
 from slipstream.training.order.shards import Shards, read_slot_maps
 from slipstream.training.pooling import describe_bags
 from slipstream.training.predict import predict
@@ -47,7 +50,11 @@ from slipstream.training.shared_step import SharedStep, require_same_model
 from slipstream.training.skipping.registry import CRITERIA
 from slipstream.training.slot_layout import SlotLayout
 from slipstream.training.threads import torch_threads
+from slipstream.training.validation import Validation
 from slipstream.wiring import choose_tables, make_trainer, num_threads, put_together
+
+_BEST = Path("work", "best")
+"""Where the best model so far is, below the scratch folder."""
 
 
 def run_stage(job: StageJob) -> TrainFigures:
@@ -77,7 +84,10 @@ def run_stage(job: StageJob) -> TrainFigures:
             job.progress.task(label, shards.figures.num_train * config.train.epochs, "samples") as advance,
         ):
             listener = _Listener(events, advance)
-            trainer = _make_trainer(config, parts, shards, checkpoints, on_report=listener)
+            validation = (
+                _make_validation(config, parts, shards, processed, scratch, ranks) if config.validates else None
+            )
+            trainer = _make_trainer(config, parts, shards, checkpoints, validation, on_report=listener)
             with fitting_the_device(lambda: f"step {trainer.totals.steps + 1}, of {config.train.batch_size:,} samples"):
                 if isinstance(trainer, FaithfulTrainer):
                     trainer.train(open_streams)
@@ -87,13 +97,16 @@ def run_stage(job: StageJob) -> TrainFigures:
                     checkpoints.train(trainer, open_streams)
         require_same_model(parts.step)
         out = scratch if ranks.leads else None
-        with trainer.step.serving():
-            quality = _evaluate(config, parts, shards, out)
-            _save(config, parts, trainer, processed, out)
-        for split, measured in quality.items():
-            for name, value in asdict(measured).items():
-                events.add_scalar(f"{split}/{name}", value, trainer.totals.steps)
-    return _sum_up(config, parts, trainer, quality)
+        if out is not None:
+            _note(trainer, out)
+        if validation is None or validation.best is None or validation.best.step == trainer.totals.steps:
+            with trainer.step.serving():
+                quality = _evaluate(config, shards, out, parts.model, parts.step.look_up)
+                _save(config, parts, processed, out)
+        else:
+            quality = _take_best(config, parts, shards, validation, out, ranks)
+        _add_events(events, quality, validation, step=trainer.totals.steps)
+    return _sum_up(config, parts, trainer, quality, validation)
 
 
 class _NoEvents:
@@ -158,7 +171,9 @@ def _check_capacity(
     written = sum(file.stat().st_size for file in scratch.rglob("*") if file.is_file())
     require_disk(
         scratch,
-        train_disk_bytes(table_bytes, keeps_checkpoints=keeps_checkpoints and not config.train.faithful) - written,
+        train_disk_bytes(table_bytes, keeps_checkpoints=keeps_checkpoints and not config.train.faithful)
+        + (table_bytes if config.validates else 0)
+        - written,
         purpose="train, its model and two checkpoints," if keeps_checkpoints else "train",
         hint="free some disk, choose a folder on a larger one with --runs, or do without checkpoints: "
         "`train.checkpoint_minutes = 0`",
@@ -170,6 +185,7 @@ def _make_trainer(
     parts: Assembly,
     shards: Shards,
     checkpoints: Checkpointer,
+    validation: Validation | None,
     *,
     on_report: Callable[[StepReport], None],
 ) -> Trainer | FaithfulTrainer:
@@ -183,7 +199,83 @@ def _make_trainer(
             num_train=shards.figures.num_train,
             on_report=on_report,
             between_chunks=checkpoints.between_chunks,
+            validation=validation,
         )
+
+
+def _make_validation(
+    config: PipelineConfig, parts: Assembly, shards: Shards, processed: Artifact, scratch: Path, ranks: Alone
+) -> Validation:
+    """Make what measures the model on the way, and keeps the best in the folder of work; all ranks go by the first."""
+    folder = scratch / _BEST
+
+    def measure() -> Quality:
+        predicted, labels = _predict(config, shards, "val", parts.model, parts.step.look_up)
+        if not np.isfinite(predicted).all():
+            raise TrainingError("the model predicts no numbers on validation data", hint="lower `train.lr`")
+        return _from_first(ranks, measure_quality(labels, predicted))
+
+    def keep() -> str:
+        if ranks.leads:
+            folder.mkdir(parents=True, exist_ok=True)
+        _save(config, parts, processed, folder if ranks.leads else None)
+        return hash_file(folder / WEIGHTS) if ranks.leads else ""
+
+    return Validation(
+        every_steps=config.train.validate_steps, patience=config.train.patience, measure=measure, keep=keep
+    )
+
+
+def _from_first(ranks: Alone, quality: Quality) -> Quality:
+    """Give what the first rank measured, on every rank."""
+    if not isinstance(ranks, Ranks):
+        return quality
+    return Quality(**ranks.share(asdict(quality) if ranks.leads else None, "what the first rank measured"))
+
+
+def _take_best(
+    config: PipelineConfig, parts: Assembly, shards: Shards, validation: Validation, out: Path | None, ranks: Alone
+) -> dict[str, Quality]:
+    """Publish the model that was kept, and evaluate it from its files, on the first rank; the others hear of it.
+
+    Raises:
+        ArtifactError: They are not what was kept.
+    """
+    if out is None:
+        assert validation.best is not None
+        return {split: _from_first(ranks, validation.best.quality) for split in ("test", "val")}
+    folder = out / _BEST
+    if not (folder / WEIGHTS).exists() or hash_file(folder / WEIGHTS) != validation.best_hash:
+        raise ArtifactError(
+            f"expected the best model in `{folder}`, found another one or none",
+            hint="train again: `slipstream train --force`",
+        )
+    for name in FILES:
+        link_or_copy(folder / name, out / name)
+    model, tables = load_model(out)
+    row_of_slot = np.empty(parts.layout.num_slots, np.int64)
+    for slots in parts.layout.slot_maps.values():
+        row_of_slot[slots] = np.arange(len(slots))
+
+    def look_up(slots: np.ndarray) -> Tensor:
+        return tables.look_up(torch.from_numpy(row_of_slot[slots]))
+
+    quality = _evaluate(config, shards, out, model, look_up)
+    return {split: _from_first(ranks, quality[split]) for split in ("test", "val")}
+
+
+def _add_events(
+    events: SummaryWriter | _NoEvents, quality: dict[str, Quality], validation: Validation | None, *, step: int
+) -> None:
+    """Give TensorBoard what was measured, on the way and at the end."""
+    measured = [("test", step, quality["test"])]
+    if validation is None:
+        measured.append(("val", step, quality["val"]))
+    else:
+        measured += [("val", check.step, check.quality) for check in validation.checks]
+    for split, after, found in measured:
+        for name, value in asdict(found).items():
+            events.add_scalar(f"{split}/{name}", value, after)
 
 
 def _make_faithful(config: PipelineConfig, parts: Assembly, *, num_hot: int) -> FaithfulTrainer:
@@ -239,19 +331,26 @@ class _Listener:
         self._shown = done
 
 
-def _evaluate(config: PipelineConfig, parts: Assembly, shards: Shards, out: Path | None) -> dict[str, Quality]:
-    """Predict test and validation data, and keep what was predicted where this rank is the one that writes."""
+def _predict(
+    config: PipelineConfig, shards: Shards, split: str, model: nn.Module, look_up: Callable[[np.ndarray], Tensor]
+) -> tuple[np.ndarray, np.ndarray]:
+    """(probabilities, labels) of a split."""
     batch_size = config.train.eval_batch_size
+    with fitting_the_device(f"evaluation in batches of {batch_size:,}", lower="`train.eval_batch_size`"):
+        return predict(model, look_up, shards.split(split), batch_size=batch_size, num_threads=config.train.num_threads)
+
+
+def _evaluate(
+    config: PipelineConfig,
+    shards: Shards,
+    out: Path | None,
+    model: nn.Module,
+    look_up: Callable[[np.ndarray], Tensor],
+) -> dict[str, Quality]:
+    """Predict test and validation data, and keep what was predicted where this rank is the one that writes."""
     quality = {}
     for split in ("test", "val"):
-        with fitting_the_device(f"evaluation in batches of {batch_size:,}", lower="`train.eval_batch_size`"):
-            predicted, labels = predict(
-                parts.model,
-                parts.step.look_up,
-                shards.split(split),
-                batch_size=batch_size,
-                num_threads=config.train.num_threads,
-            )
+        predicted, labels = _predict(config, shards, split, model, look_up)
         quality[split] = measure_quality(labels, predicted)
         if out is not None:
             with write_atomically(out / f"predictions_{split}.npy") as path, path.open("wb") as stream:
@@ -259,13 +358,15 @@ def _evaluate(config: PipelineConfig, parts: Assembly, shards: Shards, out: Path
     return quality
 
 
-def _save(
-    config: PipelineConfig, parts: Assembly, trainer: Trainer | FaithfulTrainer, processed: Artifact, out: Path | None
-) -> None:
-    """Write the model with all it takes to use it, and what the loop noted on the way; ranks that do not, help."""
-    if isinstance(trainer, Trainer) and out is not None:
-        write_json(out / "staleness.json", [asdict(check) for check in trainer.skipper.checks])
-        write_json(out / "losses.json", trainer.totals.losses)
+def _note(trainer: Trainer | FaithfulTrainer, scratch: Path) -> None:
+    """Write what the loop noted on the way."""
+    if isinstance(trainer, Trainer):
+        write_json(scratch / "staleness.json", [asdict(check) for check in trainer.skipper.checks])
+        write_json(scratch / "losses.json", trainer.totals.losses)
+
+
+def _save(config: PipelineConfig, parts: Assembly, processed: Artifact, out: Path | None) -> None:
+    """Write the model as it is served; ranks that do not, help."""
     layout, bags = parts.layout, parts.representations.pooling.bags
     description = {
         "num_dense": parts.num_dense,
@@ -289,11 +390,19 @@ def _save(
 
 
 def _sum_up(
-    config: PipelineConfig, parts: Assembly, trainer: Trainer | FaithfulTrainer, quality: dict[str, Quality]
+    config: PipelineConfig,
+    parts: Assembly,
+    trainer: Trainer | FaithfulTrainer,
+    quality: dict[str, Quality],
+    validation: Validation | None,
 ) -> TrainFigures:
     fit = trainer.figures()
     if isinstance(parts.placement, CachedRows):
         fit = replace(fit, hit_ratio=parts.placement.cache.stats.hit_ratio)
+    best_step = None if validation is None or validation.best is None else validation.best.step
+    if best_step is not None and fit.averaged_steps is not None:
+        # averaged steps are the last ones, so the kept model has those of them up to its own
+        fit = replace(fit, averaged_steps=max(0, best_step - (fit.steps - fit.averaged_steps)))
     exchanged: dict[str, Any] = {}
     if isinstance(parts.step, SharedStep):
         exchanged = parts.step.sums.ranks.figures(steps=fit.steps)
@@ -302,6 +411,9 @@ def _sum_up(
         test=quality["test"],
         val=quality["val"],
         device=parts.rows.device.type,
+        validations=[] if validation is None else validation.checks,
+        best_step=best_step,
+        stopped_early=None if validation is None else validation.says_stop,
         **asdict(fit),
         warnings=[
             *_doubt_cache(config.train, parts),

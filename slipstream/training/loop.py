@@ -7,10 +7,9 @@ batch order they end with the same parameters, to the bit on CPU.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from itertools import islice
 
 import numpy as np
 
@@ -25,6 +24,7 @@ from slipstream.training.order.schedule import Schedule
 from slipstream.training.predict import predict
 from slipstream.training.skipping.skipper import Skipper
 from slipstream.training.step import TrainStep
+from slipstream.training.validation import Validation
 
 _SCORE_BATCH = 16_384
 
@@ -112,6 +112,7 @@ class Trainer:
         schedule: How epochs are cut.
         log_every: Steps between reports.
         average: Share of training, its last part, whose weights are averaged by the step.
+        validation: Measures what would be served at the end of every epoch, and more often; None does not.
         padding_slots: Hot slots that stand for no id, for criteria that watch rows; None for none.
         on_report: Hears reports.
         on_batch: Hears every batch that is trained on, as it was before it was staged, and its learning rate.
@@ -129,6 +130,7 @@ class Trainer:
         schedule: Schedule,
         log_every: int,
         average: float = 0.0,
+        validation: Validation | None = None,
         padding_slots: np.ndarray | None = None,
         on_report: Callable[[StepReport], None] = lambda report: None,
         on_batch: Callable[[Batch, float], None] | None = None,
@@ -144,6 +146,7 @@ class Trainer:
             step.watch(skipper.criterion.make_tracker(hot_rows, padding_slots=padding_slots))
         self._lr_schedule, self._schedule = lr_schedule, schedule
         self._averages_from = 1.0 - average
+        self.validation = validation
         self._log_every, self._on_report, self._between_chunks = log_every, on_report, between_chunks
         self._on_batch, self._most_steps = on_batch, most_steps
         self._started, self._cpu_started = time.perf_counter(), time.process_time()
@@ -167,7 +170,7 @@ class Trainer:
             for prepared in rounds:
                 self.totals.input_seconds += time.perf_counter() - asked
                 self._train_round(prepared)
-                if self.totals.steps == self._most_steps:
+                if self._is_over():
                     break
                 asked = time.perf_counter()
         self.position = Position(epoch=self._schedule.epochs)
@@ -233,6 +236,8 @@ class Trainer:
             )
             self.totals.samples_dropped += prepared.num_dropped()
         self._run(prepared)
+        if prepared.ends_epoch and not self._is_over():
+            self._validate()
         tracker = self.step.tracker
         if prepared.ends_segment and tracker is not None and tracker.is_open:
             self.skipper.check(step=self.totals.steps, movement=tracker.close_window())
@@ -260,16 +265,43 @@ class Trainer:
             position.batches_done = done + 1
 
         steps_left = None if self._most_steps is None else self._most_steps - self.totals.steps
-        remaining = islice(batches, position.batches_done, None)
-        remaining = islice(remaining, steps_left)
+        remaining = batches[position.batches_done :][:steps_left]
         try:
-            self.lookahead.run(remaining, train, between_chunks=lambda: self._between_chunks(self))
+            for stretch in self._stretches(remaining):
+                self.lookahead.run(iter(stretch), train, between_chunks=lambda: self._between_chunks(self))
+                if self.validation is not None and self.validation.is_due(self.totals.steps):
+                    self._validate()
+                if self._is_over():
+                    return
         except StagingOverflowError as exc:
             raise CapacityError(
                 f"{exc} (`train.batch_size` = {schedule.batch_size})",
                 hint=f"make room for {exc.needed} rows: raise `train.staging_rows` or, in mode `cached`, "
                 "`train.cache_ratio`; or lower `train.batch_size`",
             ) from exc
+
+    def _stretches(self, batches: Sequence[Batch]) -> Iterator[Sequence[Batch]]:
+        """Give batches up to the next measurement, then up to the one after it."""
+        while batches:
+            left = None if self.validation is None else self.validation.steps_left(self.totals.steps)
+            yield batches[:left]
+            batches = batches[len(batches) if left is None else left :]
+
+    def _validate(self) -> None:
+        """Measure what would be served now; the time it takes is no time of training."""
+        if self.validation is None:
+            return
+        started, cpu_started = time.perf_counter(), time.process_time()
+        self.lookahead.flush()
+        with self.step.serving():
+            self.validation(step=self.totals.steps, epoch=self.position.epoch)
+        self._started += time.perf_counter() - started
+        self._cpu_started += time.process_time() - cpu_started
+
+    def _is_over(self) -> bool:
+        """Whether training ends here, before the schedule does."""
+        says_stop = self.validation is not None and self.validation.says_stop
+        return says_stop or self.totals.steps == self._most_steps
 
     def _train_batch(self, batch: StagedBatch, lr: float) -> None:
         self.step(batch, lr)

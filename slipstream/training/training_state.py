@@ -42,6 +42,8 @@ def collect_state(trainer: Trainer) -> tuple[dict[str, Any], dict[str, StoredTen
         "skipper": plain,
         "lookahead": trainer.lookahead.counters(),
     }
+    if trainer.validation is not None:
+        state["validation"] = trainer.validation.state()
     tensors = {f"dense.{name}": value for name, value in trainer.step.model.state_dict().items()}
     tensors |= {f"dense_state.{i}": value for i, value in enumerate(trainer.step.dense_optimizer.state)}
     state["tables"], extra = trainer.step.representations.state()
@@ -95,6 +97,8 @@ def restore_state(trainer: Trainer, state: Mapping[str, Any], weights: Path) -> 
         tracked = _below(arrays, "tracker.")
         own = {name: tracked[name] for name in trainer.step.tracker.summable if name in tracked}
         trainer.step.tracker.restore(tracked | _choose_part(trainer.step, [own, *of_ranks]))
+    if trainer.validation is not None:
+        trainer.validation.restore(state["validation"])
     if trainer.step.average is not None:
         trainer.step.average.restore(_below(tensors, "average."))
     if isinstance(trainer.step, SharedStep):

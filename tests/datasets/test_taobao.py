@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from slipstream.config import SkipConfig, build_pipeline
+from slipstream.config import build_pipeline
 from slipstream.datasets import parsing, taobao
 from slipstream.datasets.parsing import ParsedFiles, parse_files
 from slipstream.datasets.taobao import TaobaoSource, read_events
@@ -24,6 +24,7 @@ from slipstream.ops.split import latest_seventh
 from slipstream.pipeline import run_pipeline
 from slipstream.progress import Silent
 from slipstream.schema import MISSING_ID
+from slipstream.skip_config import SkipConfig
 from slipstream.training.skipping.staleness import sample_movement
 
 LINE = b"1,2268318,2520377,pv,1511544070"

@@ -105,7 +105,7 @@ def test_bisection_that_misses_the_band_drops_nothing() -> None:
         *(("train", *pair) for pair in [("lr_warmup", 0.1), ("lr_decay", "linear"), ("order", "mixed")]),
         *(
             ("train", *pair)
-            for pair in [("chunk_batches", 4), ("staging_rows", 99), ("log_every", 7), ("average", 0.2)]
+            for pair in [("chunk_batches", 4), ("staging_rows", 99), ("average", 0.2), ("validate_steps", 5)]
         ),
         *(("train", *pair) for pair in [("checkpoint_steps", 5), ("checkpoint_minutes", 1.0)]),
         *(("skip", *pair) for pair in [("threshold", 0.01), ("threshold", 0.0), ("window_steps", 9)]),

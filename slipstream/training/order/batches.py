@@ -6,6 +6,7 @@ What does not fill a batch waits for the next round.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -21,10 +22,12 @@ class BatchMaker:
         order: `interleaved` keeps batches pure, `mixed` shuffles hot and cold samples together.
         smaller_by: Share of the samples of a kind by which its batches are smaller while some of them are dropped; 0
             leaves them.
+        positive_weight: Samples that one with label 1 counts as.
     """
 
-    def __init__(self, *, batch_size: int, order: str, smaller_by: float = 0.0) -> None:
+    def __init__(self, *, batch_size: int, order: str, smaller_by: float = 0.0, positive_weight: float = 1.0) -> None:
         self._batch_size, self._order, self._smaller_by = batch_size, order, smaller_by
+        self._positive_weight = positive_weight
         self.waiting: dict[str, Samples] = {}
         """Samples that did not fill a batch yet, per kind of batch."""
 
@@ -68,11 +71,18 @@ class BatchMaker:
         stop = len(stacked) if last else len(stacked) - len(stacked) % size
         # weights say how many samples each stands for: weighted batches stand for full ones, others for themselves
         divisor = size if size < self._batch_size and stacked.weights is None else None
-        whole = stacked.take(slice(0, stop))
+        whole = self._weigh(stacked.take(slice(0, stop)))
         batches = cut_batches(whole, batch_size=size, is_hot=kind == "hot", divisor=divisor)
         if stop < len(stacked):
             self.waiting[kind] = stacked.take(slice(stop, None))
         return batches
+
+    def _weigh(self, samples: Samples) -> Samples:
+        """Let samples with label 1 count as more than one, beside the weight that they have."""
+        if self._positive_weight == 1:
+            return samples
+        weights = np.where(samples.y > 0.5, np.float32(self._positive_weight), np.float32(1))
+        return replace(samples, weights=weights if samples.weights is None else weights * samples.weights)
 
 
 def cut_batches(samples: Samples, *, batch_size: int, is_hot: bool, divisor: int | None = None) -> list[Batch]:

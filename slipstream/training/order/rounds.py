@@ -91,6 +91,7 @@ class PreparedRound:
     span: tuple[float, float]
     """Epochs done before and after it."""
     ends_segment: bool
+    ends_epoch: bool
     waiting: dict[str, Samples]
     """Samples that waited for a batch before it."""
     picked: Picked
@@ -129,7 +130,12 @@ class RoundPreparer:
         self._schedule, self._skipper, self._score = schedule, skipper, score
         self._start = position.epoch, position.round_index
         self._known = [picked for picked in (position.picked, position.picked_ahead) if picked is not None]
-        self._maker = BatchMaker(batch_size=schedule.batch_size, order=schedule.order, smaller_by=schedule.smaller_by)
+        self._maker = BatchMaker(
+            batch_size=schedule.batch_size,
+            order=schedule.order,
+            smaller_by=schedule.smaller_by,
+            positive_weight=schedule.positive_weight,
+        )
         self._maker.waiting = dict(position.waiting)
         self._ahead: Future[PreparedRound] | None = None
 
@@ -212,6 +218,7 @@ class RoundPreparer:
             index=task.index,
             span=task.span,
             ends_segment=task.part.ends_segment,
+            ends_epoch=task.is_last,
             waiting=waiting,
             picked=picked,
             batches=batches,

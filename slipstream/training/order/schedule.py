@@ -24,6 +24,8 @@ class Schedule:
     """Length of a window that ends with its segment; 0 is the whole segment."""
     smaller_by: float = 0.0
     """Share by which batches are smaller while samples of their kind are dropped."""
+    positive_weight: float = 1.0
+    """Samples that one with label 1 counts as."""
     seed: int = 0
     """Draws the order of batches and what is dropped."""
 

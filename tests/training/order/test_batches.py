@@ -141,3 +141,16 @@ def test_batches_are_smaller_where_samples_are_dropped_and_stand_for_what_their_
         assert all(len(batch) == full for batch in of_kind[:-1]) and all(len(batch) <= full for batch in of_kind)
         for batch in of_kind:
             assert batch.divisor == (full if full < size and batch.weights is None else None)
+
+
+@pytest.mark.parametrize("given", [None, 2.0])
+def test_a_clicked_sample_counts_as_many_beside_the_weight_that_it_has(given: float | None):
+    samples = make_samples(np.zeros((20, 2), int))
+    if given is not None:
+        samples = dataclasses.replace(samples, weights=np.full(20, given, np.float32))
+    maker = BatchMaker(batch_size=6, order="interleaved", positive_weight=3.0)
+    batches = list(maker.make(samples, None, rng=np.random.default_rng(0), last=True))
+    for batch in batches:
+        assert batch.weights is not None and batch.divisor is None
+        assert batch.weights.tolist() == [(given or 1.0) * (3.0 if label else 1.0) for label in batch.labels]
+    assert {float(label) for batch in batches for label in batch.labels} == {0.0, 1.0}
