@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import shutil
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -12,6 +16,7 @@ from safetensors.torch import load_file
 from strategies import tiny_config
 from torch import Tensor
 
+from slipstream.config import PipelineConfig
 from slipstream.io.artifacts import Artifact
 from slipstream.pipeline import RunResult, run_pipeline
 from slipstream.stages import evaluate
@@ -40,9 +45,25 @@ HELD: dict[str, dict[str, Any]] = {
 """Ways to hold tables: sections `[tables]` by a short name."""
 
 
+@cache
+def _shared_runs() -> Path:
+    folder = TemporaryDirectory(prefix="prepared-")
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
+
+
+def run_on_copies(config: PipelineConfig, runs: Path, **options: Any) -> RunResult:
+    """Run a pipeline in a folder of its own: what comes before training is made once for all tests, and copied."""
+    if not (runs / config.name).exists():
+        made = run_pipeline(config, _shared_runs(), stages=["preprocess", "profile", "segregate"])
+        for path in (stage.artifact.path for stage in made.stages.values()):
+            shutil.copytree(path, runs / path.relative_to(_shared_runs()))
+    return run_pipeline(config, runs, **options)
+
+
 def train(runs: Path, **overrides: Any) -> RunResult:
     """Run the tiny pipeline; what is there already is not run again."""
-    return run_pipeline(tiny_config(**{"train__log_every": 10, **overrides}), runs)
+    return run_on_copies(tiny_config(**{"train__log_every": 10, **overrides}), runs)
 
 
 def artifact_of(result: RunResult) -> Artifact:

@@ -15,10 +15,11 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
     ("name", "options", "contenders"),
     [
         ("preprocess", ["--rows", "3000", "--slow-rows", "500"], {"slipstream", "torchrec", "plain loop", "bare read"}),
-        (
+        pytest.param(
             "preprocess",
             ["--rows", "3000", "--slow-rows", "500", "--memory", "--max-table-rows", "50"],
             {"3000", "15000"},
+            marks=pytest.mark.slow,
         ),
         ("segregate", ["--rows", "5000", "--slow-rows", "500"], {"slipstream", "FAE loop", "copy"}),
         pytest.param("score", ["--rows", "5000"], {"preprocess", "score", "torch", "onnx"}, marks=pytest.mark.slow),

@@ -14,11 +14,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from trained import run_on_copies
 
 from slipstream.config import build_pipeline
 from slipstream.embedding.rules import OPTIMIZERS, RowOptimizer
 from slipstream.errors import ConfigError
-from slipstream.pipeline import run_pipeline
 
 TREE = {
     "name": "toy",
@@ -190,7 +190,7 @@ def test_an_optimizer_of_ones_own_trains_the_same_rows_in_every_mode_through_the
             for mode in ("resident", "slipstream"):
                 train = {"mode": mode, "optimizer": name, "batch_size": 64, "lr": 0.001, "num_threads": 1}
                 skip = {"criterion": "none"}
-                result = run_pipeline(build_pipeline(TREE | {"train": train, "skip": skip}), tmp_path)
+                result = run_on_copies(build_pipeline(TREE | {"train": train, "skip": skip}), tmp_path)
                 models.append((result.stages["train"].artifact.path / "model.safetensors").read_bytes())
     assert models[0] == models[1] != models[2] == models[3]
     with pytest.raises(ConfigError, match=r"`train\.optimizer` must be one of sgd, .* found 'sign_sgd'"):

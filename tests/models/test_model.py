@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from strategies import tiny_config
 from torch import Tensor, nn
+from trained import run_on_copies
 
 from slipstream.errors import ConfigError
 from slipstream.models.model import Model
@@ -72,7 +73,7 @@ def wide() -> Iterator[None]:
 
 def train(runs: Path, name: str, **overrides: Any) -> RunResult:
     overrides = {"train__mode": "fae", "train__log_every": 10} | overrides
-    return run_pipeline(tiny_config(model={"name": name, **SECTIONS[name]}, **overrides), runs)
+    return run_on_copies(tiny_config(model={"name": name, **SECTIONS[name]}, **overrides), runs)
 
 
 def folder_of(result: RunResult) -> Path:

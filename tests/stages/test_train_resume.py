@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from raw_logs import subprocess_environment
-from trained import HELD, assert_same_model, losses_of
+from trained import HELD, assert_same_model, losses_of, run_on_copies
 
 from slipstream.config import build_pipeline
 from slipstream.embedding.tiers import frozen
@@ -78,8 +78,7 @@ class Killed(BaseException):
 def test_a_training_interrupted_anywhere_ends_with_the_same_parameters(
     settings: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = run_pipeline(pipeline(**settings), tmp_path / "whole")
-    run_pipeline(pipeline(**settings), tmp_path / "cut", stages=["preprocess", "segregate"])
+    whole = run_on_copies(pipeline(**settings), tmp_path / "whole")
     original = checkpoint.Checkpointer._save
     rng = random.Random(str(settings))
     interruptions = 0
@@ -97,7 +96,7 @@ def test_a_training_interrupted_anywhere_ends_with_the_same_parameters(
     while True:
         saves_until_cut = rng.randint(1, 6)
         try:
-            resumed = run_pipeline(pipeline(**settings), tmp_path / "cut")
+            resumed = run_on_copies(pipeline(**settings), tmp_path / "cut")
             break
         except Killed:
             interruptions += 1
@@ -140,7 +139,7 @@ def checkpoints_of(runs: Path, suffix: str = ".json") -> list[Path]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
-    return run_pipeline(pipeline(), tmp_path_factory.mktemp("whole"))
+    return run_on_copies(pipeline(), tmp_path_factory.mktemp("whole"))
 
 
 # --- written while training goes on --------------------------------------------------------------------------
@@ -158,17 +157,17 @@ def test_a_checkpoint_written_beside_training_is_of_one_moment(
     monkeypatch.setattr(frozen, "_BLOCK_BYTES", 1)
     steps = interrupt_at(47, monkeypatch, die)
     with pytest.raises(Killed):
-        run_pipeline(pipeline(**settings), tmp_path / "cut")
+        run_on_copies(pipeline(**settings), tmp_path / "cut")
     assert checkpoints_of(tmp_path / "cut")
-    resumed = run_pipeline(pipeline(**settings), tmp_path / "cut")
+    resumed = run_on_copies(pipeline(**settings), tmp_path / "cut")
     assert 1 < steps[47] < 47, "the second run went on from a checkpoint of an earlier step than it was killed at"
-    assert_same_model(run_pipeline(pipeline(**settings), tmp_path / "whole"), resumed)
+    assert_same_model(run_on_copies(pipeline(**settings), tmp_path / "whole"), resumed)
 
 
 def test_the_checkpoint_before_stays_and_older_ones_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupt_at(47, monkeypatch, die)
     with pytest.raises(Killed):
-        run_pipeline(pipeline(), tmp_path)
+        run_on_copies(pipeline(), tmp_path)
     assert len(checkpoints_of(tmp_path)) == len(checkpoints_of(tmp_path, ".safetensors")) == 2
 
 
@@ -187,7 +186,7 @@ def test_the_rows_that_change_most_are_written_first(left: Path) -> None:
 def test_checkpoints_go_by_the_clock_too(minutes: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupt_at(47, monkeypatch, die)
     with pytest.raises(Killed):
-        run_pipeline(pipeline(checkpoint_steps=0, checkpoint_minutes=minutes), tmp_path)
+        run_on_copies(pipeline(checkpoint_steps=0, checkpoint_minutes=minutes), tmp_path)
     assert len(checkpoints_of(tmp_path)) == (2 if minutes == 1e-9 else 0)
 
 
@@ -198,9 +197,9 @@ def test_a_run_killed_after_its_last_step_trains_no_step_again(
     with monkeypatch.context() as patch:
         patch.setattr("slipstream.stages.train._evaluate", lambda *args, **options: die())
         with pytest.raises(Killed):
-            run_pipeline(pipeline(checkpoint_steps=0), tmp_path)
+            run_on_copies(pipeline(checkpoint_steps=0), tmp_path)
     steps.clear()
-    assert_same_model(whole, run_pipeline(pipeline(checkpoint_steps=0), tmp_path))
+    assert_same_model(whole, run_on_copies(pipeline(checkpoint_steps=0), tmp_path))
     assert steps == []
 
 
@@ -212,7 +211,7 @@ def test_a_full_disk_under_a_checkpoint_ends_training_and_says_so(
 
     monkeypatch.setattr(frozen.FrozenRows, "blocks", fail)
     with pytest.raises(CapacityError, match=r"checkpoint-\d+\.safetensors`; it takes .* are free"):
-        run_pipeline(pipeline(), tmp_path)
+        run_on_copies(pipeline(), tmp_path)
 
 
 # --- asked to stop -------------------------------------------------------------------------------------------
@@ -225,10 +224,10 @@ def test_a_signal_saves_and_the_next_run_repeats_no_step(
     steps = interrupt_at(21, monkeypatch, lambda: os.kill(os.getpid(), number))
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
-        run_pipeline(pipeline(checkpoint_steps=0), tmp_path)
+        run_on_copies(pipeline(checkpoint_steps=0), tmp_path)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     assert 21 <= len(steps) <= 22, "it stops at the end of its chunk"
-    resumed = run_pipeline(pipeline(checkpoint_steps=0), tmp_path)
+    resumed = run_on_copies(pipeline(checkpoint_steps=0), tmp_path)
     assert steps == list(range(1, resumed.counts("train")["steps"] + 1))
     assert_same_model(whole, resumed)
 
@@ -240,7 +239,7 @@ def test_a_second_signal_stops_at_once(tmp_path: Path, monkeypatch: pytest.Monke
 
     steps = interrupt_at(21, monkeypatch, insist)
     with pytest.raises(KeyboardInterrupt):
-        run_pipeline(pipeline(checkpoint_steps=0), tmp_path)
+        run_on_copies(pipeline(checkpoint_steps=0), tmp_path)
     assert len(steps) == 21
     assert checkpoints_of(tmp_path) == []
 
@@ -248,7 +247,7 @@ def test_a_second_signal_stops_at_once(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_signal_where_no_checkpoints_are_kept_just_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupt_at(21, monkeypatch, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(KeyboardInterrupt):
-        run_pipeline(pipeline(checkpoint_steps=0, checkpoint_minutes=0.0), tmp_path)
+        run_on_copies(pipeline(checkpoint_steps=0, checkpoint_minutes=0.0), tmp_path)
     assert checkpoints_of(tmp_path) == []
 
 
@@ -257,7 +256,7 @@ def test_a_resumed_run_shows_at_once_where_it_stands(
 ) -> None:
     steps = interrupt_at(21, monkeypatch, lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
-        run_pipeline(pipeline(checkpoint_steps=0), tmp_path)
+        run_on_copies(pipeline(checkpoint_steps=0), tmp_path)
     stopped_at, told = len(steps), []
 
     class Watch(Silent):
@@ -265,7 +264,7 @@ def test_a_resumed_run_shows_at_once_where_it_stands(
             return nullcontext(lambda done, note: told.append((label, done, note, len(steps))))
 
     with caplog.at_level("INFO", "slipstream"):
-        run_pipeline(pipeline(checkpoint_steps=0), tmp_path, progress=Watch())
+        run_on_copies(pipeline(checkpoint_steps=0), tmp_path, progress=Watch())
     label, done, note, steps_then = next(one for one in told if one[0] == "train")
     assert (label, note, steps_then) == ("train", f"from step {stopped_at}", stopped_at)
     assert stopped_at * 64 * 0.8 < done
@@ -319,7 +318,7 @@ def test_a_checkpoint_that_cannot_be_used_is_put_aside_and_the_one_before_is_tak
         original(self, *args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(checkpoint.Checkpointer, "train", look)
-    resumed = run_pipeline(pipeline(), tmp_path)
+    resumed = run_on_copies(pipeline(), tmp_path)
     assert_same_model(whole, resumed)
     if damage is Path.unlink and suffix == ".json":
         assert put_aside == []  # without it the other file counts as cut short
@@ -339,7 +338,7 @@ def left(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("left")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         interrupt_at(47, patch, die)
-        run_pipeline(pipeline(), folder)
+        run_on_copies(pipeline(), folder)
     return folder
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from strategies import tiny_config
-from trained import HELD, artifact_of, predictions_from_disk, predictions_of
+from trained import HELD, artifact_of, predictions_from_disk, predictions_of, run_on_copies
 
 from slipstream.config import build_pipeline
 from slipstream.errors import ConfigError
@@ -28,7 +28,7 @@ def run(folder: Path, **changes: dict[str, object]) -> RunResult:
         name: {**value, **changes.get(name, {})} if isinstance(value, dict) else value for name, value in TREE.items()
     }
     tree |= {name: value for name, value in changes.items() if name not in TREE}
-    return run_pipeline(build_pipeline(tree), folder)
+    return run_on_copies(build_pipeline(tree), folder)
 
 
 def test_fae_in_the_published_order_sees_every_sample_once_and_syncs_whole_tables(tmp_path: Path) -> None:

@@ -9,8 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from strategies import tiny_config
-
-from slipstream.pipeline import run_pipeline
+from trained import run_on_copies
 
 RUNS: dict[str, dict[str, Any]] = {
     "resident": {"train__mode": "resident", "skip__criterion": "none"},
@@ -41,7 +40,7 @@ SMALL = {"dataset": {"source": "synthetic", "num_samples": 2000}}
 def test_a_training_on_cuda_ends_with_the_model_of_the_cpu(name: str, cuda: torch.device, tmp_path: Path):
     models = []
     for device in ("cpu", "cuda"):
-        run = run_pipeline(tiny_config(train__device=device, **SMALL, **RUNS[name]), tmp_path)
+        run = run_on_copies(tiny_config(train__device=device, **SMALL, **RUNS[name]), tmp_path)
         assert run.counts("train")["device"] == device
         models.append(load_file(run.stages["train"].artifact.path / "model.safetensors"))
     assert cuda.type == "cuda"

@@ -122,7 +122,7 @@ def cold_rows_of(batch: Batch, num_hot: int) -> set[int]:
 
 @pytest.mark.parametrize("placement", ["halves", "rank", "lfu"])
 @pytest.mark.parametrize("optimizer", ["sgd", "rowwise_adagrad"])
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(drawn=slot_batches(), data=st.data())
 def test_any_placement_equals_a_plain_loop_to_the_bit(placement: str, optimizer: str, drawn, data):
     num_rows, slots = drawn

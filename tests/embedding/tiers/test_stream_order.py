@@ -109,8 +109,11 @@ def train(mode: str, *, chunk_batches: int, sorts_all: bool, device: torch.devic
     return SimpleNamespace(rows=rows, lookahead=lookahead, read=read)
 
 
-@pytest.mark.parametrize("sorts_all", [False, True], ids=["device sorts", "host sorts"])
-@pytest.mark.parametrize("chunk_batches", [1, 3, 16])
+@pytest.mark.parametrize(
+    ("chunk_batches", "sorts_all"),
+    [(1, True), (3, False), (16, True)],
+    ids=["single, host sorts", "three, device sorts", "many, host sorts"],
+)
 @pytest.mark.parametrize("mode", MODES)
 def test_whatever_is_read_is_ordered_after_what_wrote_it(
     mode: str, chunk_batches: int, sorts_all: bool, cuda: torch.device

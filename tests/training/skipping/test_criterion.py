@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from strategies import make_samples, tiny_config
+from trained import run_on_copies
 
 from slipstream.compare import make_grid
 from slipstream.errors import ConfigError
-from slipstream.pipeline import RunResult, run_pipeline
+from slipstream.pipeline import RunResult
 from slipstream.stage import row_bytes_of
 from slipstream.training import checkpoint
 from slipstream.training.skipping.criterion import Candidates, Choice, Criterion, SkipRule
@@ -49,7 +50,7 @@ class Killed(BaseException):
 
 def train(runs: Path, **overrides: Any) -> RunResult:
     chosen = {"skip__criterion": "every_second", "skip__scope": "all", "train__mode": "slipstream"}
-    return run_pipeline(tiny_config(**chosen, **overrides), runs)
+    return run_on_copies(tiny_config(**chosen, **overrides), runs)
 
 
 def test_a_criterion_that_is_registered_trains_and_drops_what_it_says(tiny_runs: Path):
