@@ -10,7 +10,8 @@ ratios being taken within each round. Samples come through the real input path: 
 from memory, except for `input`, which reads shards from disk and does nothing else, so that it shows what a step can be
 fed with. `look-ahead` is what the host does for a GPU at that share of hot rows: batches, cold rows found, gathered and
 written back, and no step; its steps/s are the most that a GPU can be kept busy with. What the figures do not show:
-quality, which exact modes share to the bit (tests) and skipping changes (`slipstream compare`).
+quality, which exact modes share to the bit (tests) and skipping changes (`slipstream compare`). `plain` and `torchrec`
+take SGD, whatever `--optimizer` says.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from processes import peak_mb, run_apart
 from torch import nn
 
 from slipstream.embedding.row_cache import RowCache
+from slipstream.embedding.rules import OPTIMIZERS
 from slipstream.embedding.tiers.lookahead import LookAhead, StagedBatch
 from slipstream.embedding.tiers.placement import CachedRows, Placement, StagingHalves
 from slipstream.embedding.tiers.rows import TieredRows
@@ -186,6 +188,7 @@ class WithoutEmbeddings:
     rows: TieredRows
     dense_optimizer: DenseOptimizer
     _lr: torch.Tensor
+    _num_steps: torch.Tensor
     _loss_sum: torch.Tensor
 
     def _compute(self, batch: StagedBatch) -> None:
@@ -195,7 +198,8 @@ class WithoutEmbeddings:
         loss = nn.functional.binary_cross_entropy_with_logits(logits, batch.labels)
         self.dense_optimizer.zero_grad()
         loss.backward()
-        self.dense_optimizer.step(self._lr)
+        self._num_steps.add_(1)
+        self.dense_optimizer.step(self._lr, num_steps=self._num_steps)
         self._loss_sum += loss.detach()
 
 
@@ -450,7 +454,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=0, help="0 takes the configuration's")
     parser.add_argument("--zipf", type=float, default=1.1)
     parser.add_argument("--drop", type=float, default=0.5, help="D of contender slipstream")
-    parser.add_argument("--optimizer", choices=["sgd", "rowwise_adagrad"], default="sgd")
+    parser.add_argument("--optimizer", choices=OPTIMIZERS.names(), default="sgd")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--kernels", choices=["torch", "triton"], default="torch", help="of our own contenders")
