@@ -39,10 +39,10 @@ all: setup ## set up, run the shipped pipeline `tiny` from raw text to trained m
 	$(BIN)/slipstream report --runs $(RUNS) --out $(RUNS)/tiny/report.html
 
 test: setup ## run the tests that take seconds each
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 test-all: setup ## run the slow tests too
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not gpu"
 
 fuzz: setup ## damage what every reader reads, 100,000 times each (CASES=1000 for a look)
 	OMP_NUM_THREADS=1 SLIPSTREAM_FUZZ=$(CASES) $(BIN)/python -m pytest -n auto --timeout 0 tests/fuzz
