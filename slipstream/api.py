@@ -6,13 +6,13 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from slipstream.config import load_pipeline
 from slipstream.errors import ArtifactError, ConfigError
 from slipstream.io.processors import wait_without_spinning
+from slipstream.options import to_toml
 from slipstream.pipeline import RunResult, run_pipeline
 from slipstream.progress import Silent
 from slipstream.shipped import find_pipeline
@@ -149,7 +149,7 @@ def run(
             f"expected overrides as a mapping or a list, found the text {overrides!r}", hint="put it in [ ]"
         )
     if isinstance(overrides, Mapping):
-        overrides = [f"{key}={_as_toml(key, value)}" for key, value in overrides.items()]
+        overrides = [f"{key}={to_toml(key, value)}" for key, value in overrides.items()]
     wait_without_spinning(os.environ)
     config = load_pipeline(find_pipeline(str(pipeline)), overrides)
     result = run_pipeline(config, Path(runs), stages=stages, force=force)
@@ -204,26 +204,3 @@ def load_encoder(folder: str | Path) -> Encoder:
     from slipstream.serving.encoder import Encoder
 
     return Encoder(Path(folder), read_description(Path(folder)))
-
-
-def _as_toml(key: str, value: Any) -> str:
-    """Give a value as it would stand in a pipeline file."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, Real):
-        return str(value)
-    if isinstance(value, str | Path):
-        return _quoted(str(value))
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_quoted(str(name))} = {_as_toml(key, of)}" for name, of in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(_as_toml(key, each) for each in value) + "]"
-    raise ConfigError(
-        f"expected text, a number, a truth value, a list or a mapping for `{key}`, found {value!r}",
-        hint="leave the key out to keep what the pipeline says",
-    )
-
-
-def _quoted(text: str) -> str:
-    """Give a basic string of TOML: JSON's, but characters beyond ASCII as they are: pairs of surrogates are none."""
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -316,6 +316,10 @@ class PipelineConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     skip: SkipConfig = field(default_factory=SkipConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    tune: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """What `slipstream tune` may try for keys, by section: `[tune.train]` with `lr = ".005:.1:log"`, bounds of a number
+    drawn by its logarithm, `epochs = "1:3"`, or values with a bar between, `optimizer = "adam | rowwise_adagrad"`.
+    Every other command passes over it."""
 
     def __post_init__(self) -> None:
         """Check the name, the seed, and keys that only make sense together."""

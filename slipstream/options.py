@@ -6,6 +6,7 @@ The schema is closed: unknown keys, wrong types and values out of range are `Con
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 import tomllib
@@ -13,6 +14,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import field
+from numbers import Real
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -174,6 +176,37 @@ def to_dict(config: Any, *, execution: bool = True) -> dict[str, Any]:
             continue
         plain[spec.name] = _plain(getattr(config, spec.name), execution=execution)
     return plain
+
+
+def to_toml(key: str, value: Any) -> str:
+    """Give a value as it would stand in a pipeline file.
+
+    Args:
+        key: Whose value it is.
+        value: Text, a number, a truth value, or a list or mapping of such.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Real):
+        return str(value)
+    if isinstance(value, str | Path):
+        return _quoted(str(value))
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_quoted(str(name))} = {to_toml(key, of)}" for name, of in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(to_toml(key, each) for each in value) + "]"
+    raise ConfigError(
+        f"expected text, a number, a truth value, a list or a mapping for `{key}`, found {value!r}",
+        hint="leave the key out to keep what the pipeline says",
+    )
+
+
+def _quoted(text: str) -> str:
+    """Give a basic string of TOML: JSON's, but characters beyond ASCII as they are: pairs of surrogates are none."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

@@ -22,6 +22,15 @@ class Progress(Protocol):
         """
         ...
 
+    def measured(self, step: int, logloss: float) -> None:
+        """Hear of a measurement on validation data while training goes on; what it raises ends the training.
+
+        Args:
+            step: Steps done.
+            logloss: Of the model as it would be served.
+        """
+        ...
+
 
 class Silent:
     """Shows nothing; what stages use when nobody watches."""
@@ -31,6 +40,9 @@ class Silent:
     ) -> AbstractContextManager[Callable[[int, str], None]]:
         """Open a task that nobody sees."""
         return nullcontext(lambda done, note: None)
+
+    def measured(self, step: int, logloss: float) -> None:
+        """Hear of a measurement that nobody looks at."""
 
 
 class Pace:

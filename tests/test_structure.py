@@ -30,7 +30,7 @@ COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 MAY_IMPORT = {
     "__main__": {"cli"},
-    "api": {"pipeline", "report", "serving", "config", "shipped", "io", "errors", "progress"},
+    "api": {"pipeline", "report", "serving", "options", "config", "shipped", "io", "errors", "progress"},
     "cli": {
         "cli",
         "distributed.environment",
@@ -39,6 +39,7 @@ MAY_IMPORT = {
         "forecast",
         "sizing",
         "evidence",
+        "tune",
         "compare",
         "stage",
         "stage_list",
@@ -52,9 +53,10 @@ MAY_IMPORT = {
         "schema",
     },
     "report": {
-        *("report", "init", "compare", "sizing", "stage", "pipeline", "config", "options"),
+        *("report", "init", "tune", "compare", "sizing", "stage", "pipeline", "config", "options"),
         *("io", "ops", "errors", "progress", "schema"),
     },
+    "tune": {"pipeline", "config", "options", "errors", "io", "progress"},
     "compare": {"pipeline", "training", "config", "errors", "io", "progress", "schema"},
     "init": {"datasets", "io", "ops", "registry", "errors"},
     "forecast": {"pipeline", "stage", "config", "io", "errors"},

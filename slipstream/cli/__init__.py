@@ -7,9 +7,10 @@ need them, so that help and `check` start at once.
 front.py      the application, options that commands share, how they answer and fail
 commands.py   commands on pipelines, artifacts and models
 checks.py     commands that say what a run would take, and whether it can be trusted
+tuning.py     the command that searches for better settings
 """
 
-from slipstream.cli import commands, checks  # isort: skip  # help lists commands in this order
+from slipstream.cli import commands, checks, tuning  # isort: skip  # help lists commands in this order
 from slipstream.cli.front import app, main
 
-__all__ = ["app", "checks", "commands", "main"]
+__all__ = ["app", "checks", "commands", "main", "tuning"]

@@ -2,6 +2,7 @@
 
 terminal.py   Rich renderables
 sizes.py      the same, of what hardware a pipeline needs
+tuning.py     the same, of a search for better settings
 document.py   the JSON document of a run
 facts.py      what a run left behind, read from its artifacts and condensed
 charts.py     frames to Altair charts

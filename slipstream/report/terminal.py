@@ -59,6 +59,9 @@ class RichProgress:
 
             yield advance
 
+    def measured(self, step: int, logloss: float) -> None:
+        """Hear of a measurement; TensorBoard and the report show them."""
+
     @contextmanager
     def _show_bar(self, label: str, total: int | None, pace: Pace) -> Iterator[Callable[[int, str], None]]:
         columns = (

@@ -84,9 +84,7 @@ def run_stage(job: StageJob) -> TrainFigures:
             job.progress.task(label, shards.figures.num_train * config.train.epochs, "samples") as advance,
         ):
             listener = _Listener(events, advance)
-            validation = (
-                _make_validation(config, parts, shards, processed, scratch, ranks) if config.validates else None
-            )
+            validation = _make_validation(job, parts, shards, processed, scratch, ranks) if config.validates else None
             trainer = _make_trainer(config, parts, shards, checkpoints, validation, on_report=listener)
             with fitting_the_device(lambda: f"step {trainer.totals.steps + 1}, of {config.train.batch_size:,} samples"):
                 if isinstance(trainer, FaithfulTrainer):
@@ -204,10 +202,10 @@ def _make_trainer(
 
 
 def _make_validation(
-    config: PipelineConfig, parts: Assembly, shards: Shards, processed: Artifact, scratch: Path, ranks: Alone
+    job: StageJob, parts: Assembly, shards: Shards, processed: Artifact, scratch: Path, ranks: Alone
 ) -> Validation:
     """Make what measures the model on the way, and keeps the best in the folder of work; all ranks go by the first."""
-    folder = scratch / _BEST
+    config, folder = job.config, scratch / _BEST
 
     def measure() -> Quality:
         predicted, labels = _predict(config, shards, "val", parts.model, parts.step.look_up)
@@ -222,7 +220,11 @@ def _make_validation(
         return hash_file(folder / WEIGHTS) if ranks.leads else ""
 
     return Validation(
-        every_steps=config.train.validate_steps, patience=config.train.patience, measure=measure, keep=keep
+        every_steps=config.train.validate_steps,
+        patience=config.train.patience,
+        measure=measure,
+        keep=keep,
+        on_measured=job.progress.measured,
     )
 
 

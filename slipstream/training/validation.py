@@ -23,13 +23,20 @@ class Validation:
         patience: Measurements in a row without a better one after which training stops; 0 never stops it.
         measure: Measures validation data with what is served.
         keep: Writes what is served in place of the best so far; returns its hash.
+        on_measured: Told the step and the logloss of each measurement; what it raises ends the training.
     """
 
     def __init__(
-        self, *, every_steps: int, patience: int, measure: Callable[[], Quality], keep: Callable[[], str]
+        self,
+        *,
+        every_steps: int,
+        patience: int,
+        measure: Callable[[], Quality],
+        keep: Callable[[], str],
+        on_measured: Callable[[int, float], None] = lambda step, logloss: None,
     ) -> None:
         self._every_steps, self._patience = every_steps, patience
-        self._measure, self._keep = measure, keep
+        self._measure, self._keep, self._on_measured = measure, keep, on_measured
         self.checks: list[ValidationFigures] = []
         self.best: ValidationFigures | None = None
         """The best measurement; None before the first."""
@@ -44,6 +51,7 @@ class Validation:
         self.checks.append(found)
         if self.best is None or found.quality.logloss < self.best.quality.logloss:
             self.best, self.best_hash = found, self._keep()
+        self._on_measured(step, found.quality.logloss)
 
     def steps_left(self, step: int) -> int | None:
         """Count the steps to the next measurement; None where there is one at the end of the epoch only."""
