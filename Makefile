@@ -11,9 +11,11 @@ STAMP := $(VENV)/.installed
 # Sizes that make a benchmark take seconds; one that is not listed runs at its own size.
 SMALL_bench_busy := --samples 4000 --rounds 1 --networks tiny
 SMALL_bench_cached := --rows 50000 --batch 128 --cache-ratio 0.2 --warmup-steps 4 --steps 8 --rounds 1
+SMALL_bench_compression := --seeds 1 --ways none,int4 --set dataset.num_samples=8000
 SMALL_bench_preprocess := --rows 20000 --slow-rows 2000
 SMALL_bench_quality := --rows 4000 --seeds 1 --pipeline tiny --set dataset.source=criteo
 SMALL_bench_quantized := --rows 20000 --batch 256 --steps 4 --rounds 1 --tables 4
+SMALL_bench_scaling := --samples 8000 --batch 256 --rounds 1
 SMALL_bench_score := --rows 20000
 SMALL_bench_serve := --rows 5000 --samples 500 --calls 5
 SMALL_bench_tables := --seeds 1 --steps 20 --set dataset.num_samples=5000
@@ -22,7 +24,7 @@ SMALL_bench_segregate := --rows 20000 --slow-rows 2000
 SMALL_bench_tt := --rows 50000 --ranks 8 --batch 128 --steps 3 --distribution zipf
 
 .DEFAULT_GOAL := help
-.PHONY: help setup all test test-all fuzz mutants test-gpu lint fmt type bench docs golden clean distclean
+.PHONY: help setup all cluster-demo test test-all fuzz mutants test-gpu lint fmt type bench docs golden clean distclean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -54,6 +56,9 @@ mutants: $(STAMP) ## change the code on purpose, 400 times, and see whether a te
 
 test-gpu: setup ## run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
+
+cluster-demo: setup ## train `tiny` on two ranks of this machine; nothing of it runs on
+	$(BIN)/torchrun --standalone --nproc-per-node 2 -m slipstream run tiny --runs $(RUNS)/cluster-demo
 
 lint: setup ## check code style
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ import os
 from datetime import timedelta
 
 import torch
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from slipstream.distributed.environment import count_ranks
@@ -47,4 +48,6 @@ def _meet(device: str, timeout_seconds: float) -> Ranks:
             f"rank {rank} of {count_ranks(os.environ)} found nobody at {where}: {reason}",
             hint="MASTER_ADDR and MASTER_PORT must name the machine of rank 0; unset WORLD_SIZE to train alone",
         ) from exc
-    return Ranks(rank, size, store=store, device=place, timeout_seconds=timeout_seconds)
+    # the store of torchrun outlives its workers: what those of an attempt before left there is not for us
+    attempt = PrefixStore(f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{os.environ['MASTER_PORT']}", store)
+    return Ranks(rank, size, store=attempt, device=place, timeout_seconds=timeout_seconds)

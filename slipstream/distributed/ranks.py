@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -73,6 +73,8 @@ class Ranks(Alone):
         self.rank, self.size, self.device = rank, size, device
         self.sent: Counter[str] = Counter()
         """Bytes that this rank sent, by what for."""
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        """Seconds that it spent in exchanges, waiting for others included; on a GPU, to begin them."""
         self._store, self._timeout = store, timeout_seconds
         self._num_messages = 0
         self._is_over = threading.Event()
@@ -94,14 +96,14 @@ class Ranks(Alone):
 
     def sum(self, values: Tensor, what: str, *, lane: Lane = "compute") -> None:
         """Add the values of all ranks, in place; every rank has the same bits after."""
-        with self._explained(what):
+        with self._exchange(what):
             dist.all_reduce(values, group=self._groups[lane])
         self.sent[what] += 2 * (self.size - 1) * values.nbytes // self.size  # a ring: all but one part, twice
 
     def gather(self, values: Tensor, what: str, *, lane: Lane = "compute") -> Tensor:
         """Give the values of all ranks, which have one shape (…). Shape (R, …)."""
         together = values.new_empty(self.size, *values.shape)
-        with self._explained(what):
+        with self._exchange(what):
             dist.all_gather(list(together.unbind(0)), values.contiguous(), group=self._groups[lane])
         self.sent[what] += (self.size - 1) * values.nbytes
         return together
@@ -127,7 +129,7 @@ class Ranks(Alone):
     def send_to_first(self, values: Tensor, what: str, *, lane: Lane) -> list[Tensor]:
         """Bring values of one shape to the first rank, in rank order; the others get nothing."""
         pieces = [torch.empty_like(values) for _ in range(self.size)] if self.leads else None
-        with self._explained(what):
+        with self._exchange(what):
             dist.gather(values.contiguous(), pieces, dst=0, group=self._groups[lane])
         if pieces is None:
             self.sent[what] += values.nbytes
@@ -136,7 +138,7 @@ class Ranks(Alone):
     def hear_from_first(self, value: int, what: str, *, lane: Lane) -> int:
         """Give the number that the first rank says."""
         said = torch.tensor([value])
-        with self._explained(what):
+        with self._exchange(what):
             dist.broadcast(said, src=0, group=self._groups[lane])
         return int(said)
 
@@ -180,10 +182,16 @@ class Ranks(Alone):
                 hint="start all ranks with the same pipeline, version and data; if they were, report it",
             )
 
+    def count_anew(self) -> None:
+        """Forget what was counted: another training begins."""
+        self.sent.clear()
+        self.seconds.clear()
+
     def figures(self, *, steps: int) -> dict[str, Any]:
         """Say how many trained together, and what they exchanged, as the manifest has it."""
         per_step = {what: round(count / max(steps, 1)) for what, count in sorted(self.sent.items())}
-        return {"ranks": self.size, "sent_bytes_per_step": per_step}
+        seconds = {what: round(count, 3) for what, count in sorted(self.seconds.items())}
+        return {"ranks": self.size, "sent_bytes_per_step": per_step, "exchange_seconds": seconds}
 
     # --- messages, by way of the store ---
 
@@ -227,7 +235,7 @@ class Ranks(Alone):
 
     def fail(self, exc: BaseException) -> None:
         """Leave word of why this rank ends, and close its connections, so that the others end too."""
-        words = str(exc) or type(exc).__name__
+        words = "it was interrupted" if isinstance(exc, KeyboardInterrupt) else str(exc) or type(exc).__name__
         try:
             self._store.compare_set("failed", "", json.dumps({"rank": self.rank, "words": words}))
         except RuntimeError:
@@ -251,16 +259,25 @@ class Ranks(Alone):
             self._is_over.wait(_BEAT_SECONDS)
 
     @contextmanager
+    def _exchange(self, what: str) -> Iterator[None]:
+        began = time.perf_counter()
+        with self._explained(what):
+            yield
+        self.seconds[what] += time.perf_counter() - began
+
+    @contextmanager
     def _explained(self, what: str) -> Iterator[None]:
         """Turn what a backend says into who failed, and at what."""
+        began = time.monotonic()
         try:
             yield
         except RuntimeError as exc:
+            has_waited = time.monotonic() - began > 0.9 * self._timeout
             deadline = time.monotonic() + _LAST_WORDS_SECONDS
             while time.monotonic() < deadline:
                 self._raise_failure(exc)
                 time.sleep(_POLL_SECONDS)
-            if "timed out" in str(exc).lower() or "timeout" in str(exc).lower():
+            if has_waited:
                 raise self._waited_in_vain(what) from exc
             raise TrainingError(
                 f"rank {self.rank} lost another rank while it waited for {what}: {str(exc).splitlines()[0]}",

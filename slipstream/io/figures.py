@@ -298,6 +298,8 @@ class TrainFigures(FitFigures, Figures):
     """R: processes that trained together; None for one alone."""
     sent_bytes_per_step: dict[str, int] | None = None
     """Bytes that the first rank sent, by what for, over all of training and evaluation, divided by steps."""
+    exchange_seconds: dict[str, float] | None = None
+    """Seconds that it spent in exchanges, waiting for the others included, by what for."""
     validations: list[ValidationFigures] = field(default_factory=list)
     """Measurements on the way, in order; none where the model after the last step is the only one measured."""
     best_step: int | None = None

@@ -65,6 +65,8 @@ def run_stage(job: StageJob) -> TrainFigures:
     """
     config, scratch, ranks = job.config, job.scratch, job.ranks or ALONE
     processed, segregated = job.inputs["preprocess"], job.inputs["segregate"]
+    if isinstance(ranks, Ranks):
+        ranks.count_anew()
     if ranks.leads:
         write_vocabularies(processed, scratch)
         write_examples(processed, scratch)

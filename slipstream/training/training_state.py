@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import reduce
@@ -103,6 +103,7 @@ def restore_state(trainer: Trainer, state: Mapping[str, Any], weights: Path) -> 
         trainer.step.average.restore(_below(tensors, "average."))
     if isinstance(trainer.step, SharedStep):
         trainer.step.sums.ranks.sent = Counter(state.get("sent_bytes", {}))
+        trainer.step.sums.ranks.seconds = defaultdict(float, state.get("exchange_seconds", {}))
         own = {name: arrays[name] for name in ("feedback",) if name in arrays}
         trainer.step.sums.restore(_choose_part(trainer.step, [own, *of_ranks]))
     trainer.lookahead.restore_counters(state["lookahead"])
@@ -118,7 +119,8 @@ def _collect_parts(step: SharedStep, tracked: Mapping[str, np.ndarray]) -> tuple
     arrays = dict(sums.state())
     for rank, theirs in enumerate(of_ranks[1:], start=1):
         arrays |= _prefixed(f"ranks.{rank}.", theirs)
-    return arrays, {"ranks": sums.ranks.size, "sent_bytes": dict(sums.ranks.sent)}
+    counted = {"sent_bytes": dict(sums.ranks.sent), "exchange_seconds": dict(sums.ranks.seconds)}
+    return arrays, {"ranks": sums.ranks.size, **counted}
 
 
 def _choose_part(step: TrainStep, of_ranks: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:

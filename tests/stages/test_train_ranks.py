@@ -160,6 +160,7 @@ def test_what_two_ranks_saved_any_number_goes_on_from(later: int, runs: Path, tm
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_one_of_two_ranks_is_killed_at_twenty_moments_and_nothing_is_lost(runs: Path, tmp_path: Path):
     tree = tree_of(epochs=6, skip__criterion="stale", train__checkpoint_steps=5, train__log_every=1)
     whole = train(runs, tree, 2, float64=False)
