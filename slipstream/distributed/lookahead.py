@@ -46,11 +46,6 @@ class PartLookups(BatchLookups):
     """Where the distinct slots of each rank stand in `union`. Shapes (u,), int32."""
 
 
-def part_of(num_samples: int, rank: int, size: int) -> slice:
-    """Give the samples of a batch that a rank computes; where there are fewer samples than ranks, some have none."""
-    return slice(num_samples * rank // size, num_samples * (rank + 1) // size)
-
-
 class SharedLookAhead(LookAhead):
     """Runs the parts of batches through a step with the rows of the whole batches on the device.
 
@@ -85,7 +80,7 @@ class SharedLookAhead(LookAhead):
         self._chain = 0
 
     def _find_cold(self, batch: Batch) -> PartLookups:
-        mine = part_of(len(batch), self._ranks.rank, self._ranks.size)
+        mine = self._ranks.own_part(len(batch))
         part = replace(
             batch,
             dense=batch.dense[mine],

@@ -49,8 +49,8 @@ def refuse_unshared(*, faithful: bool, representations: Iterable[str], kernels: 
     found = []
     if faithful:
         found.append(("`train.faithful`", "leave it out"))
-    for name in sorted(set(representations) - {"dense"}):
-        found.append((f"`tables` held as {name}", 'set representation = "dense"'))
+    if "tt" in representations:
+        found.append(("`tables` held as tt", 'set representation = "dense", "int8" or "int4"'))
     if kernels != "torch":
         found.append((f"`train.kernels` = '{kernels}'", "set it to 'torch'"))
     if found:

@@ -54,6 +54,19 @@ class Alone:
         """Make of wishes what all ranks do: the first where any rank wants it, the others as the first rank says."""
         return wishes
 
+    def own_part(self, num_samples: int) -> slice:
+        """Give the samples of a batch that this rank computes; with fewer samples than ranks, some have none."""
+        return part_of(num_samples, self.rank, self.size)
+
+    def join(self, own: Tensor, num_samples: int) -> Tensor:
+        """Give what all ranks computed of a batch, from what this one did. Shape (own, …) -> (num_samples, …)."""
+        return own
+
+
+def part_of(num_samples: int, rank: int, size: int) -> slice:
+    """Give the samples of a batch that a rank computes: all parts make it up, in rank order."""
+    return slice(num_samples * rank // size, num_samples * (rank + 1) // size)
+
 
 ALONE: Final = Alone()
 
@@ -99,6 +112,12 @@ class Ranks(Alone):
         with self._exchange(what):
             dist.all_reduce(values, group=self._groups[lane])
         self.sent[what] += 2 * (self.size - 1) * values.nbytes // self.size  # a ring: all but one part, twice
+
+    def keep_largest(self, values: Tensor, what: str) -> None:
+        """Take the largest of all ranks for each value, in place."""
+        with self._exchange(what):
+            dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self._groups["compute"])
+        self.sent[what] += 2 * (self.size - 1) * values.nbytes // self.size
 
     def gather(self, values: Tensor, what: str, *, lane: Lane = "compute") -> Tensor:
         """Give the values of all ranks, which have one shape (…). Shape (R, …)."""
@@ -146,6 +165,12 @@ class Ranks(Alone):
         """Make of wishes what all ranks do: the first where any rank wants it, the others as the first rank says."""
         wanted = self.gather(torch.tensor(wishes, dtype=torch.uint8), "decisions", lane="control").bool()
         return bool(wanted[:, 0].any()), *wanted[0, 1:].tolist()
+
+    def join(self, own: Tensor, num_samples: int) -> Tensor:
+        """Give what all ranks computed of a batch, from what this one did. Shape (own, …) -> (num_samples, …)."""
+        parts = [part_of(num_samples, rank, self.size) for rank in range(self.size)]
+        sizes = [part.stop - part.start for part in parts]
+        return torch.cat(self.gather_uneven(own, sizes, "predictions"))
 
     def gather_arrays(self, arrays: Mapping[str, np.ndarray], what: str) -> list[dict[str, np.ndarray]]:
         """Give the arrays of all ranks, which have the same names and shapes, in rank order."""

@@ -101,7 +101,7 @@ def run_stage(job: StageJob) -> TrainFigures:
             _note(trainer, out)
         if validation is None or validation.best is None or validation.best.step == trainer.totals.steps:
             with trainer.step.serving():
-                quality = _evaluate(config, shards, out, parts.model, parts.step.look_up)
+                quality = _evaluate(config, shards, out, parts.model, parts.step.look_up, ranks)
                 _save(config, parts, processed, out)
         else:
             quality = _take_best(config, parts, shards, validation, out, ranks)
@@ -210,7 +210,7 @@ def _make_validation(
     config, folder = job.config, scratch / _BEST
 
     def measure() -> Quality:
-        predicted, labels = _predict(config, shards, "val", parts.model, parts.step.look_up)
+        predicted, labels = _predict(config, shards, "val", parts.model, parts.step.look_up, ranks)
         if not np.isfinite(predicted).all():
             raise TrainingError("the model predicts no numbers on validation data", hint="lower `train.lr`")
         return _from_first(ranks, measure_quality(labels, predicted))
@@ -336,12 +336,24 @@ class _Listener:
 
 
 def _predict(
-    config: PipelineConfig, shards: Shards, split: str, model: nn.Module, look_up: Callable[[np.ndarray], Tensor]
+    config: PipelineConfig,
+    shards: Shards,
+    split: str,
+    model: nn.Module,
+    look_up: Callable[[np.ndarray], Tensor],
+    ranks: Alone,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(probabilities, labels) of a split."""
+    """(probabilities, labels) of a split, of which each rank predicts its part."""
     batch_size = config.train.eval_batch_size
     with fitting_the_device(f"evaluation in batches of {batch_size:,}", lower="`train.eval_batch_size`"):
-        return predict(model, look_up, shards.split(split), batch_size=batch_size, num_threads=config.train.num_threads)
+        return predict(
+            model,
+            look_up,
+            shards.split(split),
+            batch_size=batch_size,
+            num_threads=config.train.num_threads,
+            ranks=ranks,
+        )
 
 
 def _evaluate(
@@ -350,11 +362,12 @@ def _evaluate(
     out: Path | None,
     model: nn.Module,
     look_up: Callable[[np.ndarray], Tensor],
+    ranks: Alone = ALONE,
 ) -> dict[str, Quality]:
     """Predict test and validation data, and keep what was predicted where this rank is the one that writes."""
     quality = {}
     for split in ("test", "val"):
-        predicted, labels = _predict(config, shards, split, model, look_up)
+        predicted, labels = _predict(config, shards, split, model, look_up, ranks)
         quality[split] = measure_quality(labels, predicted)
         if out is not None:
             with write_atomically(out / f"predictions_{split}.npy") as path, path.open("wb") as stream:

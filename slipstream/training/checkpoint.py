@@ -36,6 +36,7 @@ from slipstream.io.artifacts import hash_file, sync, write_json
 from slipstream.io.tensors import StoredTensor, write_tensors
 from slipstream.training.loop import Trainer
 from slipstream.training.order.rounds import OpenStreams
+from slipstream.training.shared_step import require_same_model
 from slipstream.training.stopping import StopSignals
 from slipstream.training.training_state import collect_state, restore_state
 
@@ -213,6 +214,7 @@ class Checkpointer:
 
     def _save(self, trainer: Trainer) -> None:
         """Freeze the rows, copy the rest, and begin to write."""
+        require_same_model(trainer.step)
         state, tensors = collect_state(trainer)
         frozen = trainer.lookahead.freeze()
         self._saved_steps, self._saved_at = trainer.totals.steps, self._clock()

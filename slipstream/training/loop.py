@@ -315,7 +315,8 @@ class Trainer:
 
     def _score(self, samples: Samples) -> np.ndarray:
         self.lookahead.flush()
-        predicted, _ = predict(self.step.model, self.step.look_up, [samples], batch_size=_SCORE_BATCH)
+        step = self.step
+        predicted, _ = predict(step.model, step.look_up, [samples], batch_size=_SCORE_BATCH, ranks=step.ranks)
         return predicted
 
     def _report(self) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from slipstream.distributed.ranks import ALONE, Alone
 from slipstream.io.processors import usable_cores
 from slipstream.io.samples import Samples
 from slipstream.training.threads import choose_threads, step_flop, torch_threads
@@ -44,6 +45,7 @@ def predict(
     *,
     batch_size: int,
     num_threads: int = 0,
+    ranks: Alone = ALONE,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Predict samples; changes nothing and evicts nothing.
 
@@ -53,6 +55,7 @@ def predict(
         shards: Samples.
         batch_size: Samples at once.
         num_threads: CPU threads; 0 takes as many as a batch is worth, the same for the same model and batch size.
+        ranks: Who predicts together, each a part of every batch; all are given the same samples.
 
     Returns:
         (probabilities (n,) float32, labels (n,) float32), in the order given.
@@ -70,9 +73,11 @@ def predict(
         for samples in shards:
             for start in range(0, len(samples), batch_size):
                 piece = samples.take(slice(start, start + batch_size))
-                looked_up = look_up(piece.X_cat)
-                dense = torch.from_numpy(np.ascontiguousarray(piece.X_int)).to(looked_up.device)
-                probabilities.append(click_probabilities(model, dense, looked_up).cpu().numpy())
+                mine = ranks.own_part(len(piece))
+                looked_up = look_up(piece.X_cat)[mine]
+                dense = torch.from_numpy(np.ascontiguousarray(piece.X_int[mine])).to(looked_up.device)
+                own = click_probabilities(model, dense, looked_up)
+                probabilities.append(ranks.join(own, len(piece)).cpu().numpy())
                 labels.append(piece.y)
     model.train(was_training)
     return np.concatenate(probabilities), np.concatenate(labels)

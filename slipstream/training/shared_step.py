@@ -77,8 +77,8 @@ class SharedStep(TrainStep):
 
     def __init__(self, *, sums: GradientSums, **options: object) -> None:
         super().__init__(**options)  # type: ignore[arg-type]
-        self.sums = sums
-        self._steps = 0
+        self.sums, self.ranks = sums, sums.ranks
+        self.num_steps = 0
 
     def watch(self, tracker: RowTracker) -> None:
         """Let a tracker watch the rows that steps look up from now on."""
@@ -87,14 +87,31 @@ class SharedStep(TrainStep):
     def count_from(self, num_steps: int) -> None:
         """Go on after so many steps, as an uninterrupted training would."""
         super().count_from(num_steps)
-        self._steps = num_steps
+        self.num_steps = num_steps
+
+    def share_peaks(self) -> None:
+        """Know the largest weights that any rank looked up, of tables with one scale; as often as one likes."""
+        if (grids := self.representations.grids) is not None:
+            self.sums.ranks.keep_largest(grids.peak, "largest weights")
+
+    def _begin(self, lr: float) -> None:
+        grids = self.representations.grids
+        if grids is not None and grids.due_periods():
+            self.share_peaks()
+        super()._begin(lr)
 
     def _compute(self, batch: StagedBatch) -> None:
         assert batch.distinct is not None and batch.part is not None
         self._num_steps.add_(1)
+<<<<<<< HEAD
         self._steps += 1
         access, part, weights = self._access(batch), batch.part, batch.weights
         gradients, loss = self._differentiate_part(batch, access)
+=======
+        self.num_steps += 1
+        distinct, part, weights = batch.distinct, batch.part, batch.weights
+        gradients, loss = self._differentiate_part(batch, distinct)
+>>>>>>> ee65e96 (Ranks train tables on few bits, share evaluation, and compare their parameters before each checkpoint; guide and benchmarks)
         totals = self._sum_dense(loss, weights)
         counted = None if weights is None else totals[2] / totals[1]
         self.dense_optimizer.step(self._lr, num_steps=self._num_steps, sample_weight=counted)
@@ -105,7 +122,7 @@ class SharedStep(TrainStep):
             access.sum_by_row(gradients) if len(batch) else gradients,
             self._beside_rows(weights, access, batch.num_lookups()),
             part,
-            step=self._steps,
+            step=self.num_steps,
         )
         row_weights = mean_by_weight(summed[:, dim:]) if summed.shape[1] > dim else None
         with self._averaging(lambda: part.rows):
@@ -160,4 +177,4 @@ def require_same_model(step: TrainStep) -> None:
     held = (*step.model.parameters(), *step.rows.buffer_state, step.rows.buffer)
     for tensor in held:
         digest.update(tensor.detach().cpu().contiguous().numpy().view(np.uint8).data)
-    step.sums.ranks.require_equal(digest.intdigest() >> 1, "parameters after the last step")
+    step.sums.ranks.require_equal(digest.intdigest() >> 1, f"parameters after step {step.num_steps}")

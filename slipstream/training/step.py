@@ -18,6 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+<<<<<<< HEAD
+=======
+from slipstream.distributed.ranks import ALONE, Alone
+from slipstream.embedding.duplicates import Distinct, sum_duplicates
+>>>>>>> ee65e96 (Ranks train tables on few bits, share evaluation, and compare their parameters before each checkpoint; guide and benchmarks)
 from slipstream.embedding.tiers.lookahead import StagedBatch
 from slipstream.embedding.tiers.row_access import RowAccess, StagedAccess
 from slipstream.embedding.tiers.rows import TieredRows
@@ -71,6 +76,8 @@ class TrainStep:
         self.representations = representations
         self._most_distinct, self._batch_size = most_distinct, batch_size
         self._padding = rows.padding(0)
+        self.ranks: Alone = ALONE
+        """Who trains this model together."""
         self.tracker: RowTracker | None = None
         """Watches the rows that steps look up, where a rule asks for it."""
         self.average = average

@@ -31,6 +31,8 @@ def collect_state(trainer: Trainer) -> tuple[dict[str, Any], dict[str, StoredTen
     Returns:
         (plain values for JSON, arrays that nobody changes any more).
     """
+    if isinstance(trainer.step, SharedStep):
+        trainer.step.share_peaks()
     trainer.totals.loss_sum += trainer.step.take_loss_sum()
     position = trainer.decided_position()
     plain, arrays = trainer.skipper.state()

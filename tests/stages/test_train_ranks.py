@@ -36,6 +36,8 @@ SLOW = pytest.mark.slow
 WAYS: list[Any] = [
     {"train__mode": "slipstream", "skip__criterion": "stale", "train__optimizer": "adagrad"},
     {"train__mode": "cached", "train__cache_ratio": 0.3, "train__cache_policy": "lfu", "train__optimizer": "adam"},
+    pytest.param({"train__mode": "fae", "tables": {"representation": "int8", "period": 7}}, marks=SLOW),
+    pytest.param({"train__mode": "cached", "tables": {"representation": "int4", "scale_per": "row"}}, marks=SLOW),
     pytest.param({"train__mode": "cached", "train__cache_ratio": 0.3}, marks=SLOW),
     pytest.param({"train__mode": "resident", "train__optimizer": "sgd"}, marks=SLOW),
     pytest.param({"train__mode": "fae", "train__average": 0.3, "train__optimizer": "adagrad"}, marks=SLOW),
@@ -54,15 +56,21 @@ WAYS: list[Any] = [
 
 def tree_of(*, epochs: int = 1, **options: Any) -> dict[str, Any]:
     common = {"train__epochs": epochs, "train__log_every": 10, "skip__refresh_steps": 9}
-    return tiny_tree(**common, distributed__timeout_seconds=60.0, **options)
+    return tiny_tree(**common | options, distributed__timeout_seconds=60.0)
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A runs folder with all that comes before training."""
-    folder = tmp_path_factory.mktemp("runs")
+    folder = tmp_path_factory.mktemp("prepared")
     run_pipeline(build_pipeline(tree_of()), folder, stages=["preprocess", "profile", "segregate"])
     return folder
+
+
+@pytest.fixture
+def runs(prepared: Path, tmp_path: Path) -> Path:
+    """A copy of it, for one test."""
+    return Path(shutil.copytree(prepared, tmp_path / "runs"))
 
 
 def trained(runs: Path) -> Artifact:
@@ -120,9 +128,10 @@ def test_other_samples_on_one_rank_are_found_before_they_train(runs: Path):
 
 
 @pytest.mark.slow
-def test_a_rank_that_computes_something_else_is_found_after_the_last_step(runs: Path):
-    ends = train_together(tree_of(), runs, 2, sabotage=compute_otherwise_on_rank_1)
-    assert ends == ["TrainingError: rank 1 of 2 has other parameters after the last step than rank 0"] * 2
+def test_a_rank_that_computes_something_else_is_found_before_anything_is_written(runs: Path):
+    for _ in range(2):  # the second time there is nothing to go on from
+        ends = train_together(tree_of(), runs, 2, sabotage=compute_otherwise_on_rank_1)
+        assert ends == ["TrainingError: rank 1 of 2 has other parameters after step 54 than rank 0"] * 2
 
 
 @pytest.mark.slow
@@ -141,22 +150,20 @@ def test_a_rank_that_does_not_come_is_waited_for_as_long_as_was_said(runs: Path)
 
 
 def test_what_several_ranks_cannot_do_is_refused_by_name(runs: Path):
-    tree = tree_of(tables={"representation": "int8"})
-    assert train_together(tree, runs, 2) == ["ConfigError: `tables` held as int8 does not train on 2 ranks"] * 2
+    tree = tree_of(tables={"representation": "tt", "tt_ranks": [2]})
+    assert train_together(tree, runs, 2) == ["ConfigError: `tables` held as tt does not train on 2 ranks"] * 2
 
 
 # --- going on ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("later", [3, pytest.param(1, marks=SLOW), pytest.param(2, marks=SLOW)])
-def test_what_two_ranks_saved_any_number_goes_on_from(later: int, runs: Path, tmp_path: Path):
+def test_what_two_ranks_saved_any_number_goes_on_from(later: int, runs: Path):
     tree = tree_of(skip__criterion="stale", train__checkpoint_steps=7, train__optimizer="adagrad")
     whole = train(runs, tree, 1)
-    for stage in ("generate", "preprocess", "profile", "segregate"):
-        shutil.copytree(runs / "tiny_test" / stage, tmp_path / "tiny_test" / stage)
-    assert train_together(tree, tmp_path, 2, sabotage=vanish_on_every_rank) == ["killed"] * 2
-    assert list(tmp_path.glob("tiny_test/train/.*.partial/work/checkpoint-*.json"))
-    assert_equal_up_to_rounding(whole, train(tmp_path, tree, later))
+    assert train_together(tree, runs, 2, sabotage=vanish_on_every_rank) == ["killed"] * 2
+    assert list(runs.glob("tiny_test/train/.*.partial/work/checkpoint-*.json"))
+    assert_equal_up_to_rounding(whole, train(runs, tree, later))
 
 
 @pytest.mark.slow

@@ -94,13 +94,19 @@ class RowGrids:
 
     def begin_step(self) -> None:
         """Count a training step, and refresh the scales that are due before it. Nothing waits for the device."""
+        for period in self.due_periods():
+            tables = self._due[period]
+            peak, levels = self.peak.index_select(0, tables), self._levels.index_select(0, tables)
+            self.scale.index_copy_(0, tables, self._scale_for(peak, levels))
+        self.num_steps += 1
+
+    def due_periods(self) -> list[int]:
+        """Give the periods of the tables whose scale the next step refreshes."""
         number = self.num_steps
         is_power_of_two = number & (number - 1) == 0
-        for period, tables in self._due.items():
-            if number and (number % period == 0 or (number < period and is_power_of_two)):
-                peak, levels = self.peak.index_select(0, tables), self._levels.index_select(0, tables)
-                self.scale.index_copy_(0, tables, self._scale_for(peak, levels))
-        self.num_steps += 1
+        return [
+            period for period in self._due if number and (number % period == 0 or (number < period and is_power_of_two))
+        ]
 
     def train(self, looked_up_BKD: Tensor) -> Tensor:
         """Note the largest weights, and round. The gradient passes as if nothing had happened.

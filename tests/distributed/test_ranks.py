@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slipstream.distributed.lookahead import part_of
+from slipstream.distributed.ranks import part_of
 
 
 @given(num_samples=st.integers(0, 50), size=st.integers(1, 9))
