@@ -51,8 +51,8 @@ def refuse_unshared(*, faithful: bool, representations: Iterable[str], kernels: 
         found.append(("`train.faithful`", "leave it out"))
     if "tt" in representations:
         found.append(("`tables` held as tt", 'set representation = "dense", "int8" or "int4"'))
-    if kernels != "torch":
-        found.append((f"`train.kernels` = '{kernels}'", "set it to 'torch'"))
+    if kernels not in ("auto", "torch"):
+        found.append((f"`train.kernels` = '{kernels}'", "set it to 'auto' or 'torch', which are the same there"))
     if found:
         what, remedy = found[0]
         raise ConfigError(

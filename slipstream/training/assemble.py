@@ -392,6 +392,7 @@ def make_step(
         "average": WeightAverage(rows, [*model.parameters(), *representations.cores()]) if settings.average else None,
     }
     if sums is not None:
+        options["kernels"] = "torch"
         return SharedStep(sums=sums, batch_size=settings.batch_size, deterministic=settings.deterministic, **options)
     asks_plain = settings.deterministic or settings.faithful or representations.has_cores
     if on_cuda and not asks_plain:

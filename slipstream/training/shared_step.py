@@ -103,15 +103,9 @@ class SharedStep(TrainStep):
     def _compute(self, batch: StagedBatch) -> None:
         assert batch.distinct is not None and batch.part is not None
         self._num_steps.add_(1)
-<<<<<<< HEAD
-        self._steps += 1
+        self.num_steps += 1
         access, part, weights = self._access(batch), batch.part, batch.weights
         gradients, loss = self._differentiate_part(batch, access)
-=======
-        self.num_steps += 1
-        distinct, part, weights = batch.distinct, batch.part, batch.weights
-        gradients, loss = self._differentiate_part(batch, distinct)
->>>>>>> ee65e96 (Ranks train tables on few bits, share evaluation, and compare their parameters before each checkpoint; guide and benchmarks)
         totals = self._sum_dense(loss, weights)
         counted = None if weights is None else totals[2] / totals[1]
         self.dense_optimizer.step(self._lr, num_steps=self._num_steps, sample_weight=counted)

@@ -18,11 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-<<<<<<< HEAD
-=======
 from slipstream.distributed.ranks import ALONE, Alone
-from slipstream.embedding.duplicates import Distinct, sum_duplicates
->>>>>>> ee65e96 (Ranks train tables on few bits, share evaluation, and compare their parameters before each checkpoint; guide and benchmarks)
 from slipstream.embedding.tiers.lookahead import StagedBatch
 from slipstream.embedding.tiers.row_access import RowAccess, StagedAccess
 from slipstream.embedding.tiers.rows import TieredRows
