@@ -21,16 +21,16 @@ class CannotMapError(RuntimeError):
 
 
 def zeros_in_own_pages(shape: Sequence[int]) -> Tensor:
-    """Make zeros on the host that share no page of memory with anything else; float32, at least one.
+    """Make zeros on the host that share no page of memory with anything else; of torch's default type, at least one.
 
     Pages are locked as a whole, and one that two tensors share could be locked by one of them only.
     """
-    num_bytes = 4
+    num_bytes = torch.get_default_dtype().itemsize
     for length in shape:
         num_bytes *= length
     if torch.get_default_device().type != "cpu":  # a forecast, on `meta`: no memory at all
         return torch.zeros(*shape)
-    return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.float32).view(*shape)
+    return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.get_default_dtype()).view(*shape)
 
 
 def map_to_device(host: Sequence[Tensor], device: torch.device) -> list[Tensor]:
