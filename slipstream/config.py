@@ -245,6 +245,9 @@ class TrainConfig:
     """Batches per look-ahead chunk: cold rows of a chunk are fetched together."""
     staging_rows: int = 0
     """Rows of each of the two staging halves; 0 sizes them for a whole chunk."""
+    init_from: str = later("")
+    """Folder of a train artifact to start from: rows are found by raw id through both vocabularies, dense layers by
+    name and shape, and the report says how many; all else starts as without, the optimizer too. Empty for none."""
     positive_weight: float = later(1.0)
     """Samples that a clicked one counts as, for rare clicks: it multiplies their loss, and with it the odds that the
     model predicts, so its calibration is not that of the data."""

@@ -7,6 +7,7 @@ A key in a stage's settings that no pipeline file has tells results of another v
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import xxhash
@@ -79,6 +80,17 @@ def _segregate_settings(config: PipelineConfig) -> dict[str, Any]:
     return settings
 
 
+def _start_inputs(config: PipelineConfig, progress: Progress) -> dict[str, str]:
+    """Name the model that training starts from by the hashes of its files, wherever it lies."""
+    if not config.train.init_from:
+        return {}
+    from slipstream.io.artifacts import open_artifact
+
+    outputs = open_artifact(Path(config.train.init_from)).manifest["outputs"]
+    hashes = [f"{name} {outputs[name]['xxh3']}" for name in sorted(outputs) if name.startswith(("model.", "vocab/"))]
+    return {"init_from": xxhash.xxh3_64_hexdigest("\n".join(hashes).encode())}
+
+
 def _train_settings(config: PipelineConfig) -> dict[str, Any]:
     skip = to_dict(config.skip, execution=False)
     train = to_dict(config.train, execution=False) | {"seed": config.train_seed}
@@ -91,6 +103,7 @@ def _train_settings(config: PipelineConfig) -> dict[str, Any]:
             skip["counts_padding"] = False  # it did once
     else:
         skip = {"refresh_steps": config.skip.refresh_steps}
+    train.pop("init_from", None)  # an input: what lies there counts, not where
     if config.validates:
         train["kept"] = "best"  # it was the last once
     if config.train.mode != "cached":
@@ -137,6 +150,7 @@ STAGES = (
         summary="Train with hot rows on the device and cold rows on the host.",
         after=("segregate",),
         on_all_ranks=True,
+        other_inputs=_start_inputs,
         settings=_train_settings,
         seed=lambda config: config.train_seed,
     ),

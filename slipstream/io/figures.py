@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass
 from functools import cache
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, ClassVar, Self, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -286,6 +286,20 @@ class ValidationFigures:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StartFigures:
+    """What a training took from the model it started from."""
+
+    rows_found: int
+    """Rows whose raw id that model knew."""
+    rows: int
+    """V."""
+    layers_taken: int
+    """Tensors of the dense layers whose name and shape agreed."""
+    layers: int
+    """Tensors of the dense layers."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainFigures(FitFigures, Figures):
     """Figures of a trained model."""
 
@@ -302,6 +316,8 @@ class TrainFigures(FitFigures, Figures):
     """Seconds that it spent in exchanges, waiting for the others included, by what for."""
     validations: list[ValidationFigures] = field(default_factory=list)
     """Measurements on the way, in order; none where the model after the last step is the only one measured."""
+    start: StartFigures | None = None
+    """What came from the model of `train.init_from`; None without one."""
     best_step: int | None = None
     """Step after which the model was kept, where several were measured."""
     stopped_early: bool | None = None
@@ -330,6 +346,9 @@ def _read(hint: Any, value: Any) -> Any:
         return None if value is None else _read(get_args(hint)[0], value)
     if get_origin(hint) is tuple:
         return tuple(_read(get_args(hint)[0], one) for one in value)
+    if get_origin(hint) is UnionType and value is not None:
+        present = [one for one in get_args(hint) if one is not NoneType]
+        return _read(present[0], value) if len(present) == 1 else value
     if get_origin(hint) is list:
         return [_read(get_args(hint)[0], one) for one in value]
     if get_origin(hint) is dict:

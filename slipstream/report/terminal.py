@@ -187,6 +187,15 @@ def _facts(result: RunResult) -> Iterator[tuple[str, str]]:
         for split, quality in (("test", trained.test), ("val", trained.val)):
             best = f" (teacher {generated.splits[split].auc:.4f})" if generated else ""
             yield split, _show_quality(asdict(quality), best)
+        if trained.best_step is not None:
+            yield "kept", _describe_kept(trained, trained.best_step)
+        if trained.start is not None:
+            start = trained.start
+            yield (
+                "start",
+                f"{start.rows_found:,} of {start.rows:,} rows found by raw id, {start.layers_taken} of {start.layers} "
+                f"tensors of dense layers, from {config.train.init_from}",
+            )
         yield (
             "speed",
             f"{trained.samples_per_second:,.0f} samples/s trained{_drop_speed(trained)} on {trained.device} "
@@ -201,6 +210,14 @@ def _facts(result: RunResult) -> Iterator[tuple[str, str]]:
         tiers = ", ".join(f"{name} {show_bytes(size)}" for name, size in trained.bytes_per_tier.items())
         moved = show_bytes(trained.bytes_to_device), show_bytes(trained.bytes_to_host)
         yield "memory", f"{tiers}; moved {moved[0]} to the device, {moved[1]} back"
+
+
+def _describe_kept(trained: TrainFigures, best_step: int) -> str:
+    stopped = "; train.patience ended training there" if trained.stopped_early else ""
+    return (
+        f"the model after step {best_step:,}, least validation logloss of {len(trained.validations)} measured up to "
+        f"step {trained.steps:,}{stopped}"
+    )
 
 
 def _drop_speed(trained: TrainFigures) -> str:

@@ -35,6 +35,7 @@ from slipstream.ops.plausibility import doubt_quality
 from slipstream.options import to_dict
 from slipstream.serving.encoder import describe_encoding, write_vocabularies
 from slipstream.serving.examples import write_examples
+from slipstream.serving.warm_start import start_from
 from slipstream.stage import StageJob, trained_row_bytes
 from slipstream.training.assemble import Assembly
 from slipstream.training.checkpoint import Checkpointer
@@ -72,6 +73,10 @@ def run_stage(job: StageJob) -> TrainFigures:
         write_examples(processed, scratch)
     parts = _open(config, segregated, counts=read_counts(job.inputs["profile"]), scratch=scratch, ranks=ranks)
     shards = Shards(segregated, parts.layout)
+    start = None
+    if config.train.init_from:
+        padding_rows = shards.figures.padding_rows or {}
+        start = start_from(Path(config.train.init_from), parts, processed=processed, padding_rows=padding_rows)
     checkpoints = Checkpointer(
         scratch / "work",
         fingerprint=job.key.fingerprint,
@@ -106,7 +111,7 @@ def run_stage(job: StageJob) -> TrainFigures:
         else:
             quality = _take_best(config, parts, shards, validation, out, ranks)
         _add_events(events, quality, validation, step=trainer.totals.steps)
-    return _sum_up(config, parts, trainer, quality, validation)
+    return replace(_sum_up(config, parts, trainer, quality, validation), start=start)
 
 
 class _NoEvents:

@@ -130,6 +130,8 @@ def check_comparable(config: PipelineConfig, tables: Mapping[str, int]) -> None:
         refused.append(f"layers on {config.tables.quantize_linears} bits")
     if config.train.faithful:
         refused.append("the published order of `train.faithful`, which is no plain loop")
+    if config.train.init_from:
+        refused.append("a training that starts from another model, by `train.init_from`")
     if refused:
         raise ConfigError(
             f"verify has no plain counterpart of {'; nor of '.join(refused)}",

@@ -22,6 +22,7 @@ from trained import (
 
 from slipstream.errors import ArtifactError, ConfigError
 from slipstream.ops.metrics import Quality
+from slipstream.report.terminal import _facts
 from slipstream.training.loop import Trainer
 from slipstream.training.validation import Validation
 
@@ -109,6 +110,10 @@ def test_patience_ends_training_and_the_best_is_kept(tiny_runs: Path) -> None:
     figures = stopped.counts("train")
     assert figures["averaged_steps"] == 0  # it stopped before the last tenth
     assert figures["stopped_early"] and not whole.counts("train")["stopped_early"]
+    assert dict(_facts(stopped))["kept"] == (
+        f"the model after step {figures['best_step']}, least validation logloss of {len(figures['validations'])} "
+        f"measured up to step {figures['steps']}; train.patience ended training there"
+    )
     measured = [check["step"] for check in figures["validations"]]
     assert measured[-2:] == [figures["best_step"], figures["steps"]]
     assert figures["steps"] < whole.counts("train")["steps"]
