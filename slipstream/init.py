@@ -10,10 +10,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import polars as pl
 
+from slipstream.dataset_schema import ListColumn
 from slipstream.datasets.columns import as_text
 from slipstream.datasets.times import count_periods
 from slipstream.errors import ConfigError, DataError, did_you_mean
@@ -22,7 +23,7 @@ from slipstream.io.raw import estimate_text_bytes, find_raw_files, is_parquet, r
 from slipstream.ops.delimited import read_fields
 from slipstream.ops.quoting import unquote
 
-Kind = Literal["label", "sparse", "dense", "time", "keep", "left out"]
+Kind = Literal["label", "sparse", "dense", "list", "time", "keep", "left out"]
 
 _MOST_BYTES = 64 << 20
 _SEPARATORS = ",\t;|"
@@ -33,6 +34,14 @@ _ID_NAMES = re.compile(
     r"(.*_)?(user|item|movie|article|product|ad|campaign|site|zip|code|type|category)s?(_.*)?|.*id", re.I
 )
 _FEW_VALUES = 32
+_LIST_SEPARATORS = ("|", ";", ", ", ",", " ")
+_DECIMAL_COMMA = r"^-?[0-9]+,[0-9]+$"
+_WITHIN_NAMES = {", ", ",", " "}
+"""Separators that also stand within single names; the others do so next to never."""
+_LEAST_LISTS = 0.05
+"""Share of the fields that must have a separator for the column to be one of lists."""
+_WHOLE_LISTS, _LONGEST_LIST = 0.99, 32
+"""Share of the lists that the length guessed holds whole, and the longest one guessed."""
 _DAY_RANGE = (7_305, 47_482)  # 1990 to 2100
 
 
@@ -43,8 +52,10 @@ class ColumnGuess:
     name: str
     kind: Kind
     num_distinct: int
-    """Distinct values among the lines looked at."""
+    """Distinct values among the lines looked at; of lists, those in them."""
     why: str
+    lists: ListColumn | None = None
+    """How its fields are cut, where they are lists."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -178,8 +189,38 @@ def _label_rule(column: pl.Series) -> float | None:
 
 
 def _guess_column(column: pl.Series, label: str) -> ColumnGuess:
+    if column.name != label and (found := _guess_lists(column)) is not None:
+        return found
     kind, why = _guess_kind(column, label)
     return ColumnGuess(name=column.name, kind=kind, num_distinct=column.n_unique(), why=why)
+
+
+def _guess_lists(column: pl.Series) -> ColumnGuess | None:
+    """Find the separator of a column of lists; None where fields are single values.
+
+    Commas and blanks stand in names too. They separate values where the values come back in other fields, so that there
+    are far fewer of them than of fields.
+    """
+    there = column.drop_nulls()
+    if not len(there) or _is_numeric(column) or _is_time(there) or there.str.contains(_DECIMAL_COMMA).all():
+        return None
+    for separator in _LIST_SEPARATORS:
+        if there.str.contains(separator, literal=True).mean() < _LEAST_LISTS:  # type: ignore[operator]
+            continue
+        cut = there.str.split(separator)
+        values = cut.explode()
+        num_values = values.filter(values != "").n_unique()
+        if separator in _WITHIN_NAMES and num_values > there.n_unique() / 4:
+            continue
+        length, most = int(cut.list.len().quantile(_WHOLE_LISTS, "higher") or 1), cut.list.len().to_numpy().max()
+        return ColumnGuess(
+            name=column.name,
+            kind="list",
+            num_distinct=num_values,
+            why=f"fields with {separator!r} in them; up to {most} values in one",
+            lists=ListColumn(separator=separator, length=min(length, _LONGEST_LIST)),
+        )
+    return None
 
 
 def _guess_kind(column: pl.Series, label: str) -> tuple[Kind, str]:
@@ -247,10 +288,7 @@ def _write_toml(
     period: str,
     num_samples: int,
 ) -> str:
-    of_kind = {
-        kind: [column for column in guess.columns if column.kind == kind]
-        for kind in ("label", "sparse", "dense", "time", "keep", "left out")
-    }
+    of_kind = {kind: [column for column in guess.columns if column.kind == kind] for kind in get_args(Kind)}
     (label,) = (_text(column.name) for column in of_kind["label"])
     if rule is not None:
         label = f"{{column = {label}, at_least = {rule:g}}}"
@@ -273,6 +311,7 @@ def _write_toml(
         f"label = {label}  # guessed" + ("; the threshold that halves the lines best" if rule is not None else ""),
         *_list_columns("sparse", of_kind["sparse"]),
         *_list_columns("dense", of_kind["dense"]),
+        *map(_describe_lists, of_kind["list"]),
         *([f"time = {_text(times[0].name)}  # {times[0].why}", f"period = {_text(period)}"] if times else []),
         *([*_list_columns("keep", passed_on)] if passed_on else []),
         *(f"# left out: {_text(column.name)}, {column.why}" for column in [*of_kind["left out"], *times[1:]]),
@@ -301,6 +340,14 @@ def _write_toml(
         'criterion = "none"  # "stale" trains on fewer samples once rows have settled',
     ]
     return "\n".join(lines) + "\n"
+
+
+def _describe_lists(column: ColumnGuess) -> str:
+    lists = column.lists
+    assert lists is not None
+    name = column.name if re.fullmatch(r"[A-Za-z0-9_-]+", column.name) else _text(column.name)
+    how = f"separator = {_text(lists.separator)}, length = {lists.length}, pooling = {_text(lists.pooling)}"
+    return f"lists.{name} = {{{how}}}  # {column.num_distinct:,} values; {column.why}"
 
 
 def _list_columns(key: str, columns: Sequence[ColumnGuess]) -> list[str]:

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from slipstream.cli import app
 from slipstream.config import load_pipeline
+from slipstream.dataset_schema import ListColumn
 from slipstream.errors import ConfigError, DataError
 from slipstream.init import write_pipeline
 
@@ -20,20 +21,21 @@ GUIDE = Path(__file__).parent.parent / "docs/guides/from_my_csv.md"
 
 
 def write_ratings(path: Path, *, num_ratings: int = 6000) -> None:
-    """Ratings like MovieLens 1M's: users and films have tastes and qualities, time goes on, genres hold commas."""
+    """Ratings like MovieLens 1M's: users and films have tastes and qualities, time goes on, films have genres."""
     rng = np.random.default_rng(7)
     users, films = rng.integers(1, 201, num_ratings), rng.integers(1, 151, num_ratings)
     quality, mood = rng.normal(0, 1.2, 151), rng.normal(0, 0.8, 201)
     ratings = np.clip(np.rint(3.4 + quality[films] + mood[users] + rng.normal(0, 0.4, num_ratings)), 1, 5).astype(int)
     times = 956_703_932 + np.cumsum(rng.integers(1, 2_000, num_ratings))
-    genres = ["Action|Adventure", "Comedy", "Children's, animated", "Drama|Romance"]
+    genres = ["Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Drama", "Romance", "Sci-Fi", "War"]
+    genres_of = ["|".join(rng.choice(genres, rng.integers(1, 5), replace=False)) for _ in range(151)]
     pl.DataFrame(
         {
             "user_id": users,
             "movie_id": films,
             "rating": ratings,
             "timestamp": times,
-            "genres": [genres[film % 4] for film in films],
+            "genres": [genres_of[film] for film in films],
         }
     ).write_csv(path)
 
@@ -120,6 +122,31 @@ def test_kinds_follow_names_and_values(tmp_path: Path):
     config = load_pipeline(tmp_path / "log.toml")
     assert config.dataset.separator == ";"
     assert (config.preprocess.split, config.dataset.columns.period) == ("by_time", "day")
+
+
+def test_lists_are_known_by_their_separator_and_by_values_that_come_back(tmp_path: Path):
+    rng = np.random.default_rng(0)
+    topics = [f"t{at}" for at in range(12)]
+    lines = ["clicked\tgenres\ttopics\ttags\tcity\ttitle"]
+    for at in range(300):
+        genres = "|".join(["Drama", "Comedy", "War"][: at % 4])
+        drawn = [rng.choice(topics, rng.integers(1, 6), replace=False) for _ in range(2)]
+        city = ["Paris, FR", "Bern, CH", "Bonn, DE", "Bern"][at % 4]
+        lines.append(f"{at % 2}\t{genres}\t{', '.join(drawn[0])}\t{' '.join(drawn[1])}\t{city}\tThe film {at % 90}")
+    kinds = guess_kinds(tmp_path / "log.tsv", "\n".join(lines) + "\n")
+    assert kinds == {
+        "clicked": "label",
+        "genres": "list",
+        "topics": "list",
+        "tags": "list",
+        "city": "sparse",
+        "title": "sparse",
+    }
+    assert load_pipeline(tmp_path / "log.toml").dataset.columns.lists == {
+        "genres": ListColumn(separator="|", length=3),
+        "topics": ListColumn(separator=", ", length=5),
+        "tags": ListColumn(separator=" ", length=5),
+    }
 
 
 def test_a_file_without_header_gets_names(tmp_path: Path):
