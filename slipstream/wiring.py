@@ -235,7 +235,9 @@ def skip_rule_of(config: PipelineConfig, parts: Assembly) -> SkipRule:
     """Give the criterion in force, with what it has to know of the tables."""
     if config.skip.scorer == "model":
         return config.skip_rule
-    return replace(config.skip_rule, num_rows=parts.layout.num_slots, num_dense=parts.num_dense)
+    padded = parts.representations.padded
+    padding = () if padded is None else tuple(sorted({*padded.slots.tolist()}))
+    return replace(config.skip_rule, num_rows=parts.layout.num_slots, num_dense=parts.num_dense, padding_slots=padding)
 
 
 def num_threads(config: PipelineConfig, parts: Assembly) -> int:

@@ -10,6 +10,7 @@ from slipstream.io.capacity import show_bytes
 from slipstream.io.figures import PreprocessFigures, ProfileFigures, SegregateFigures
 from slipstream.report import charts
 from slipstream.report.facts import SPLIT_NAMES, RunFacts
+from slipstream.report.lists import describe_lists
 from slipstream.report.page import Figure, Grid, Paragraph, Part
 from slipstream.report.words import counted, most, percent
 from slipstream.stage import row_bytes_of
@@ -38,6 +39,8 @@ def data(facts: RunFacts) -> Iterator[Part]:
         alt="Bars: " + "; ".join(f"{line[0]} {line[1]} samples, {line[3]} of them clicks" for line in lines),
     )
     yield Grid(title="Samples", columns=("split", "samples", "clicks", "click rate"), rows=lines)
+    if encoded.lists:
+        yield Paragraph(text="Lists: " + "; ".join(describe_lists(encoded)) + ".")
     rejects = facts.rejects()
     if rejects.height:
         shown = [(reason, f"{count:,}") for reason, count in rejects.head(_MOST_REASONS).iter_rows()]

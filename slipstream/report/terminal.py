@@ -30,6 +30,7 @@ from slipstream.io.costs import Forecast
 from slipstream.io.figures import GenerateFigures, PreprocessFigures, SegregateFigures, TrainFigures
 from slipstream.pipeline import RunResult, StagePlan, StageResult
 from slipstream.progress import Pace
+from slipstream.report.lists import describe_lists
 from slipstream.stage import row_bytes_of
 
 _MOST_SHOWN = 40
@@ -172,6 +173,7 @@ def _facts(result: RunResult) -> Iterator[tuple[str, str]]:
         split = ", ".join(f"{count:,} {name}" for name, count in encoded.samples.items())
         yield "samples", f"{split}; {encoded.rejected:,} lines rejected"
         yield "rows", f"{sum(encoded.rows_per_table.values()):,} in {len(encoded.rows_per_table)} tables"
+        yield from (("lists", text) for text in describe_lists(encoded))
     if segregated := result.figures(SegregateFigures):
         share, hot_bytes = segregated.hot_rows / segregated.rows, segregated.hot_rows * row_bytes_of(config)
         yield (

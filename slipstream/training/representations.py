@@ -96,7 +96,6 @@ class Representations:
                 spec.tt_ranks,
                 optimizer=optimizer,
                 eps=eps,
-                padding_idx=padding_rows.get(spec.name),
                 device=device,
                 generator=torch.Generator().manual_seed(_seed_of_table(seed, at)),
             )
@@ -106,6 +105,7 @@ class Representations:
         self._tierless_columns = np.delete(np.arange(len(layout.column_tables)), layout.columns)
         names = [layout.column_tables[at] for at in self._tierless_columns]
         self._tierless_bags = [self.bags[name] for name in names]
+        self._tierless_padding = [padding_rows.get(name) for name in names]
         self._first_rows = torch.tensor([layout.first_row[name] for name in names], device=device)
         # columns of the tables in tiers come first, then those of cores; this brings them back
         self._column_order = torch.tensor(np.argsort([*layout.columns, *self._tierless_columns]), device=device)
@@ -228,9 +228,19 @@ class Representations:
         if tierless_BJ is None:
             return looked_up_BKD
         rows_BJ = tierless_BJ - self._first_rows
-        columns = [bag(rows_BJ[:, at : at + 1]) for at, bag in enumerate(self._tierless_bags)]
+        columns = [
+            bag(rows_BJ[:, at : at + 1]) if padding is None else _look_up_values(bag, rows_BJ[:, at], padding)
+            for at, (bag, padding) in enumerate(zip(self._tierless_bags, self._tierless_padding, strict=True))
+        ]
         together = torch.cat([looked_up_BKD, torch.stack(columns, dim=1)], dim=1)
         return together.index_select(1, self._column_order)
+
+
+def _look_up_values(bag: TTEmbeddingBag, rows: Tensor, padding_row: int) -> Tensor:
+    """Look up a column and leave padding out: zeros, and no core slice is touched for it. Shape (B,) to (B, D)."""
+    is_value = rows != padding_row
+    # every sample is a bag of one value or none, which begins after the values of the samples before it
+    return bag(rows[is_value], is_value.cumsum(0) - is_value.long())  # type: ignore[no-any-return]
 
 
 def _find_padded(layout: SlotLayout, bags: Sequence[Bag], padding_rows: Mapping[str, int]) -> PaddedColumns | None:

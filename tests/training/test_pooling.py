@@ -19,6 +19,8 @@ from slipstream.embedding.rules import OPTIMIZERS
 from slipstream.embedding.tiers.lookahead import Batch, LookAhead, StagedBatch
 from slipstream.embedding.tiers.placement import CachedRows, StagingHalves
 from slipstream.embedding.tiers.rows import TieredRows, update_rows
+from slipstream.embedding.tt.bag import TTEmbeddingBag
+from slipstream.io.samples import Samples
 from slipstream.schema import Bag
 from slipstream.schema import Pooling as How
 from slipstream.training.pooling import Pooling, StoredBags, describe_bags
@@ -244,4 +246,50 @@ def test_training_lists_in_tiers_equals_a_plain_loop_over_embedding_bags(
         seed=seed,
     )
     for ours, theirs in zip(found, plain_training(how, batches, optimizer), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.names())
+def test_cores_learn_from_lists_what_they_learn_from_bags_of_values_alone(optimizer: str):
+    """No slice of a core moves for padding, not even by a moment of Adam's."""
+    names, cuts = list(SIZES), np.cumsum([0, *SIZES.values()])
+    slot_maps = {name: np.arange(start, stop) for name, (start, stop) in zip(names, pairwise(cuts), strict=True)}
+    layout = SlotLayout(slot_maps, num_hot=int(cuts[-1]), table_of_column=TABLE_OF_COLUMN, tierless={"cat_1"})
+    representations = Representations(
+        [
+            TableSpec(name=name, num_rows=size, representation="tt" if name == "cat_1" else "dense", tt_ranks=(2,))
+            for name, size in SIZES.items()
+        ],
+        layout=layout,
+        embedding_dim=DIM,
+        optimizer=optimizer,
+        eps=EPS,
+        seed=0,
+        device=CPU,
+        bags=bags("mean", "sum"),
+        padding_rows=PADDING_ROWS,
+    )
+    cores = representations.bags["cat_1"]
+    alone = TTEmbeddingBag(SIZES["cat_1"], DIM, [2], optimizer=optimizer, eps=EPS, mode="mean")
+    alone.load_state_dict(cores.state_dict())
+    rng = np.random.default_rng(5)
+    for number in range(6):
+        rows = draw_rows(rng, 4)
+        if number == 3:
+            rows[:, [1, 3, 4]] = PADDING_ROWS["cat_1"]
+        samples = Samples(X_int=np.zeros((4, 1)), X_cat=rows + cuts[TABLE_OF_COLUMN], y=np.zeros(4))
+        slots = layout.translate(samples).X_cat
+        assert representations.padded is not None
+        is_value = torch.from_numpy(representations.padded.find_values(slots))
+        tierless = torch.from_numpy(np.delete(slots, layout.columns, axis=1))
+        representations.begin_step(LR)
+        alone.set_learning_rate(LR)
+        found = representations.train(torch.zeros(4, len(layout.columns), DIM), tierless, is_value)[:, 1]
+        values = [row[row != PADDING_ROWS["cat_1"]] for row in rows[:, [1, 3, 4]]]
+        starts = torch.from_numpy(np.cumsum([0, *map(len, values)])[:-1])
+        expected = alone(torch.from_numpy(np.concatenate(values)), starts)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+        for pooled in (found, expected):
+            pooled.backward(gradient_of(pooled.detach().unsqueeze(1), torch.full((4,), float(number)))[:, 0])
+    for ours, theirs in zip(cores.tt_cores, alone.tt_cores, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)

@@ -49,6 +49,8 @@ class SkipRule:
     """V, for the linear scorer; 0 asks the model for scores instead."""
     num_dense: int = 0
     """Dense columns, for the linear scorer."""
+    padding_slots: tuple[int, ...] = ()
+    """Slots that stand for no value, for the linear scorer."""
     floor: float = 0.05
     """Least probability to keep a sample, for `importance` and for `stale` per label."""
     reweight: bool = True

@@ -9,6 +9,7 @@ Shape suffixes: n samples, T lookups each, L = n T.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,9 +30,11 @@ class LinearScorer:
         num_rows: V; 12 bytes a row.
         num_dense: Dense columns.
         lr: Learning rate.
+        padding: Rows that stand for no value: their weights stay zero.
     """
 
-    def __init__(self, num_rows: int, num_dense: int, *, lr: float = 0.05) -> None:
+    def __init__(self, num_rows: int, num_dense: int, *, lr: float = 0.05, padding: Sequence[int] = ()) -> None:
+        self._padding = list(padding)
         self._weights = np.zeros(num_rows, np.float32)
         self._squares = np.full(num_rows, _FIRST_SQUARE)
         self._gradient = np.zeros(num_rows, np.float32)  # of the rows of one chunk; zero between chunks
@@ -79,6 +82,7 @@ class LinearScorer:
         squares_L = self._squares[rows_L] + gradient_L * gradient_L
         self._squares[rows_L] = squares_L
         self._weights[rows_L] = weights_L - self._lr * gradient_L / np.sqrt(squares_L)
+        self._weights[self._padding] = 0.0
         gradient = errors @ dense
         self._dense_squares += gradient * gradient
         self._dense_weights -= self._lr * gradient / np.sqrt(self._dense_squares)

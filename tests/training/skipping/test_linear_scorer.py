@@ -69,6 +69,20 @@ def test_it_matches_a_plain_loop_over_mini_batches() -> None:
     np.testing.assert_allclose(guesses, np.concatenate(expected), atol=1e-4)
 
 
+def test_padding_is_as_if_it_were_not_there() -> None:
+    samples = draw(2000, 3)
+    shorter = Samples(X_int=samples.X_int, X_cat=samples.X_cat[:, :2], y=samples.y)
+    padded = samples.X_cat.copy()
+    padded[:, 2:] = 5
+    other = np.where(shorter.X_cat == 5, 6, shorter.X_cat)
+    padded[:, :2] = other
+    without = Samples(X_int=samples.X_int, X_cat=other, y=samples.y)
+    with_it = Samples(X_int=samples.X_int, X_cat=padded, y=samples.y)
+    guesses = LinearScorer(ROWS, DENSE, padding=[5]).learn(with_it)
+    np.testing.assert_array_equal(guesses, LinearScorer(ROWS, DENSE).learn(without))
+    assert not np.array_equal(guesses, LinearScorer(ROWS, DENSE).learn(with_it))
+
+
 def test_raw_dense_values_do_not_blow_it_up() -> None:
     samples = draw(5000, 6)
     wild = Samples(X_int=samples.X_int * np.float32(1e8) - np.float32(1e7), X_cat=samples.X_cat, y=samples.y)

@@ -25,7 +25,9 @@ class Importance(Criterion):
 
     def __init__(self, rule: SkipRule) -> None:
         super().__init__(rule)
-        self._linear = LinearScorer(rule.num_rows, rule.num_dense) if rule.num_rows else None
+        self._linear = (
+            LinearScorer(rule.num_rows, rule.num_dense, padding=rule.padding_slots) if rule.num_rows else None
+        )
         self._guesses: np.ndarray | None = None  # of the round that is being decided
         self.decides_alone = self._linear is not None
 
