@@ -39,7 +39,7 @@ from slipstream.serving.encoder import describe_encoding
 FORMATS = ("dlrm-npz", "torchrec-npy", "parquet")
 """What can be written."""
 
-_DESCRIBED = {"samples", "rows_per_table", "columns", "extra_columns", "table_of_column", "padding_rows"}
+_DESCRIBED = {"samples", "rows_per_table", "columns", "extra_columns", "table_of_column", "padding_rows", "bags"}
 """Figures of preprocess that the sidecar repeats."""
 _DLRM_ORDER = ("train", "test", "val")
 _DLRM_DAYS = 7
