@@ -14,7 +14,6 @@ from typing import Literal, get_args
 
 import polars as pl
 
-from slipstream.dataset_schema import ListColumn
 from slipstream.datasets.columns import as_text
 from slipstream.datasets.times import count_periods
 from slipstream.errors import ConfigError, DataError, did_you_mean
@@ -54,8 +53,10 @@ class ColumnGuess:
     num_distinct: int
     """Distinct values among the lines looked at; of lists, those in them."""
     why: str
-    lists: ListColumn | None = None
-    """How its fields are cut, where they are lists."""
+    separator: str = ""
+    """What stands between the values of a field, where fields are lists."""
+    length: int = 0
+    """Values that a sample may keep of a list."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -218,7 +219,8 @@ def _guess_lists(column: pl.Series) -> ColumnGuess | None:
             kind="list",
             num_distinct=num_values,
             why=f"fields with {separator!r} in them; up to {most} values in one",
-            lists=ListColumn(separator=separator, length=min(length, _LONGEST_LIST)),
+            separator=separator,
+            length=min(length, _LONGEST_LIST),
         )
     return None
 
@@ -343,10 +345,8 @@ def _write_toml(
 
 
 def _describe_lists(column: ColumnGuess) -> str:
-    lists = column.lists
-    assert lists is not None
     name = column.name if re.fullmatch(r"[A-Za-z0-9_-]+", column.name) else _text(column.name)
-    how = f"separator = {_text(lists.separator)}, length = {lists.length}, pooling = {_text(lists.pooling)}"
+    how = f'separator = {_text(column.separator)}, length = {column.length}, pooling = "mean"'
     return f"lists.{name} = {{{how}}}  # {column.num_distinct:,} values; {column.why}"
 
 
