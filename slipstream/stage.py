@@ -76,14 +76,18 @@ class Stage:
         Raises:
             DataError: A raw file is missing.
         """
-        settings = self.settings or (lambda config: to_dict(getattr(config, self.name), execution=False))
         inputs = {name: earlier[name].fingerprint for name in self.after if name in earlier}
         return StageKey(
             stage=self.name,
-            config=settings(config),
+            config=self.settings_of(config),
             inputs=inputs | dict(self.other_inputs(config, progress)),
             seed=self.seed(config),
         )
+
+    def settings_of(self, config: PipelineConfig) -> Mapping[str, Any]:
+        """Give the plain values of a pipeline that its result depends on."""
+        settings = self.settings or (lambda config: to_dict(getattr(config, self.name), execution=False))
+        return settings(config)
 
     def run(self, job: StageJob) -> Figures:
         """Do the work; returns what the manifest says of it."""

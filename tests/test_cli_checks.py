@@ -107,3 +107,28 @@ def test_verify_needs_a_trained_model_that_nobody_altered(arguments: list[object
     before = (losses.parent / "manifest.json").read_text()
     assert "`losses.json`" in call("verify", *tree, "--steps", "2", expect=1).stderr
     assert (losses.parent / "manifest.json").read_text() == before
+
+
+# --- reproduce -----------------------------------------------------------------------------------------------
+
+
+def test_reproduce_shows_what_came_out_the_same(arguments: list[object], tmp_path: Path):
+    call("verify", *arguments, "--steps", "2", "--quiet")
+    folder = train_output(arguments)
+    shown = " ".join(call("reproduce", folder, "--work", tmp_path).stdout.split())
+    assert "equal, by sha256" in shown and "differs" not in shown
+    assert "certificate.json, events/" in shown and "not compared" in shown
+    assert list(tmp_path.glob(f"tiny_test/train/{folder.name}/model.safetensors"))
+    document = call_json("reproduce", folder)
+    assert document["equal"] and document["stage"] == "train"
+    assert {file["verdict"] for file in document["files"]} == {"equal"}
+
+
+def test_reproduce_fails_where_something_differs(arguments: list[object], monkeypatch: pytest.MonkeyPatch):
+    folder = train_output(arguments)
+    monkeypatch.setattr("slipstream.wiring.learning_rate", lambda done, lr, warmup, decay: lr / 2)
+    failed = call("reproduce", folder, expect=1)
+    assert "came out otherwise when it was made again" in failed.stderr
+    assert "hint: most likely nothing that is recorded is otherwise here" in failed.stderr
+    assert "what differs" in failed.stdout and "model.safetensors" in failed.stdout
+    assert call("reproduce", folder, "--quiet", expect=1).stdout == ""

@@ -40,6 +40,7 @@ MAY_IMPORT = {
         "sizing",
         "evidence",
         "tune",
+        "reproduce",
         "compare",
         "stage",
         "stage_list",
@@ -53,7 +54,7 @@ MAY_IMPORT = {
         "schema",
     },
     "report": {
-        *("report", "init", "tune", "compare", "sizing", "stage", "pipeline", "config", "options"),
+        *("report", "init", "tune", "compare", "sizing", "reproduce", "stage", "pipeline", "config", "options"),
         *("io", "ops", "errors", "progress", "schema"),
     },
     "tune": {"pipeline", "config", "options", "errors", "io", "progress"},
@@ -87,6 +88,7 @@ MAY_IMPORT = {
             "schema",
         )
     },
+    "reproduce": {"stage_list", "stage", "stages", "config", "io", "errors", "progress"},
     "evidence": {"pipeline", "stages", "config", "io", "errors", "progress"},
     "sizing": {
         *("sizing", "wiring", "pipeline", "stage", "training", "config", "options", "io", "ops"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -92,3 +93,33 @@ def verify(
     if not quiet:
         say(f"certificate written to {trained.path / 'certificate.json'}")
     require_equal(certificate, trained)
+
+
+@app.command(epilog="Example: slipstream reproduce runs/tiny/train/0123456789abcdef")
+def reproduce(
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder of a published artifact.")],
+    raw: Annotated[
+        list[str], typer.Option("--raw", metavar="FILES", help="Raw files it was made from, if any; repeatable.")
+    ] = NO_OVERRIDES,
+    work: Annotated[
+        Path | None,
+        typer.Option("--work", metavar="DIR", help="Keep what is made in this folder."),
+    ] = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Make an artifact again from its manifest and inputs, and compare hashes; exit code 1 where one differs."""
+    from rich.console import Console
+
+    from slipstream.progress import Silent
+    from slipstream.report import RichProgress
+    from slipstream.report.reproduction import reproduction_table
+    from slipstream.reproduce import reproduce_artifact, require_equal
+
+    progress = Silent() if quiet else RichProgress(Console(stderr=True))
+    again = reproduce_artifact(artifact, raw=raw, work=work, progress=progress)
+    if as_json:
+        typer.echo(json.dumps(again.to_json(), indent=1))
+    elif not quiet:
+        answer(reproduction_table(again))
+    require_equal(again)

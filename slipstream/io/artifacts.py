@@ -26,6 +26,7 @@ import xxhash
 from slipstream import __version__
 from slipstream.errors import ArtifactError, CapacityError
 from slipstream.io.capacity import show_bytes
+from slipstream.io.environment import describe_environment
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -219,6 +220,7 @@ def publish(run_dir: Path, key: StageKey, counts: Mapping[str, Any], *, seconds:
         "counts": dict(counts),
         "seconds": round(seconds, 3),
         "peak_bytes": peak_bytes,
+        "environment": describe_environment(),
     }
     # names last: what the manifest lists must be on disk before a manifest can be, after a power cut too
     for folder in {scratch, *(parent for name in outputs for parent in (scratch / name).parents)}:

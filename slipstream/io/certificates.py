@@ -6,19 +6,14 @@ certificate.json   verdict, what was compared with what, by parameter; versions,
 from __future__ import annotations
 
 import json
-import platform
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from slipstream import __version__
 from slipstream.errors import ArtifactError
 from slipstream.io.artifacts import Artifact
 
 FILE = "certificate.json"
-_PACKAGES = ("torch", "numpy", "safetensors")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +59,8 @@ class Certificate:
     inputs: dict[str, str]
     """Fingerprints of what both were trained from."""
     parameters: list[Comparison]
-    versions: dict[str, str]
+    environment: dict[str, str]
+    """Versions, processor and threads, as in manifests."""
 
     @property
     def passes(self) -> bool:
@@ -97,14 +93,3 @@ def read_certificate(trained: Artifact) -> Certificate | None:
         return Certificate(**known | {"parameters": [Comparison(**one) for one in body["parameters"]]})
     except (ValueError, KeyError, TypeError) as exc:
         raise ArtifactError(f"expected a certificate in `{path}`: {exc}", hint="run `slipstream verify` again") from exc
-
-
-def installed_versions(packages: Iterable[str] = _PACKAGES) -> dict[str, str]:
-    """Versions of what computes here, and what it runs on."""
-    found = {"slipstream": __version__, "python": platform.python_version()}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found | {"machine": platform.machine(), "system": platform.platform(terse=True)}

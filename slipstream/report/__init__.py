@@ -7,6 +7,7 @@ document.py   the JSON document of a run
 facts.py      what a run left behind, read from its artifacts and condensed
 charts.py     frames to Altair charts
 page.py       sections, tables and charts to one HTML file
+reproduction.py   what became of making an artifact again
 certificate.py   a certificate of exactness, for terminal and page
 run_page.py, compare_page.py   what stands on the page of a run, and of a comparison
 """

@@ -62,7 +62,7 @@ def _facts(certificate: Certificate) -> Iterator[tuple[str, str]]:
     yield "skipping", certificate.skipping
     yield "not compared", "; ".join(certificate.not_compared)
     yield "batches", f"xxh3 {certificate.batches_xxh3}, seed {certificate.seed}"
-    yield "versions", ", ".join(f"{name} {number}" for name, number in certificate.versions.items())
+    yield "computed by", ", ".join(f"{name} {what}" for name, what in certificate.environment.items() if what)
 
 
 def _differing(certificate: Certificate) -> list[Comparison]:

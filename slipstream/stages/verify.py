@@ -20,8 +20,9 @@ from slipstream.embedding.tiers.lookahead import Batch
 from slipstream.errors import ConfigError
 from slipstream.io.artifacts import Artifact
 from slipstream.io.capacity import require_memory
-from slipstream.io.certificates import Certificate, Comparison, installed_versions
+from slipstream.io.certificates import Certificate, Comparison
 from slipstream.io.counts import read_counts
+from slipstream.io.environment import describe_environment
 from slipstream.io.figures import SegregateFigures
 from slipstream.progress import Progress
 from slipstream.stage import trained_row_bytes
@@ -110,7 +111,7 @@ def run(
         batches_xxh3=_hash_batches([batch for batch, _ in seen]),
         inputs={"segregate": segregated.fingerprint, "profile": profiled.fingerprint},
         parameters=compared,
-        versions=installed_versions(),
+        environment=describe_environment(),
     )
 
 
