@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from slipstream.config import PipelineConfig
-from slipstream.io.costs import TEXT_BYTES_PER_SAMPLE, Forecast, forecast_stage
+from slipstream.io.costs import COSTS, TEXT_BYTES_PER_SAMPLE, Forecast, forecast_stage
 from slipstream.io.figures import PreprocessFigures
 from slipstream.pipeline import StagePlan
 from slipstream.stage import trained_row_bytes
 
 
 def forecast_run(config: PipelineConfig, plans: Sequence[StagePlan]) -> list[Forecast]:
-    """Say for every stage that would run what it will about take on two cores.
+    """Say for every stage that would run, and was measured once, what it will about take on two cores.
 
     Samples and rows are counted where preprocess has run; otherwise samples are judged by the length of the text, and
     rows by that of synthetic logs.
@@ -39,5 +39,5 @@ def forecast_run(config: PipelineConfig, plans: Sequence[StagePlan]) -> list[For
             plan.stage, num_samples=num_samples, row_bytes=row_bytes, epochs=config.train.epochs, num_rows=num_rows
         )
         for plan in plans
-        if plan.will_run
+        if plan.will_run and plan.stage in COSTS
     ]

@@ -53,7 +53,7 @@ def forecast_stage(stage: str, *, num_samples: int, row_bytes: int, epochs: int,
     """Say what a stage will about take on two cores.
 
     Args:
-        stage: Its name.
+        stage: Its name, one in `COSTS`.
         num_samples: Of all splits.
         row_bytes: Of one row in training, optimizer state included.
         epochs: Of training.

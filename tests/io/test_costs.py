@@ -40,6 +40,12 @@ def test_a_plan_sums_up_what_would_run(tmp_path: Path):
     assert [one.stage for one in forecast_run(config, plan_pipeline(config, tmp_path))] == list(COSTS)[2:]
 
 
+def test_a_stage_that_nobody_measured_has_no_forecast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    plans = plan_pipeline(tiny_config(), tmp_path)
+    monkeypatch.delitem(COSTS, "profile")
+    assert [one.stage for one in forecast_run(tiny_config(), plans)] == ["generate", "preprocess", "segregate", "train"]
+
+
 @pytest.mark.parametrize(
     ("stages", "stage", "what"),
     [
