@@ -22,8 +22,9 @@ class DenseOptimizer:
         optimizer: Name of the rule of the rows; these follow by its `elementwise`.
         eps: Of the rule.
         weight_decay: L2 penalty, added to gradients.
-        at_once: Whether the rule sees all gradients in one tensor, which spares a GPU launches, or parameter by
-            parameter, which spares a CPU a copy; None: at once where the parameters are not on a CPU.
+        at_once: Whether the rule sees all gradients in one tensor, which spares launches and calls, or parameter by
+            parameter, which spares a copy; to the bit the same. None: at once, but for a rule without state on a CPU,
+            where there is nothing to spare.
     """
 
     def __init__(
@@ -38,7 +39,8 @@ class DenseOptimizer:
         self._parameters: list[Tensor] = list(parameters)
         self._weight_decay = weight_decay
         self._rule = OPTIMIZERS.get(optimizer).elementwise()(eps=eps)
-        self._at_once = self._parameters[0].device.type != "cpu" if at_once is None else at_once
+        is_worth_a_copy = bool(self._rule.state) or self._parameters[0].device.type != "cpu"
+        self._at_once = is_worth_a_copy if at_once is None else at_once
         self._sizes = [parameter.numel() for parameter in self._parameters]
         self._kept = [self._parameters[0].new_zeros(sum(self._sizes)) for _ in self._rule.state]
         by_name = [self._split(kept) for kept in self._kept]

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
+from slipstream.embedding.rules import OPTIMIZERS
 from slipstream.training.dense_optimizer import DenseOptimizer
 
 
@@ -32,6 +34,26 @@ def test_it_equals_the_optimizer_of_torch(name: str, weight_decay: float, at_onc
         reference.step()
     for mine, yours in zip(own.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(mine, yours, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS.names())
+def test_all_at_once_and_one_by_one_give_the_same_bits(name: str):
+    layers = [nn.Sequential(nn.Linear(13, 32), nn.Linear(32, 1)) for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    ways = [
+        DenseOptimizer(each.parameters(), optimizer=name, eps=1e-8, weight_decay=1e-4, at_once=at_once)
+        for each, at_once in zip(layers, (False, True), strict=True)
+    ]
+    num_steps = torch.zeros((), dtype=torch.float64)
+    for weight in (None, torch.tensor(1.3), None):
+        num_steps += 1
+        for one, other in zip(*(each.parameters() for each in layers), strict=True):
+            one.grad = torch.randn(one.shape)
+            other.grad = one.grad.clone()
+        for way in ways:
+            way.step(torch.tensor(0.01), num_steps=num_steps, sample_weight=weight)
+    for one, other in zip(*(each.parameters() for each in layers), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_the_learning_rate_may_change_from_step_to_step():
