@@ -11,12 +11,13 @@ import polars as pl
 import pytest
 import torch
 from strategies import tiny_config
-from trained import artifact_of, model_of, predictions_of, train
+from trained import artifact_of, assert_same_model, model_of, predictions_of, train
 
 from slipstream.errors import ArtifactError, ConfigError
 from slipstream.io.figures import StartFigures, TrainFigures
 from slipstream.pipeline import RunResult, plan_pipeline
 from slipstream.report.terminal import _facts
+from slipstream.training import checkpoint
 
 STANDING_STILL: dict[str, Any] = {"train__optimizer": "sgd", "train__lr": 1e-20}
 """Training that moves nothing, so that what it started from is what it ends with."""
@@ -115,3 +116,33 @@ def test_a_model_that_is_missing_or_altered_is_refused(tmp_path: Path, tiny_runs
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")
     with pytest.raises(ArtifactError, match=r"model\.safetensors"):
         train(tiny_runs, train__mode="fae", train__init_from=str(copy))
+
+
+def test_a_killed_training_goes_on_from_its_checkpoint_and_not_from_the_start(
+    tmp_path: Path, tiny_runs: Path, before: RunResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {
+        "train__mode": "fae",
+        "train__init_from": str(artifact_of(before).path),
+        "train__checkpoint_steps": 3,
+        "train__seed": 4,
+    }
+    whole = train(tiny_runs, **options)
+    save, left = checkpoint.Checkpointer._save, [4]
+
+    def save_then_die(self: checkpoint.Checkpointer, trainer: Any) -> None:
+        save(self, trainer)
+        self.wait(trainer)
+        left[0] -= 1
+        if not left[0]:
+            raise _KilledError
+
+    monkeypatch.setattr(checkpoint.Checkpointer, "_save", save_then_die)
+    with pytest.raises(_KilledError):
+        train(tmp_path, **options)
+    assert_same_model(whole, train(tmp_path, **options))
+    assert not left[0] > 0, "it went on"
+
+
+class _KilledError(BaseException):
+    """Stands in for kill -9."""

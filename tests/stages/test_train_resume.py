@@ -68,7 +68,7 @@ class Killed(BaseException):
         pytest.param({"criterion": "stale", "window_steps": 4}, marks=pytest.mark.slow),
         {"criterion": "importance", "scope": "all", "keep_steps": True},
         pytest.param({"criterion": "importance", "scope": "all", "scorer": "model"}, marks=pytest.mark.slow),
-        {"criterion": "random", "order": "mixed", "average": 0.6},
+        {"criterion": "random", "order": "mixed", "average": 0.6, "positive_weight": 3.0},
         {"held": "int4", "mode": "cached", "cache_ratio": 0.6, "optimizer": "adam"},
         {"criterion": "negative", "cold_access": "in_place", "average": 0.6},
         pytest.param({"mode": "resident", "optimizer": "sgd"}, marks=pytest.mark.slow),
