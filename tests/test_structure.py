@@ -263,6 +263,7 @@ ACROSS_MODULES = {
     "io/test_durability.py": "every writer, on a pretended disk that loses power",
     "pipelines/test_kills.py": "a whole run, killed at every stage",
     "pipelines/test_real_criteo.py": "a whole run on the real log",
+    "test_wheel.py": "the built wheel in an empty environment",
     "pipelines/test_real_scoring.py": "real logs, scored by models of other real logs",
     "pipelines/test_shipped.py": "the pipelines that are shipped",
     "report/test_html.py": "the HTML pages, from facts to charts",

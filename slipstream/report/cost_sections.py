@@ -14,6 +14,8 @@ from slipstream.report.page import Figure, Grid, Paragraph, Part
 
 _MOST_REASONS = 12
 
+_ON_CUDA = " A step on CUDA is begun, not awaited: what the device takes shows where the thread next waits for it."
+
 
 def memory(facts: RunFacts) -> Iterator[Part]:
     """Show bytes per tier, and bytes moved between them."""
@@ -72,12 +74,12 @@ def time_spent(facts: RunFacts) -> Iterator[Part]:
 def _training_time(trained: TrainFigures, *, stage_seconds: float) -> Iterator[Part]:
     parts = [
         ("waiting for samples", trained.input_seconds),
-        ("finding and moving rows", trained.move_seconds),
+        ("moving rows", trained.move_seconds),
         ("computing", trained.compute_seconds),
     ]
     known = [(name, seconds) for name, seconds in parts if seconds is not None]
     if known:
-        known.append(("checks, checkpoints, end", max(0.0, trained.train_seconds - sum(part[1] for part in known))))
+        known.append(("the rest", max(0.0, trained.train_seconds - sum(part[1] for part in known))))
         per_step = 1000 / max(trained.steps, 1)
         lines = [
             (name, seconds * per_step, f"{seconds * per_step:.2f} ms, {seconds / trained.train_seconds:.0%}")
@@ -90,15 +92,6 @@ def _training_time(trained: TrainFigures, *, stage_seconds: float) -> Iterator[P
             ),
             alt="Bars: " + "; ".join(f"{name} {text}" for name, _, text in lines),
         )
-        yield Paragraph(
-            text="Of the thread that trains, on average over all steps."
-            + (
-                " Steps on CUDA are begun, not awaited: what the device takes shows where the thread waits for it next."
-                if trained.device == "cuda"
-                else ""
-            ),
-            kind="note",
-        )
     rows = [("training, loading included", f"{trained.train_seconds:.2f} s")]
     rows += [(f"of it {name}", f"{seconds:.2f} s") for name, seconds in known]
     if trained.sync_seconds is not None:
@@ -110,3 +103,9 @@ def _training_time(trained: TrainFigures, *, stage_seconds: float) -> Iterator[P
     if trained.steps:
         rows.append(("a step, on average", f"{1000 * trained.train_seconds / trained.steps:.2f} ms"))
     yield Grid(title="Training", columns=("what", "time"), rows=rows)
+    if known:
+        yield Paragraph(
+            text="Parts are of the thread that trains, on average over all steps; rows are found first, then moved. "
+            f"The rest are checks of staleness, checkpoints and the end.{_ON_CUDA if trained.device == 'cuda' else ''}",
+            kind="note",
+        )

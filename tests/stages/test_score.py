@@ -10,10 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import polars as pl
 import pytest
-from raw_logs import invoke, make_lines, sample_line, write_pipeline, write_raw
+from raw_logs import as_frame, invoke, make_lines, sample_line, write_pipeline, write_raw
 from sklearn.metrics import log_loss, roc_auc_score
 
 from slipstream.errors import ConfigError, DataError
@@ -152,17 +153,28 @@ def test_lines_without_labels_are_scored_alike_in_every_format(trained, suffix: 
     assert str(lines["int_1"][3] or "") == LINES[3].split(b"\t")[2].decode()
 
 
-def test_compressed_files_and_standard_input_are_read(
-    trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("kind", ["gz", "zst", "parquet", "remote", "standard input"])
+def test_lines_are_scored_alike_wherever_they_come_from(
+    trained, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     model, _ = trained("dense")
-    plain, _ = score_lines(model, write_raw(tmp_path / "log.tsv", LINES), tmp_path / "plain.parquet")
-    packed, _ = score_lines(model, write_raw(tmp_path / "log.tsv.gz", LINES), tmp_path / "gz.parquet")
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n".join(LINES))))
-    piped, _ = score_lines(model, "-", tmp_path / "piped.parquet")
-    for other in (packed, piped):
-        assert other["probability"].equals(plain["probability"])
-    assert piped["file"].unique().to_list() == ["-"]
+    plain, _ = score_lines(model, write_raw(tmp_path / "log.tsv", LINES), tmp_path / "plain.parquet", keep=["cat_1"])
+    raw = str(tmp_path / f"log.tsv.{kind}")
+    if kind in ("gz", "zst"):
+        write_raw(Path(raw), LINES)
+    elif kind == "parquet":
+        as_frame(LINES).write_parquet(raw)
+    elif kind == "remote":
+        raw = "memory://score-test/log.tsv"
+        with fsspec.open(raw, "wb") as remote:
+            remote.write(b"\n".join(LINES))
+    else:
+        raw = "-"
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n".join(LINES))))
+    found, counts = score_lines(model, raw, tmp_path / "out.parquet", keep=["cat_1"])
+    assert found.drop("file").equals(plain.drop("file"))
+    [file] = found["file"].unique()
+    assert file.endswith(raw.removeprefix("memory://")) and counts["lines"] == len(LINES)
 
 
 def test_several_files_are_numbered_each_from_one(trained, tmp_path: Path):
