@@ -4,14 +4,23 @@
     python benchmarks/bench_train.py --config cached-embedding         # CachedEmbedding's configuration
     python benchmarks/bench_train.py --rows 20000 --steps 4 --batch 64 --rounds 1   # toy size
 
+    python benchmarks/bench_train.py --device cuda                     # all of it on a GPU: full Kaggle sizes, tf32
+
 Each contender has a process of its own, alone on the machine, so that its tables are gone when the next one begins; it
 warms up with one pass over the samples and times a few more. Rounds repeat that; shown are medians over the rounds,
 ratios being taken within each round. Samples come through the real input path: shuffled windows, batches, look-ahead;
 from memory, except for `input`, which reads shards from disk and does nothing else, so that it shows what a step can be
-fed with. `look-ahead` is what the host does for a GPU at that share of hot rows: batches, cold rows found, gathered and
-written back, and no step; its steps/s are the most that a GPU can be kept busy with. What the figures do not show:
-quality, which exact modes share to the bit (tests) and skipping changes (`slipstream compare`). `plain` and `torchrec`
-take SGD, whatever `--optimizer` says.
+fed with.
+
+    plain, plain-host      a loop with nn.EmbeddingBag, its tables on the device or on the host
+    fae, slipstream, baseline, cached    rows brought by the look-ahead
+    in-place S             rows read by the device itself, a share S of them hot; on a CPU only a model of that
+    host-look-ahead S      what the host does for a GPU at that share of hot rows, and no step: batches, cold rows
+    host-in-place S        found, gathered and written back; or, in place, batches packed for one copy. Its core-ms a
+                           step are what a GPU asks of the host, its steps/s the most it can be kept busy with
+
+`floor` is the least time that memory traffic and FLOP of a step allow, on devices whose rates are known here. What the
+figures do not show: quality, which exact modes share to the bit (tests) and skipping changes (`slipstream compare`).
 """
 
 from __future__ import annotations
@@ -23,7 +32,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -38,9 +47,13 @@ from torch import nn
 
 from slipstream.embedding.row_cache import RowCache
 from slipstream.embedding.rules import OPTIMIZERS
+from slipstream.embedding.tiers.batch_plan import BatchPlan
+from slipstream.embedding.tiers.in_place import InPlace, Runner
 from slipstream.embedding.tiers.lookahead import LookAhead, StagedBatch
+from slipstream.embedding.tiers.mapped import map_to_device
 from slipstream.embedding.tiers.placement import CachedRows, Placement, StagingHalves
 from slipstream.embedding.tiers.rows import TieredRows
+from slipstream.embedding.tiers.transfer import RowMover
 from slipstream.io.samples import Samples, read_shard, write_shard
 from slipstream.models.dlrm import DLRM
 from slipstream.ops.hot_set import assign_slots, rank_rows, table_offsets, take_hot_rows
@@ -55,6 +68,7 @@ from slipstream.training.skipping.criterion import SkipRule
 from slipstream.training.skipping.skipper import Skipper
 from slipstream.training.slot_layout import SlotLayout
 from slipstream.training.step import FixedShapeStep, TrainStep
+from slipstream.training.threads import step_flop
 
 KAGGLE_SIZES = [
     1460, 583, 10131227, 2202608, 305, 24, 12517, 633, 3, 93145, 5683, 8351593, 3194,
@@ -67,11 +81,18 @@ CONFIGS = {
 CONTENDERS = [
     "input", "ceiling", "plain", "torchrec", "resident", "baseline",
     "fae 0.001", "fae 0.01", "fae 0.1", "cached 0.001", "cached 0.01", "cached 0.1",
-    "slipstream 0.001", "slipstream 0.01", "slipstream 0.1", "look-ahead 0.01",
+    "slipstream 0.001", "slipstream 0.01", "slipstream 0.1", "host-look-ahead 0.01", "host-in-place 0.01",
+]  # fmt: skip
+CUDA_CONTENDERS = [
+    "input", "ceiling", "plain", "plain-host", "resident", "baseline", "in-place 0",
+    "fae 0.001", "fae 0.01", "fae 0.1", "in-place 0.001", "in-place 0.01", "in-place 0.1", "in-place 1",
+    "cached 0.01", "host-look-ahead 0.01", "host-in-place 0.01",
 ]  # fmt: skip
 NUM_DENSE = 13
-ON_DEVICE = {"input", "ceiling", "plain", "torchrec", "resident"}
-"""Contenders with every row on the device."""
+RATES = {"H100": (3.35e12, 495e12, 64e9), "H200": (4.8e12, 495e12, 64e9)}
+"""Bytes/s of memory, FLOP/s of tf32 products without sparsity, bytes/s of the bus each way, as NVIDIA has them."""
+ON_DEVICE = {"input", "ceiling", "plain", "plain-host", "torchrec", "resident"}
+"""Contenders that know no hot rows."""
 NUM_LOADERS = 8
 SAMPLES_PER_SHARD = 1 << 16
 Pass = Callable[[], dict[str, float]]
@@ -112,7 +133,7 @@ def make_case(contender: str, args: argparse.Namespace) -> Case:
     slots = assign_slots(is_hot)
     by_slot = np.empty_like(counts)
     by_slot[slots] = counts
-    uses_rows = name in ("plain", "torchrec")
+    uses_rows = name in ("plain", "plain-host", "torchrec")
     samples = Samples(
         X_int=rng.random((num_samples, NUM_DENSE), np.float32),
         X_cat=(rows - offsets[:-1]).astype(np.int32) if uses_rows else slots[rows],
@@ -174,6 +195,37 @@ def open_shards(
     }
 
 
+class NoPlan(BatchPlan):
+    """What a host that has a GPU does of a plan: nothing."""
+
+    def find(self, before: BatchPlan) -> None:
+        """Leave it to the device."""
+
+    def fetch(self) -> None:
+        """Likewise."""
+
+
+class PackedBatches(RowMover):
+    """Batches packed for one copy, as they are for a GPU, into memory that is used again."""
+
+    def __init__(self, rows: TieredRows) -> None:
+        super().__init__(rows)
+        self._packed = [torch.zeros(0, dtype=torch.uint8) for _ in range(4)]
+        self._turn = 0
+
+    def to_device(self, arrays: Sequence[np.ndarray]) -> list[torch.Tensor]:
+        """Pack arrays one behind the other."""
+        self._turn = (self._turn + 1) % len(self._packed)
+        flat = [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
+        total = sum(tensor.nbytes for tensor in flat)
+        if len(self._packed[self._turn]) < total:
+            self._packed[self._turn] = torch.zeros(total, dtype=torch.uint8)
+        pieces = self._packed[self._turn][:total].split([tensor.nbytes for tensor in flat])
+        for piece, tensor in zip(pieces, flat, strict=True):
+            piece.copy_(tensor.view(-1).view(torch.uint8))
+        return [piece.view(tensor.dtype).view(tensor.shape) for piece, tensor in zip(pieces, flat, strict=True)]
+
+
 class NoStep(TrainStep):
     """No step at all."""
 
@@ -227,7 +279,7 @@ def make_step(case: Case, model: torch.nn.Module, rows: TieredRows) -> TrainStep
         "precision": args.precision,
         "kernels": args.kernels,
     }
-    if case.name in ("input", "look-ahead"):
+    if case.name in ("input", "host-look-ahead", "host-in-place"):
         return NoStep(**options)
     if rows.device.type == "cpu":
         return (CeilingStep if case.name == "ceiling" else TrainStep)(**options)
@@ -242,7 +294,10 @@ def make_engine(case: Case, device: torch.device) -> Pass:
     model = make_model(case, device)
     num_hot = {"baseline": 0, "cached": 0}.get(case.name, case.num_hot)
     lookups = args.batch * len(case.table_of)
-    num_staged = 2 * min(max(lookups, min(16 * lookups, 1 << 19)), case.num_rows - num_hot)
+    most_distinct = sum(min(args.batch, part.stop - part.start) for part in case.table_of)
+    is_in_place = case.name in ("in-place", "host-in-place")
+    half = most_distinct if is_in_place else max(lookups, min(16 * lookups, 1 << 19))
+    num_staged = 2 * min(half, case.num_rows - num_hot)
     if case.name == "cached":
         num_staged = int(case.num_rows * case.share)
     rows = TieredRows(
@@ -260,13 +315,28 @@ def make_engine(case: Case, device: torch.device) -> Pass:
         placement = CachedRows(rows, RowCache(case.num_rows, num_staged, policy="rank", row_counts=case.counts))
     step = make_step(case, model, rows)
     shards = keep_shards(case) if case.name == "input" else None
-    lookahead = LookAhead(
-        rows,
-        placement,
-        chunk_batches=1 if case.name == "baseline" else 16,
-        in_thread=True if case.name == "look-ahead" else None,
-        sorts_all=False if case.name == "look-ahead" else None,
-    )
+    if is_in_place:
+        plan = NoPlan if case.name == "host-in-place" else BatchPlan
+        if device.type == "cuda" and case.name == "in-place":
+            from slipstream.embedding.tiers.triton_plan import TritonPlan as plan  # needs Triton
+        lookahead: Runner = InPlace(
+            rows,
+            map_to_device(rows.on_host, device),
+            batch_size=args.batch,
+            num_columns=len(case.table_of),
+            most_distinct=most_distinct,
+            make_plan=plan,
+        )
+        if case.name == "host-in-place":
+            lookahead._mover = PackedBatches(rows)
+    else:
+        lookahead = LookAhead(
+            rows,
+            placement,
+            chunk_batches=1 if case.name == "baseline" else 16,
+            in_thread=True if case.name == "host-look-ahead" else None,
+            sorts_all=False if case.name == "host-look-ahead" else None,
+        )
     rule = SkipRule(criterion="stale" if case.name == "slipstream" else "none", target_drop=args.drop)
     skipper = Skipper(rule)
     trainer = Trainer(
@@ -287,6 +357,7 @@ def make_engine(case: Case, device: torch.device) -> Pass:
     def run_pass() -> dict[str, float]:
         trainer.position, trainer.totals.seconds = Position(), 0.0
         totals = trainer.totals
+        moved_before = lookahead.bytes_to_device + lookahead.bytes_to_host
         before = (totals.samples_seen, totals.samples_dropped, totals.steps, totals.hot_steps)
         with ThreadPoolExecutor(NUM_LOADERS) as pool:
             trainer.train(lambda epoch: open_streams(case, pool) if shards is None else open_shards(shards, pool))
@@ -300,18 +371,20 @@ def make_engine(case: Case, device: torch.device) -> Pass:
             "dropped_share": dropped / (seen + dropped),
             "hot_batch_share": hot_steps / steps,
             "table_bytes_on_device": rows.buffer.nbytes,
+            "moved_mb_per_step": (lookahead.bytes_to_device + lookahead.bytes_to_host - moved_before) / steps / 1e6,
         }
 
     return run_pass
 
 
-def make_plain(case: Case, device: torch.device, *, use_fbgemm: bool) -> Pass:
+def make_plain(case: Case, device: torch.device, *, use_fbgemm: bool = False, on_host: bool = False) -> Pass:
     """Give a loop in the manner of DLRM's reference: one sparse EmbeddingBag a table, torch.optim.SGD."""
     args = case.args
     dim = CONFIGS[args.config]["dim"]
     model = make_model(case, device)
     sizes = [part.stop - part.start for part in case.table_of]
-    look_up, tables = (make_fbgemm if use_fbgemm else make_bags)(sizes, dim, device)
+    rows_at = torch.device("cpu") if on_host else device
+    look_up, tables = (make_fbgemm if use_fbgemm else make_bags)(sizes, dim, rows_at)
     dense_optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     row_optimizer = torch.optim.SGD(tables, lr=0.01) if tables else None
     maker = BatchMaker(batch_size=args.batch, order="interleaved")
@@ -321,8 +394,8 @@ def make_plain(case: Case, device: torch.device, *, use_fbgemm: bool) -> Pass:
         with ThreadPoolExecutor(NUM_LOADERS) as pool:
             samples = open_streams(case, pool)["cold"].take(len(case.samples))
         for batch in maker.make(None, samples, rng=np.random.default_rng(0), last=True):
-            rows = torch.from_numpy(batch.slots).to(device).long()
-            logits = model(torch.from_numpy(batch.dense).to(device), look_up(rows))
+            rows = torch.from_numpy(batch.slots).to(rows_at).long()
+            logits = model(torch.from_numpy(batch.dense).to(device), look_up(rows).to(device))
             labels = torch.from_numpy(batch.labels).to(device)
             loss = nn.functional.binary_cross_entropy_with_logits(logits, labels)
             dense_optimizer.zero_grad()
@@ -380,17 +453,53 @@ def measure(contender: str, args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     case = make_case(contender, args)
-    if case.name in ("plain", "torchrec"):
-        run_pass = make_plain(case, device, use_fbgemm=case.name == "torchrec")
+    if case.name in ("plain", "plain-host", "torchrec"):
+        run_pass = make_plain(case, device, use_fbgemm=case.name == "torchrec", on_host=case.name == "plain-host")
     else:
         run_pass = make_engine(case, device)
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = args.precision == "tf32"
     run_pass()
-    figures = medians([run_pass() for _ in range(args.passes)])
+    started = time.process_time()
+    passes = [run_pass() for _ in range(args.passes)]
+    core_seconds = time.process_time() - started
+    figures = medians(passes)
+    each = [one["seconds"] for one in passes]
+    figures["spread"] = (max(each) - min(each)) / figures["seconds"]
+    figures["host_core_ms_per_step"] = 1e3 * core_seconds / args.passes / (figures["samples"] / args.batch)
+    figures |= floors(case, device)
     figures["samples_per_second"] = figures["samples"] / figures["seconds"]
     figures["steps_per_second"] = figures["samples_per_second"] / args.batch
     figures["peak_host_bytes"] = peak_mb() * 2**20
     figures["peak_device_bytes"] = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
     print(json.dumps(figures))
+
+
+def floors(case: Case, device: torch.device) -> dict[str, float]:
+    """Give what a step cannot do without: bytes of memory and bus, FLOP, and the time they take where rates are known.
+
+    Every distinct row is read and written once, rows and gradients of lookups cross memory once each way.
+    """
+    config, args = CONFIGS[case.args.config], case.args
+    lookups = case.samples.X_cat[: args.batch]
+    offsets = [part.start for part in case.table_of] if case.name in ("plain", "plain-host", "torchrec") else 0
+    distinct = np.unique(lookups.astype(np.int64) + offsets)
+    num_cold = 0 if case.name in ON_DEVICE or case.name == "cached" else int((distinct >= case.num_hot).sum())
+    row_bytes = 4 * config["dim"]
+    memory = row_bytes * (2 * lookups.size + 2 * len(distinct)) + 4 * lookups.size
+    flop = step_flop(make_model(case, torch.device("cpu")), args.batch, backward=True)
+    found = {
+        "distinct_rows": len(distinct),
+        "cold_rows": num_cold,
+        "least_hbm_mb": memory / 1e6,
+        "least_bus_mb": 2 * num_cold * row_bytes / 1e6,
+        "gflop": flop / 1e9,
+    }
+    name = torch.cuda.get_device_name() if device.type == "cuda" else ""
+    for model, (hbm, tf32, bus) in RATES.items():
+        if model in name:
+            found["floor_ms"] = 1e3 * max(memory / hbm + flop / tf32, num_cold * row_bytes / bus)
+    return found
 
 
 def measure_apart(contenders: list[str], args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
@@ -425,14 +534,17 @@ def show(results: dict[str, dict[str, float]], args: argparse.Namespace) -> Iter
     """Give the table."""
     yield (
         f"{'contender':<16}{'samples/s':>11}{'steps/s':>9}{'x ceiling':>10}{'x plain':>9}"
-        f"{'tables on device':>18}{'host MiB':>10}"
+        f"{'tables on device':>18}{'host MiB':>10}{'core-ms/step':>13}{'bus MB/step':>12}{'floor ms':>9}{'spread':>8}"
     )
     for name, figures in results.items():
         ratios = [f"{figures[key]:.2f}" if key in figures else "-" for key in ("x_ceiling", "x_plain")]
         yield (
             f"{name:<16}{figures['samples_per_second']:>11,.0f}{figures['steps_per_second']:>9.1f}{ratios[0]:>10}"
             f"{ratios[1]:>9}{figures['table_bytes_on_device'] / 2**20:>14.1f} MiB"
-            f"{figures['peak_host_bytes'] / 2**20:>10,.0f}"
+            f"{figures['peak_host_bytes'] / 2**20:>10,.0f}{figures['host_core_ms_per_step']:>13.2f}"
+            f"{figures.get('moved_mb_per_step', 0.0):>12.2f}"
+            + (f"{figures['floor_ms']:>9.2f}" if "floor_ms" in figures else f"{'-':>9}")
+            + f"{figures['spread']:>8.1%}"
         )
     dropping = results.get("slipstream 0.1", {})
     if dropping.get("dropped_share") and "time_to_fae" in dropping:
@@ -446,10 +558,10 @@ def show(results: dict[str, dict[str, float]], args: argparse.Namespace) -> Iter
 def main() -> None:
     """Measure, show, and print one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", choices=CONFIGS, default="kaggle")
-    parser.add_argument("--contenders", default=",".join(CONTENDERS))
+    parser.add_argument("--config", choices=CONFIGS, default="", help="left out: cached-embedding on cuda, else kaggle")
+    parser.add_argument("--contenders", default="", help="comma-separated; left out, those that suit the device")
     parser.add_argument("--contender", help="measure this one alone, and print a JSON line")
-    parser.add_argument("--rows", type=int, default=2_000_000, help="rows of all tables")
+    parser.add_argument("--rows", type=int, default=0, help="rows of all tables; 0: all 33.8M on cuda, else 2M")
     parser.add_argument("--steps", type=int, default=70, help="batches of one pass")
     parser.add_argument("--batch", type=int, default=0, help="0 takes the configuration's")
     parser.add_argument("--zipf", type=float, default=1.1)
@@ -457,11 +569,19 @@ def main() -> None:
     parser.add_argument("--optimizer", choices=OPTIMIZERS.names(), default="sgd")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--kernels", choices=["torch", "triton"], default="torch", help="of our own contenders")
-    parser.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="likewise")
+    parser.add_argument(
+        "--kernels", choices=["torch", "triton"], default="", help="of our own: triton on cuda, else torch"
+    )
+    parser.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="", help="tf32 on cuda, else fp32")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each contender")
     parser.add_argument("--passes", type=int, default=3, help="timed passes of a process; their median counts")
     args = parser.parse_args()
+    on_cuda = args.device == "cuda"
+    args.config = args.config or ("cached-embedding" if on_cuda else "kaggle")
+    args.rows = args.rows or (sum(KAGGLE_SIZES) if on_cuda else 2_000_000)
+    args.precision = args.precision or ("tf32" if on_cuda else "fp32")
+    args.kernels = args.kernels or ("triton" if on_cuda else "torch")
+    args.contenders = args.contenders or ",".join(CUDA_CONTENDERS if on_cuda else CONTENDERS)
     args.batch = args.batch or CONFIGS[args.config]["batch"]
     if args.contender:
         measure(args.contender, args)

@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from vector_clocks import Clock, Memory, join
 
+from slipstream.embedding.tiers import frozen
 from slipstream.training import assemble
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -337,6 +338,29 @@ class FakeEvent:
         join(clock, self.clock)
 
 
+class _WatchedCondition(threading.Condition):
+    """A lock that hands on what those who held it knew."""
+
+    def __init__(self, cuda: FakeCuda) -> None:
+        super().__init__()
+        self._cuda, self._known = cuda, Clock()
+
+    def __enter__(self) -> bool:
+        entered = super().__enter__()
+        join(self._cuda.thread()[1], self._known)
+        return entered
+
+    def __exit__(self, *exc: Any) -> None:
+        join(self._known, self._cuda.thread()[1])
+        super().__exit__(*exc)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        join(self._known, self._cuda.thread()[1])
+        notified = super().wait(timeout)
+        join(self._cuda.thread()[1], self._known)
+        return notified
+
+
 class _Watch(TorchDispatchMode):
     """Shows the device every operation of a thread."""
 
@@ -371,6 +395,7 @@ def pretend_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
         monkeypatch.setattr(torch.cuda, name, replacement)
     # Triton would read and write memory behind its back; the same work in plain PyTorch is watched
     monkeypatch.setattr(assemble, "has_triton", lambda: False)
+    monkeypatch.setattr(frozen, "Condition", lambda: _WatchedCondition(cuda))
     _patch_tensors(cuda, monkeypatch)
     _patch_pools(cuda, monkeypatch)
     with _Watch(cuda):

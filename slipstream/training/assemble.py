@@ -141,7 +141,8 @@ def assemble(
         model = network.build(num_dense=num_dense, num_columns=representations.pooling.num_fields).to(device)
         if linear_bits:
             quantize_linears(model, linear_bits)
-    step = make_step(settings, model, rows, representations, num_dense=num_dense, sums=sums)
+    with fitting_the_device(f"what a step over {settings.batch_size:,} samples keeps"):
+        step = make_step(settings, model, rows, representations, num_dense=num_dense, sums=sums)
     return Assembly(
         layout=layout,
         num_dense=num_dense,
@@ -256,15 +257,17 @@ def _read_in_place(settings: Settings, layout: SlotLayout, rows: TieredRows, *, 
     if settings.kernels_on(on_cuda=on_cuda, have_rule=_kernels_have(settings.optimizer)) == "triton":
         from slipstream.embedding.tiers.triton_plan import TritonPlan as make_plan  # needs Triton
 
-    return InPlace(
-        rows,
-        map_to_device(rows.on_host, rows.device),
-        batch_size=settings.batch_size,
-        num_columns=len(layout.columns),
-        most_distinct=layout.most_distinct(settings.batch_size),
-        columns=None if layout.is_whole else layout.columns,
-        make_plan=make_plan,
-    )
+    host = map_to_device(rows.on_host, rows.device)
+    with fitting_the_device(f"the slots of two batches of {settings.batch_size:,} samples"):
+        return InPlace(
+            rows,
+            host,
+            batch_size=settings.batch_size,
+            num_columns=len(layout.columns),
+            most_distinct=layout.most_distinct(settings.batch_size),
+            columns=None if layout.is_whole else layout.columns,
+            make_plan=make_plan,
+        )
 
 
 def make_rows(

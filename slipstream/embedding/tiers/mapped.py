@@ -91,7 +91,7 @@ class _Region:
         self.host = host
         self.__cuda_array_interface__ = {
             "shape": tuple(host.shape),
-            "typestr": "<f4",
+            "typestr": f"<f{host.element_size()}",
             "data": (host.data_ptr(), False),
             "version": 3,
         }
