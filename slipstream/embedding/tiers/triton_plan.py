@@ -54,6 +54,7 @@ class TritonPlan(BatchPlan):
     ) -> None:
         super().__init__(rows, host, num_lookups=num_lookups, most_distinct=most_distinct, half=half)
         self._fetched_by = torch.zeros(_MOVERS, dtype=torch.int64, device=rows.device)
+        self._by_slot = torch.empty_like(self.slots)
         self._partial = self._room_for_partial_sums(rows.embedding_dim)
 
     def counted(self) -> list[int]:
@@ -69,10 +70,10 @@ class TritonPlan(BatchPlan):
     def find(self, before: BatchPlan) -> None:
         """Find the distinct rows, where each of them is to be, and which of them the batch before has."""
         num_lookups = len(self.slots)
-        by_slot, order = torch.sort(self.slots, stable=True)
+        torch.sort(self.slots, stable=True, out=(self._by_slot, self.order))
+        by_slot = self._by_slot
         is_new = torch.ne(by_slot[1:], by_slot[:-1])
         ranks = is_new.cumsum(0, dtype=torch.int32)
-        self.order.copy_(order)
         finding_kernels.note_runs[(triton.cdiv(num_lookups + 1, _BLOCK),)](
             by_slot,
             self.order,

@@ -103,7 +103,7 @@ def train(make: type[BatchPlan], device: torch.device, *, optimizer: str, dim: i
 @pytest.mark.parametrize(
     ("optimizer", "dim", "weighted"),
     [
-        ("sgd", 1, False),
+        pytest.param("sgd", 1, False, marks=pytest.mark.slow),
         ("rowwise_adagrad", 16, True),
         ("adagrad", 3, True),
         ("adam", 128, False),
