@@ -44,6 +44,14 @@ def test_size_without_a_profile_says_what_to_run(arguments: list[object], tmp_pa
     assert "✓ profile" in asked.stderr and "budget 20%" in asked.stdout
 
 
+def test_size_forecasts_samples_a_second_when_asked(arguments: list[object], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("slipstream.sizing.speed._SECONDS", 0.0)
+    monkeypatch.setattr("slipstream.sizing.speed._ROUNDS", 1)
+    assert "samples/s" not in call("size", *arguments).stdout
+    text = call("size", *arguments, "--speed").stdout
+    assert "samples/s as forecast for this machine (cpu, threads" in text
+
+
 def test_size_names_the_option_that_is_wrong(arguments: list[object]):
     error = call("size", *arguments, "--hit-ratio", "95", expect=2).stderr
     assert "`--hit-ratio` must be a share such as 95% or 0.95, found '95'" in error

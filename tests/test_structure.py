@@ -91,7 +91,7 @@ MAY_IMPORT = {
     "reproduce": {"stage_list", "stage", "stages", "config", "io", "errors", "progress"},
     "evidence": {"pipeline", "stages", "config", "io", "errors", "progress"},
     "sizing": {
-        *("sizing", "wiring", "pipeline", "stage", "training", "config", "options", "io", "ops"),
+        *("sizing", "wiring", "pipeline", "stage", "training", "models", "config", "options", "io", "ops"),
         *("errors", "progress"),
     },
     "wiring": {"distributed", "training", "embedding", "models", "config", "options", "io", "ops", "errors"},

@@ -39,6 +39,7 @@ def size(
     device_memory: Annotated[
         list[str], typer.Option(metavar="BYTES", help="Memory of a device that has to hold it all; repeatable.")
     ] = NO_OVERRIDES,
+    speed: Annotated[bool, typer.Option("--speed", help="Train a few seconds, to forecast samples/s here.")] = False,
     profile: Annotated[bool, typer.Option("--profile", help="Profile first where that is not done.")] = False,
     runs: RunsOption = RUNS,
     overrides: SetOption = NO_OVERRIDES,
@@ -57,6 +58,7 @@ def size(
         runs,
         read_questions(hit_ratios=hit_ratio, hot_samples=hot_samples, budgets=budget, device_memories=device_memory),
         profiles=profile,
+        calibrates=speed,
         progress=RichProgress(console),
         on_stage=lambda stage: console.print(stage_line(stage)),
     )

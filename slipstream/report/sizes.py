@@ -42,7 +42,20 @@ def sizes_table(sizes: Sizes) -> RenderableType:
 
 def _answers(sizes: Sizes) -> Table:
     table = Table(box=None, pad_edge=False, collapse_padding=True)
-    for name in ("", "asked", "policy", "hot rows", "of all", "hits", "hot samples", "budget", "device", "host"):
+    speed = ("samples/s",) if sizes.calibration else ()
+    for name in (
+        "",
+        "asked",
+        "policy",
+        "hot rows",
+        "of all",
+        "hits",
+        "hot samples",
+        "budget",
+        "device",
+        "host",
+        *speed,
+    ):
         table.add_column(name, justify="left" if name in ("asked", "policy") else "right", overflow="fold")
     for number, answer in enumerate(sizes.answers, start=1):
         served = answer.served
@@ -57,6 +70,7 @@ def _answers(sizes: Sizes) -> Table:
             show_bytes(answer.budget_bytes),
             show_bytes(answer.device_bytes),
             show_bytes(answer.host_bytes),
+            *([f"{answer.speed.samples_per_second:,.0f}"] if answer.speed else []),
         )
     return table
 
@@ -80,6 +94,14 @@ def _notes(sizes: Sizes) -> Iterator[str]:
     yield "resident has every row on the device, baseline none: no hot set is faster or larger than the first."
     if any(not answer.served.is_within_curve for answer in sizes.answers):
         yield "~ is beyond the sizes that profile measured: `profile.curve` takes more of them."
+    if tried := sizes.calibration:
+        rate = f"; rows move at {show_bytes(tried.bytes_per_second)}/s" if tried.bytes_per_second else ""
+        yield (
+            f"samples/s as forecast for this machine ({tried.device}, threads {tried.threads}) from "
+            f"{tried.seconds:.0f} s of steps, dropped samples left out: "
+            f"{1e6 * tried.per_sample.wall:.1f} µs a sample with its rows at hand, "
+            f"{1e6 * tried.per_sample.cpu:.1f} µs of them of a processor{rate}."
+        )
     if sizes.on_cuda:
         yield "Device memory is that of a GPU; what its driver and libraries keep for themselves is not counted."
     yield "Host memory is beside that of the process with its packages, about 0.7 GiB."

@@ -24,6 +24,7 @@ from slipstream.options import parse_budget, parse_bytes
 from slipstream.pipeline import StageResult, plan_pipeline, run_pipeline
 from slipstream.progress import Progress, Silent
 from slipstream.sizing.memory import Memory
+from slipstream.sizing.speed import Calibration, Speed, calibrate, forecast_speed, moves_per_sample
 from slipstream.stage import affordable_rows, row_bytes_of
 
 POLICIES = ("frequency", "sample-aware")
@@ -56,6 +57,8 @@ class Answer:
     """Bytes by part."""
     host: dict[str, int]
     """Bytes by part."""
+    speed: Speed | None = None
+    """As forecast for this machine; None where nothing was calibrated."""
 
     @property
     def device_bytes(self) -> int:
@@ -84,6 +87,8 @@ class Sizes:
     """Of a hot row, all included."""
     on_cuda: bool
     """Whether the device is taken to be a GPU."""
+    calibration: Calibration | None
+    """Of this machine; None where none was asked for."""
     answers: list[Answer]
     """To what was asked, by policy; then all rows on the device, and none."""
 
@@ -154,6 +159,7 @@ def size_pipeline(
     questions: Sequence[Asked],
     *,
     profiles: bool = False,
+    calibrates: bool = False,
     progress: Progress | None = None,
     on_stage: Callable[[StageResult], None] = lambda result: None,
 ) -> Sizes:
@@ -164,6 +170,7 @@ def size_pipeline(
         runs_dir: Folder that holds run folders.
         questions: What is asked; nothing asks about the budget of the pipeline.
         profiles: Run what a profile takes, where there is none.
+        calibrates: Train a few seconds, to forecast how fast hot sets would train on this machine.
         progress: Told how far that is.
         on_stage: Told when a stage ran or was skipped.
 
@@ -196,6 +203,9 @@ def size_pipeline(
             num_counted=figures.samples_counted,
         )
     budget = str(config.segregate.hot_budget)
+    if calibrates:
+        with progress.task("calibrate", None, "steps"):
+            sizer.calibrate()
     return sizer.size(questions or [Asked(kind="budget", text=budget)])
 
 
@@ -239,7 +249,12 @@ class Sizer:
         offsets = table_offsets(list(figures.rows_per_table.values()))
         padded = [at for at, name in enumerate(figures.rows_per_table) if name in (figures.padding_rows or {})]
         self.curve = HitCurve(counts, offsets, figures.column_tables, points, padded)
+        self.calibration: Calibration | None = None
         self.memory = Memory(self.config, figures, counts, on_cuda=self.on_cuda)
+
+    def calibrate(self) -> None:
+        """Train a few seconds, so that answers say how fast."""
+        self.calibration = calibrate(self.config, self.figures, self.counts)
 
     def size(self, questions: Sequence[Asked]) -> Sizes:
         """Answer them, and add what all rows on the device would take, and none."""
@@ -253,6 +268,7 @@ class Sizer:
             num_samples=self.num_samples,
             row_bytes=row_bytes_of(self.config),
             on_cuda=self.on_cuda,
+            calibration=self.calibration,
             answers=answers,
         )
 
@@ -318,7 +334,8 @@ class Sizer:
             served = Served(
                 hot_rows=0, access_threshold=None, hit_ratio=0.0, hot_sample_share=0.0, is_within_curve=True
             )
-        device, host = self.memory.weigh(config, self._hot_in_tiers(num_rows) if num_rows else 0)
+        hot_in_tiers = self._hot_in_tiers(num_rows) if num_rows else 0
+        device, host = self.memory.weigh(config, hot_in_tiers)
         return Answer(
             asked=asked,
             policy=policy,
@@ -326,6 +343,29 @@ class Sizer:
             budget_bytes=served.hot_rows * row_bytes_of(self.config),
             device=device,
             host=host,
+            speed=self._forecast(config, policy or "frequency", served, num_rows, hot_in_tiers),
+        )
+
+    def _forecast(
+        self, config: PipelineConfig, policy: str, served: Served, num_rows: int, hot_in_tiers: int
+    ) -> Speed | None:
+        if self.calibration is None:
+            return None
+        fetched, forwarded = moves_per_sample(
+            self.curve,
+            policy,
+            num_rows,
+            room=self.memory.staging_room(config, hot_in_tiers, on_cuda=self.calibration.device == "cuda"),
+            config=config,
+            num_samples=self.num_counted,
+        )
+        return forecast_speed(
+            self.calibration,
+            config,
+            num_samples=self.num_samples,
+            hot_sample_share=served.hot_sample_share,
+            fetched_per_sample=fetched,
+            forwarded_per_sample=forwarded,
         )
 
 

@@ -65,7 +65,7 @@ class Memory:
             config: The pipeline, in the mode that is asked about.
             num_hot: Hot rows of the tables that have rows.
         """
-        held = weigh(self._make_trainer(config, num_hot), on_cuda=self._on_cuda)
+        held = weigh(self._make_trainer(config, num_hot, on_cuda=self._on_cuda), on_cuda=self._on_cuda)
         device = held.device | self._transient
         host = held.host | {
             "samples in flight": train_memory_bytes(0, self._figures.samples["train"], sample_bytes=self._sample_bytes),
@@ -73,19 +73,29 @@ class Memory:
         }
         return device, host
 
-    def _make_trainer(self, config: PipelineConfig, num_hot: int) -> Trainer:
+    def staging_room(self, config: PipelineConfig, num_hot: int, *, on_cuda: bool) -> int:
+        """Count the cold rows that a half of the staging area holds.
+
+        Args:
+            config: As in `weigh`.
+            num_hot: As there.
+            on_cuda: Whether a GPU trains, whatever the device is that memory is asked of.
+        """
+        return self._make_trainer(config, num_hot, on_cuda=on_cuda).step.rows.num_staged // 2
+
+    def _make_trainer(self, config: PipelineConfig, num_hot: int, *, on_cuda: bool) -> Trainer:
         layout = copy.copy(self._layout)
         layout.num_hot = num_hot
-        return self._weightless(config, layout)
+        return self._weightless(config, layout, on_cuda=on_cuda)
 
-    def _weightless(self, config: PipelineConfig, layout: SlotLayout) -> Trainer:
+    def _weightless(self, config: PipelineConfig, layout: SlotLayout, *, on_cuda: bool) -> Trainer:
         parts = put_together_weightless(
             config,
             layout=layout,
             specs=self._specs,
             figures=self._figures,
             counts=self._counts,
-            on_cuda=self._on_cuda,
+            on_cuda=on_cuda,
         )
         trainer = make_trainer(config, parts, num_train=self._figures.samples["train"])
         if trainer.step.tracker is not None:
@@ -102,7 +112,7 @@ class Memory:
         config, train = self._config, self._config.train
         layout = cut_layout(self._layout, train.batch_size)
         if layout.is_whole:
-            trainer, place = self._weightless(config, layout), META
+            trainer, place = self._weightless(config, layout, on_cuda=self._on_cuda), META
         else:
             place = torch.device("cpu")
             parts = put_together(
