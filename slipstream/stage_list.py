@@ -13,6 +13,7 @@ from typing import Any
 import xxhash
 
 from slipstream.config import PipelineConfig
+from slipstream.errors import ArtifactError, ConfigError
 from slipstream.options import to_dict
 from slipstream.progress import Progress
 from slipstream.published import SKIP_KEYS as PUBLISHED_KEYS
@@ -86,7 +87,14 @@ def _start_inputs(config: PipelineConfig, progress: Progress) -> dict[str, str]:
         return {}
     from slipstream.io.artifacts import open_artifact
 
-    outputs = open_artifact(Path(config.train.init_from)).manifest["outputs"]
+    hint = "name the folder of a train artifact, such as runs/tiny/train/<fingerprint>"
+    try:
+        artifact = open_artifact(Path(config.train.init_from))
+    except ArtifactError as exc:
+        raise ConfigError(f"`train.init_from`: {exc}", hint=hint) from exc
+    if (stage := artifact.manifest["stage"]) != "train":
+        raise ConfigError(f"`train.init_from` = '{artifact.path}' is of stage {stage}, expected train", hint=hint)
+    outputs = artifact.manifest["outputs"]
     hashes = [f"{name} {outputs[name]['xxh3']}" for name in sorted(outputs) if name.startswith(("model.", "vocab/"))]
     return {"init_from": xxhash.xxh3_64_hexdigest("\n".join(hashes).encode())}
 

@@ -66,7 +66,7 @@ MAY_IMPORT = {
         *("stage", "stage_list", "serving", "stages", "datasets", "io", "ops"),
         *("config", "options", "errors", "progress", "schema"),
     },
-    "stage_list": {"stage", "published", "training.skipping", "io", "config", "options", "progress"},
+    "stage_list": {"errors", "stage", "published", "training.skipping", "io", "config", "options", "progress"},
     "stages": {
         *(
             "wiring",

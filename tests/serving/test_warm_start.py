@@ -109,8 +109,10 @@ def test_a_model_of_other_ids_or_rows_is_refused_by_name(
 
 
 def test_a_model_that_is_missing_or_altered_is_refused(tmp_path: Path, tiny_runs: Path, before: RunResult) -> None:
-    with pytest.raises(ArtifactError):
+    with pytest.raises(ConfigError, match=r"`train\.init_from`: expected a published artifact at `.*nothing`"):
         train(tiny_runs, train__init_from=str(tmp_path / "nothing"))
+    with pytest.raises(ConfigError, match=r"is of stage profile, expected train"):
+        train(tiny_runs, train__init_from=str(before.stages["profile"].artifact.path))
     copy = shutil.copytree(artifact_of(before).path, tmp_path / "copy")
     weights = copy / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")
