@@ -63,6 +63,7 @@ def make_dlrm(
     import torch
     from torch import nn
 
+    from slipstream.models.interaction import pair_products
     from slipstream.models.mlp import make_mlp
 
     class Network(nn.Module):
@@ -78,8 +79,7 @@ def make_dlrm(
         def forward(self, dense: Tensor, rows_BFD: Tensor) -> Tensor:
             bottom_BD = self.bottom(dense)
             vectors = torch.cat([bottom_BD.unsqueeze(1), rows_BFD], dim=1)
-            products = torch.bmm(vectors, vectors.transpose(1, 2)).flatten(1)
-            interactions = products.index_select(1, self.pairs)  # type: ignore[arg-type]
+            interactions = pair_products(vectors, self.pairs)  # type: ignore[arg-type]
             logits: Tensor = self.top(torch.cat([bottom_BD, interactions], dim=1))
             return logits.squeeze(1)
 
