@@ -22,6 +22,18 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
             marks=pytest.mark.slow,
         ),
         ("segregate", ["--rows", "5000", "--slow-rows", "500"], {"slipstream", "FAE loop", "copy"}),
+        pytest.param(
+            "lists",
+            ["--rows", "2000", "--steps", "2", "--batch", "64", "--table-rows", "2000", "--rounds", "1"],
+            {
+                "preprocess, tags as list",
+                "preprocess, tags as columns",
+                "train, slipstream",
+                "train, nn.EmbeddingBag",
+                "train, first values alone",
+            },
+            marks=pytest.mark.slow,
+        ),
         pytest.param("score", ["--rows", "5000"], {"preprocess", "score", "torch", "onnx"}, marks=pytest.mark.slow),
         pytest.param(
             "serve",
