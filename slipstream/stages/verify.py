@@ -147,7 +147,7 @@ def _assemble(
     return put_together(
         config,
         layout=SlotLayout(slot_maps, num_hot=figures.hot_rows, table_of_column=figures.column_tables),
-        specs=choose_tables(config.tables, figures.rows_per_table, figures.padding_rows or {}),
+        specs=choose_tables(config.tables, figures.rows_per_table, figures.zero_rows),
         figures=figures,
         counts=counts,
         device=resolve_device(config.train.device),
@@ -162,6 +162,7 @@ def _plain_training(config: PipelineConfig, figures: SegregateFigures) -> PlainT
         rows_per_table=figures.rows_per_table,
         column_tables=[names[table] for table in figures.column_tables],
         padding_rows=figures.padding_rows or {},
+        bags=figures.bags or (),
         num_dense=figures.num_dense,
         rule=PlainRule(
             optimizer=train.optimizer,

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from slipstream.models.model import Model
+from slipstream.schema import Bag
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +51,7 @@ class PlainTraining:
         rows_per_table: Rows of each table, in order.
         column_tables: Table of each column.
         padding_rows: Tables with a row that starts as zero, and that row.
+        bags: Columns whose rows are pooled.
         num_dense: Dense columns.
         rule: How parameters are updated.
         seed: Of initial weights: rows table by table, evenly within the model's bound; then the network's.
@@ -62,11 +64,16 @@ class PlainTraining:
         rows_per_table: Mapping[str, int],
         column_tables: Sequence[str],
         padding_rows: Mapping[str, int],
+        bags: Sequence[Bag] = (),
         num_dense: int,
         rule: PlainRule,
         seed: int,
     ) -> None:
         self._rule, self._num_steps = rule, 0
+        self._bag_at = {bag.columns[0]: bag for bag in bags}
+        self._padding_at = {at: padding_rows[column_tables[at]] for bag in bags for at in bag.columns}
+        inside = {column for bag in bags for column in bag.columns[1:]}
+        self._fields = [at for at in range(len(column_tables)) if at not in inside]
         self._columns = {name: [at for at, of in enumerate(column_tables) if of == name] for name in rows_per_table}
         generator = torch.Generator().manual_seed(seed)
         self.bags: dict[str, nn.EmbeddingBag] = {}
@@ -78,7 +85,7 @@ class PlainTraining:
                 weight[padding_rows[name]] = 0
             self.bags[name] = nn.EmbeddingBag.from_pretrained(weight, freeze=False, mode="sum", sparse=True)
         torch.manual_seed(seed)
-        self.network = network.build(num_dense=num_dense, num_columns=len(column_tables))
+        self.network = network.build(num_dense=num_dense, num_columns=len(self._fields))
         """The dense layers."""
         by_row = rule.optimizer == "rowwise_adagrad"
         self._kept_of_rows = {name: _keep(bag.weight, rule, by_row=by_row) for name, bag in self.bags.items()}
@@ -98,14 +105,15 @@ class PlainTraining:
             divisor: What the sum of losses is divided by: samples of a full batch, which the last may fall short of.
         """
         self._num_steps += 1
-        looked_up: list[Tensor | None] = [None] * rows_BF.shape[1]
+        looked_up: dict[int, Tensor] = {}
         for name, columns in self._columns.items():
             # one bag per lookup, sample by sample and in each the columns of the table
             vectors = self.bags[name](rows_BF[:, columns].reshape(-1, 1)).view(len(rows_BF), len(columns), -1)
             for at, column in enumerate(columns):
                 looked_up[column] = vectors[:, at]
+        fields = torch.stack([self._pool(at, looked_up, rows_BF) for at in self._fields], dim=1)
         with torch.autocast("cpu", torch.bfloat16, enabled=self._rule.bf16):
-            logits = self.network(dense, torch.stack([vector for vector in looked_up if vector is not None], dim=1))
+            logits = self.network(dense, fields)
         loss = binary_cross_entropy_with_logits(logits.float(), labels, weight=weights, reduction="sum")
         self.network.zero_grad()
         for bag in self.bags.values():
@@ -116,6 +124,17 @@ class PlainTraining:
             self._update_layers(rate, weights)
             for name, columns in self._columns.items():
                 self._update_rows(name, rate, None if weights is None else weights.repeat_interleave(len(columns)))
+
+    def _pool(self, at: int, looked_up: Mapping[int, Tensor], rows_BF: Tensor) -> Tensor:
+        """Give the vector of a column, or of the bag that begins there. Shape (B, D)."""
+        if at not in self._bag_at:
+            return looked_up[at]
+        pooled, counts = torch.zeros_like(looked_up[at]), torch.zeros(len(rows_BF), 1)
+        for column in self._bag_at[at].columns:
+            is_value = (rows_BF[:, column] != self._padding_at[column]).unsqueeze(1)
+            pooled = torch.where(is_value, pooled + looked_up[column], pooled)
+            counts = counts + is_value
+        return pooled if self._bag_at[at].pooling == "sum" else pooled / counts.clamp(min=1)
 
     def _update_layers(self, rate: Tensor, weights: Tensor | None) -> None:
         behind = None if weights is None else weights.square().sum() / weights.sum()

@@ -63,11 +63,13 @@ class Pooling:
             is_value = is_value_BP[:, start : start + len(bag.columns)]
             start += len(bag.columns)
             values = rows_BCD.index_select(1, columns).masked_fill(~is_value.unsqueeze(2), 0.0)
-            pooled = values.sum(dim=1, keepdim=True)
+            # one value after the other, as `nn.EmbeddingBag` adds them: the order of `sum` depends on shapes
+            pooled, *others = values.unbind(1)
+            for value in others:
+                pooled = pooled + value
             if bag.pooling == "mean":
-                lengths = is_value.sum(dim=1).clamp(min=1).to(pooled.dtype)
-                pooled = pooled / lengths.view(-1, 1, 1)
-            fields.append(pooled)
+                pooled = pooled / is_value.sum(dim=1, keepdim=True).clamp(min=1).to(pooled.dtype)
+            fields.append(pooled.unsqueeze(1))
         together = torch.cat(fields, dim=1)
         return together if self._order is None else together.index_select(1, self._order)
 

@@ -24,7 +24,7 @@ from slipstream.models.registry import read_model
 from slipstream.pipeline import RunResult, run_pipeline
 from slipstream.progress import Silent
 from slipstream.serving.examples import read_examples
-from slipstream.stages import export, export_model
+from slipstream.stages import export, export_model, verify
 from slipstream.training.checkpoint import Checkpointer
 from slipstream.training.model_file import read_description, read_tensors
 
@@ -262,6 +262,18 @@ def test_the_published_order_trains_on_lists(log: Path, lines: dict[str, list[di
     assert result.counts("train")["samples_seen"] == len(lines["train"])
     expected = predicted_by_bags(result, lines["test"])
     assert np.allclose(predictions_of(result, "test"), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("train", [{"mode": "slipstream"}, {"mode": "cached", "cache_ratio": 0.9, "optimizer": "adam"}])
+def test_lists_train_as_a_plain_loop_does_to_the_bit(log: Path, train: dict[str, Any]):
+    config = config_on(log, train=train)
+    made = run_pipeline(config, log.parent / "runs", stages=["preprocess", "profile", "segregate"])
+    artifacts = {name: made.stages[name].artifact for name in ("segregate", "profile")}
+    certificate = verify.run(
+        config, segregated=artifacts["segregate"], profiled=artifacts["profile"], steps=30, progress=Silent()
+    )
+    assert certificate.passes
+    assert certificate.promise == "to the bit"
 
 
 def test_raw_lines_are_scored_as_encoded_ones_with_a_label_and_without(

@@ -108,6 +108,17 @@ def test_bags_pool_as_embedding_bags_do_and_pass_gradients_back_as_they_do(how: 
         torch.testing.assert_close(ours.grad, theirs.weight.grad.to_dense(), rtol=0, atol=1e-12)
 
 
+@given(how=hows, seed=st.integers(0, 10_000), num_samples=st.integers(1, 300), length=st.integers(1, 40))
+def test_bags_add_up_as_embedding_bags_do_to_the_bit(how: Any, seed: int, num_samples: int, length: int):
+    generator = torch.Generator().manual_seed(seed)
+    table = torch.randn(50, 16, generator=generator, dtype=torch.float32)
+    rows = torch.randint(0, 50, (num_samples, length), generator=generator)
+    bag = Bag(columns=tuple(range(length)), pooling=how[0])
+    found = Pooling([bag], num_columns=length).pool(table[rows], rows != 7)
+    expected = nn.functional.embedding_bag(rows, table, mode=how[0], padding_idx=7)
+    assert torch.equal(found[:, 0], expected)
+
+
 def test_fields_stand_where_their_first_columns_are():
     pooling = Pooling([Bag(columns=(0, 2), pooling="sum")], num_columns=4)
     rows = torch.arange(4.0).view(1, 4, 1)
