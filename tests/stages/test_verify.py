@@ -31,7 +31,7 @@ def certify(runs: Path, *, steps: int = 30, **overrides: Any) -> Certificate:
 @pytest.mark.parametrize(
     "overrides",
     [
-        {"train__mode": "resident"},
+        {"train__mode": "resident", "train__positive_weight": 2.0},
         {"train__mode": "baseline", "train__optimizer": "sgd", "train__lr": 0.05},
         {"train__mode": "fae", "train__optimizer": "adagrad", "train__weight_decay": 0.001},
         {"train__mode": "fae", "train__optimizer": "adam", "train__lr": 0.003, "train__lr_warmup": 0.2},
