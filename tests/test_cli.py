@@ -379,3 +379,16 @@ def test_the_module_runs_like_the_console_script():
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("error: unknown key `nosuch`\n\nhint: ")
+
+
+# --- several ranks -------------------------------------------------------------------------------------------
+
+
+def test_what_every_rank_would_do_again_is_refused(monkeypatch: pytest.MonkeyPatch):
+    world = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in world.items():
+        monkeypatch.setenv(name, value)
+    result = call("plan", "tiny", expect=2)
+    assert "`slipstream plan` is for one process, and WORLD_SIZE says that there are 2" in result.stderr
+    monkeypatch.delenv("MASTER_PORT")  # some clusters set one or two of them for everything
+    call("check", "tiny")

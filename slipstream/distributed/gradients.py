@@ -120,5 +120,6 @@ class GradientSums:
         total_beside = torch.zeros_like(beside)
         for received in self.ranks.gather(message, "dense gradients").unbind(0):
             total += codec.decode(received[: lines.numel()].view(lines.shape), _BLOCK, dtype)
-            total_beside += received[lines.numel() :].contiguous().view(dtype)
+            # a copy: in the message it stands wherever the codes end, which is where no number may begin
+            total_beside += received[lines.numel() :].clone().view(dtype)
         return total.view(-1)[: len(flat)], total_beside

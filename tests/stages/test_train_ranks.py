@@ -166,6 +166,18 @@ def test_what_two_ranks_saved_any_number_goes_on_from(later: int, runs: Path):
     assert_equal_up_to_rounding(whole, train(runs, tree, later))
 
 
+def test_compressed_gradients_go_on_to_the_bit(runs: Path):
+    sent = {"compress_dense": "int8", "compress_rows": "int4", "timeout_seconds": 60.0}
+    tree = tree_of(train__checkpoint_steps=7, skip__criterion="stale") | {"distributed": sent}
+    whole = train(runs, tree, 2, float64=False)
+    assert train_together(tree, runs, 2, float64=False, sabotage=vanish_on_every_rank) == ["killed"] * 2
+    again = train(runs, tree, 2, float64=False)
+    assert (whole.path / "model.safetensors").read_bytes() == (again.path / "model.safetensors").read_bytes()
+    plain = train(runs, tree | {"distributed": {}}, 2, float64=False)
+    for what in ("dense gradients", "row gradients"):
+        assert whole.counts["sent_bytes_per_step"][what] < 0.7 * plain.counts["sent_bytes_per_step"][what]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_one_of_two_ranks_is_killed_at_twenty_moments_and_nothing_is_lost(runs: Path, tmp_path: Path):
