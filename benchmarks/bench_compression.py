@@ -3,9 +3,10 @@
     python benchmarks/bench_compression.py         the shipped `tiny`: synthetic data, figures of a toy
     nice -n 15 python benchmarks/bench_compression.py --pipeline pipelines/criteo_kaggle.toml --raw train.txt --seeds 3
 
-Every way to send gradients trains the same samples in the same order from the same seeds, so changes of AUC are paired
-by seed; beside them stands their standard error. Bytes are those that the first rank sent for gradients, counted where
-they are handed to gloo, over steps. With two ranks every byte sent is one received.
+A way is how gradients of layers travel, a slash, and how those of rows do, or one word for both. Every way trains the
+same samples in the same order from the same seeds, so changes of AUC are paired by seed; beside them stands their
+standard error. Bytes are those that the first rank sent for gradients, counted where they are handed to gloo, over
+steps. With two ranks every byte sent is one received.
 
 A table for people first, one JSON line last.
 """
@@ -38,7 +39,8 @@ def train(options: argparse.Namespace) -> None:
 def overrides(options: argparse.Namespace, way: str, seed: int) -> list[str]:
     """Give the settings of one training."""
     raw = [f"dataset.raw={options.raw}"] if options.raw else []
-    sent = [f"distributed.compress_dense={way}", f"distributed.compress_rows={way}"]
+    dense, _, rows = way.partition("/")
+    sent = [f"distributed.compress_dense={dense}", f"distributed.compress_rows={rows or dense}"]
     return [*raw, *options.set, *sent, f"train.seed={seed}", "train.checkpoint_minutes=0", "train.device=cpu"]
 
 
@@ -64,13 +66,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def show(measured: dict[str, Any]) -> None:
     """Print the table."""
     first = next(iter(measured.values()))
-    print(f"{'sent as':8} {'dense':>10} {'rows':>10} {'ids':>9} {'all':>10} {'of none':>8}  AUC     change (error)")
+    print(f"{'sent as':10} {'dense':>10} {'rows':>10} {'ids':>9} {'all':>10} {'of none':>8}  AUC     change (error)")
     for way, one in measured.items():
         sent = one["sent_bytes_per_step"]
         changes = [ours - theirs for ours, theirs in zip(one["auc"], first["auc"], strict=True)]
         error = statistics.stdev(changes) / len(changes) ** 0.5 if len(changes) > 1 else float("nan")
         print(
-            f"{way:8} {sent['dense gradients']:10,.0f} {sent['row gradients']:10,.0f} {sent['distinct rows']:9,.0f} "
+            f"{way:10} {sent['dense gradients']:10,.0f} {sent['row gradients']:10,.0f} {sent['distinct rows']:9,.0f} "
             f"{sent['all']:10,.0f} {sent['all'] / first['sent_bytes_per_step']['all']:8.3f}  "
             f"{statistics.mean(one['auc']):.5f} {statistics.mean(changes):+.5f} ({error:.5f})"
         )
@@ -82,7 +84,7 @@ def main() -> None:
     parser.add_argument("--pipeline", type=Path, default=ROOT / "pipelines" / "tiny.toml")
     parser.add_argument("--raw", default="")
     parser.add_argument("--set", action="append", default=[])
-    parser.add_argument("--ways", default="none,fp16,int8,int4")
+    parser.add_argument("--ways", default="none,fp16,int8,int4,int4/int8")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--runs", type=Path)

@@ -183,6 +183,7 @@ def test_compressed_gradients_go_on_to_the_bit(runs: Path):
 @pytest.mark.timeout(1500)
 def test_one_of_two_ranks_is_killed_at_twenty_moments_and_nothing_is_lost(runs: Path, tmp_path: Path):
     tree = tree_of(epochs=6, skip__criterion="stale", train__checkpoint_steps=5, train__log_every=1)
+    tree["distributed"] = {"timeout_seconds": 20.0}  # killed before it joined, a rank is missed by nothing else
     whole = train(runs, tree, 2, float64=False)
     pipeline = write_toml(tmp_path / "tiny_test.toml", tree)
     command = [sys.executable, "-m", "slipstream", "train", str(pipeline), "--runs", str(runs)]
@@ -196,6 +197,6 @@ def test_one_of_two_ranks_is_killed_at_twenty_moments_and_nothing_is_lost(runs: 
         time.sleep(rng.uniform(4, 9))
         ranks[rng.randrange(2)].send_signal(signal.SIGKILL)
         for rank in ranks:
-            rank.wait(60)
+            rank.wait(120)
     again = train(runs, tree, 2, float64=False)
     assert (whole.path / "model.safetensors").read_bytes() == (again.path / "model.safetensors").read_bytes()
