@@ -50,11 +50,18 @@ class Range:
     def suggest(self, trial: optuna.Trial) -> Any:
         """Let a trial choose a value; lists and the like are chosen by what they look like in TOML."""
         if self.choices:
-            by_text = {to_toml(self.key, choice): choice for choice in self.choices}
-            return by_text[trial.suggest_categorical(self.key, list(by_text))]
-        if self.is_whole:
-            return trial.suggest_int(self.key, int(self.low), int(self.high), log=self.is_log)
-        return trial.suggest_float(self.key, self.low, self.high, log=self.is_log)
+            drawn: Any = trial.suggest_categorical(self.key, [to_toml(self.key, choice) for choice in self.choices])
+        elif self.is_whole:
+            drawn = trial.suggest_int(self.key, int(self.low), int(self.high), log=self.is_log)
+        else:
+            drawn = trial.suggest_float(self.key, self.low, self.high, log=self.is_log)
+        return self.value_of(drawn)
+
+    def value_of(self, drawn: Any) -> Any:
+        """Give the value that was drawn: what a text stands for, or a number of four digits, which say all there is."""
+        if self.choices:
+            return {to_toml(self.key, choice): choice for choice in self.choices}[drawn]
+        return drawn if self.is_whole else min(max(float(f"{drawn:.4g}"), self.low), self.high)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -310,11 +317,7 @@ def _run_trial(
 
 def _describe(trial: optuna.trial.FrozenTrial, ranges: Sequence[Range]) -> Trial:
     states = {"COMPLETE": "complete", "PRUNED": "pruned"}
-    values = {
-        one.key: _parse_value(trial.params[one.key]) if one.choices else trial.params[one.key]
-        for one in ranges
-        if one.key in trial.params
-    }
+    values = {one.key: one.value_of(trial.params[one.key]) for one in ranges if one.key in trial.params}
     is_complete = trial.state.name == "COMPLETE"
     return Trial(
         number=trial.number,

@@ -46,6 +46,13 @@ def test_a_range_is_bounds_or_values(text: str, expected: dict[str, Any]):
     assert parse_range("a.key", text) == Range(key="a.key", **expected)
 
 
+def test_numbers_are_drawn_with_four_digits_within_their_bounds():
+    rate = parse_range("train.lr", ".01:.2:log")
+    assert [rate.value_of(drawn) for drawn in (0.0511575, 0.2, 0.01)] == [0.05116, 0.2, 0.01]
+    assert parse_range("train.lr", "0.10004:1").value_of(0.10004) == 0.10004
+    assert parse_range("train.epochs", "1:30").value_of(12) == 12
+
+
 @pytest.mark.parametrize("text", ["5:1", "3", "a:b", "0:1:log", "1:2:linear", ""])
 def test_what_is_no_range_is_refused(text: str):
     with pytest.raises(ConfigError, match=r"expected a range for `train\.lr` such as"):

@@ -66,7 +66,7 @@ def tune(
         seeds=seeds,
         out=out or Path(f"{path.stem}-tuned.toml"),
         progress=Silent() if quiet else RichProgress(console),
-        on_trial=lambda trial: None if quiet else console.print(trial_line(trial)),
+        on_trial=lambda trial: None if quiet else console.print(trial_line(trial), soft_wrap=True),
     )
     if as_json:
         found = {"out": str(tuned.out), "best": tuned.best.number, "trials": tuned.trials}

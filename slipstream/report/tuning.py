@@ -25,11 +25,12 @@ def tuned_table(tuned: Tuned) -> RenderableType:
     pruned = sum(trial.state == "pruned" for trial in tuned.trials)
     failed = sum(trial.state == "failed" for trial in tuned.trials)
     title = f"{len(ranked)} trials finished, {pruned} stopped early, {failed} failed; validation data"
-    table = Table(box=None, title=title, title_justify="left")
+    table = Table(box=None)
     for name in ("trial", "logloss", "AUC", *keys):
         table.add_column(name, justify="right")
     for trial in ranked[:_MOST_SHOWN]:
         values = [to_toml(key, trial.values[key]) for key in keys]
         auc = "–" if trial.auc is None else f"{trial.auc:.4f}"
         table.add_row(str(trial.number), f"{trial.logloss:.4f}", auc, *values)
-    return Group(table, Text(f"written {tuned.out}; next"), Text(f"    slipstream run {tuned.out}", style="bold"))
+    command = Text(f"    slipstream run {tuned.out}", style="bold")
+    return Group(Text(title), table, Text(f"written {tuned.out}; next"), command)
