@@ -370,3 +370,11 @@ def test_ranks_share_batches_with_lists(log: Path, mode: dict[str, Any], tmp_pat
     (alone, hits), (shared, shared_hits) = found
     assert largest_difference(alone, shared) < 1e-9
     assert hits == shared_hits
+
+
+def test_a_training_starts_from_a_model_with_lists(log: Path, trained: RunResult):
+    folder = trained.stages["train"].artifact.path
+    again = run(log, train={"init_from": str(folder), "lr": 1e-6})
+    start = again.counts("train")["start"]
+    assert start["rows_found"] == start["rows"] - 2  # the padding rows stay zero by themselves
+    assert np.abs(predictions_of(again, "test") - predictions_of(trained, "test")).max() < 1e-3
