@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,12 @@ def test_size_names_the_option_that_is_wrong(arguments: list[object]):
 # --- verify --------------------------------------------------------------------------------------------------
 
 
+def copy_of(arguments: list[object], folder: Path) -> list[object]:
+    """The same pipeline and its runs in another folder."""
+    *pipeline, runs = arguments
+    return [*pipeline, shutil.copytree(Path(str(runs)), folder / "runs")]
+
+
 def train_output(arguments: list[object]) -> Path:
     return Path(call_json("run", *arguments)["stages"]["train"]["output"])
 
@@ -89,8 +96,7 @@ def test_the_report_shows_the_certificate(arguments: list[object], tmp_path: Pat
 def test_verify_fails_where_the_tier_is_broken_and_says_where(
     arguments: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    tree = [arguments[0], "--runs", tmp_path]
-    call("run", *tree, "--quiet")
+    tree = copy_of(arguments, tmp_path)
     write_back = RowMover.write_back
 
     def lose_one(self: RowMover, cold: np.ndarray, positions: np.ndarray) -> None:
@@ -106,10 +112,9 @@ def test_verify_fails_where_the_tier_is_broken_and_says_where(
 
 
 def test_verify_needs_a_trained_model_that_nobody_altered(arguments: list[object], tmp_path: Path):
-    error = call("verify", arguments[0], "--runs", tmp_path, expect=1).stderr
+    error = call("verify", arguments[0], "--runs", tmp_path / "nothing", expect=1).stderr
     assert "stage `train` has no output" in error and "hint: run `slipstream run` first" in error
-    tree = [arguments[0], "--runs", tmp_path]
-    call("run", *tree, "--quiet")
+    tree = copy_of(arguments, tmp_path)
     losses = train_output(tree) / "losses.json"
     losses.write_text(losses.read_text().replace("0.", "1.", 1))
     before = (losses.parent / "manifest.json").read_text()

@@ -82,7 +82,7 @@ def test_several_questions_are_answered_in_order_and_bounded_by_all_and_nothing(
         ("mode", "resident"),
     ]
     resident, baseline = sizes.answers[-2:]
-    assert resident.served.hit_ratio == 1 and "cold rows" not in resident.host
+    assert resident.served.hit_ratio == 1 and resident.host["cold rows"] < 100, "spare ones alone"
     assert baseline.served.hit_ratio == 0 and "hot rows" not in baseline.device
     plain = sizes.to_json()
     assert plain["answers"][0]["device_bytes"] == sum(plain["answers"][0]["device"].values())

@@ -9,6 +9,7 @@ import pytest
 from strategies import tiny_config
 from trained import HELD, train
 
+from slipstream.embedding.tiers.rows import NUM_SPARE, NUM_SPARE_COLD
 from slipstream.io.counts import read_counts
 from slipstream.io.figures import PreprocessFigures, SegregateFigures
 from slipstream.pipeline import RunResult
@@ -32,16 +33,22 @@ def weigh(result: RunResult, *, on_cuda: bool = False) -> tuple[dict[str, int], 
     return memory.weigh(result.config, num_hot)
 
 
-@pytest.mark.parametrize("held", ["dense", "int8", "tt"])
-@pytest.mark.parametrize("mode", [{"train__mode": "fae"}, {"train__mode": "baseline"}, {"train__mode": "resident"}])
+@pytest.mark.parametrize(
+    ("held", "mode"),
+    [
+        *(("dense", {"train__mode": mode}) for mode in ("fae", "baseline", "resident")),
+        ("int8", {"train__mode": "fae"}),
+        ("tt", {"train__mode": "fae"}),
+    ],
+)
 def test_tiers_are_those_that_training_reports(tiny_runs: Path, mode: dict[str, Any], held: str):
     result = train(tiny_runs, tables=HELD[held], **mode)
     tiers = result.counts("train")["bytes_per_tier"]
     device, host = weigh(result)
     assert device.get("hot rows", 0) + (device["optimizer state"] if "hot rows" in device else 0) == tiers["hot"]
-    assert host.get("cold rows", 0) + (host["optimizer state"] if "cold rows" in host else 0) == tiers["cold"]
-    spare = 1024 * (4 * 4 + 4)
-    assert device["staging"] == tiers["staging"] + spare
+    row_bytes = 4 * 4 + 4
+    assert host["cold rows"] + host["optimizer state"] == tiers["cold"] + NUM_SPARE_COLD * row_bytes
+    assert device["staging"] == tiers["staging"] + NUM_SPARE * row_bytes
 
 
 def test_staleness_takes_what_training_reports(tiny_runs: Path):
@@ -53,7 +60,7 @@ def test_staleness_takes_what_training_reports(tiny_runs: Path):
 def test_a_gpu_takes_page_locked_memory_and_a_fixed_batch(tiny_runs: Path):
     result = train(tiny_runs, train__mode="fae")
     (cpu, cpu_host), (gpu, gpu_host) = weigh(result), weigh(result, on_cuda=True)
-    assert gpu_host["moving rows"] == cpu_host["moving rows"] + 4 * (8 << 20)
+    assert gpu_host["moving rows"] >= 4 * (8 << 20) > cpu_host["moving rows"]
     assert gpu["layers"] > cpu["layers"]
     assert gpu["hot rows"] == cpu["hot rows"]
 
