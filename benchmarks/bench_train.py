@@ -159,13 +159,17 @@ def make_model(case: Case, device: torch.device) -> torch.nn.Module:
     return model.build(num_dense=NUM_DENSE, num_columns=len(case.table_of)).to(device)
 
 
-def open_streams(case: Case, pool: ThreadPoolExecutor) -> dict[str, SampleStream]:
-    """Hot and cold samples of an epoch."""
+def split_samples(case: Case) -> dict[str, Samples]:
+    """Hot and cold samples, as segregate leaves them."""
     if case.name in (*ON_DEVICE, "cached", "baseline"):
         is_hot = np.zeros(len(case.samples), bool)
     else:
         is_hot = (case.samples.X_cat < case.num_hot).all(axis=1)
-    groups = {"hot": case.samples.take(is_hot), "cold": case.samples.take(~is_hot)}
+    return {"hot": case.samples.take(is_hot), "cold": case.samples.take(~is_hot)}
+
+
+def open_streams(groups: dict[str, Samples], pool: ThreadPoolExecutor) -> dict[str, SampleStream]:
+    """Hot and cold samples of an epoch."""
     return {
         name: SampleStream([lambda group=group: group], [len(group)], seed=(0,), window_samples=1 << 21, workers=pool)
         for name, group in groups.items()
@@ -354,13 +358,15 @@ def make_engine(case: Case, device: torch.device) -> Pass:
         log_every=10**9,
     )
 
+    groups = split_samples(case)
+
     def run_pass() -> dict[str, float]:
         trainer.position, trainer.totals.seconds = Position(), 0.0
         totals = trainer.totals
         moved_before = lookahead.bytes_to_device + lookahead.bytes_to_host
         before = (totals.samples_seen, totals.samples_dropped, totals.steps, totals.hot_steps)
         with ThreadPoolExecutor(NUM_LOADERS) as pool:
-            trainer.train(lambda epoch: open_streams(case, pool) if shards is None else open_shards(shards, pool))
+            trainer.train(lambda epoch: open_streams(groups, pool) if shards is None else open_shards(shards, pool))
         if device.type == "cuda":
             torch.cuda.synchronize()
         after = (totals.samples_seen, totals.samples_dropped, totals.steps, totals.hot_steps)
@@ -388,11 +394,12 @@ def make_plain(case: Case, device: torch.device, *, use_fbgemm: bool = False, on
     dense_optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     row_optimizer = torch.optim.SGD(tables, lr=0.01) if tables else None
     maker = BatchMaker(batch_size=args.batch, order="interleaved")
+    groups = split_samples(case)
 
     def run_pass() -> dict[str, float]:
         started = time.perf_counter()
         with ThreadPoolExecutor(NUM_LOADERS) as pool:
-            samples = open_streams(case, pool)["cold"].take(len(case.samples))
+            samples = open_streams(groups, pool)["cold"].take(len(case.samples))
         for batch in maker.make(None, samples, rng=np.random.default_rng(0), last=True):
             rows = torch.from_numpy(batch.slots).to(rows_at).long()
             logits = model(torch.from_numpy(batch.dense).to(device), look_up(rows).to(device))
