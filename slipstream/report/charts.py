@@ -170,14 +170,20 @@ def hot_set_curve(frame: pl.DataFrame, chosen: pl.DataFrame) -> Spec:
     return spec(alt.hconcat(*panels))
 
 
-def over_steps(frame: pl.DataFrame, y: str, title: str, *, axis_format: str = "~g", zero: bool = False) -> Spec:
-    """Draw a figure over the steps of training. Frame: `step` and `y`."""
+def over_steps(
+    frame: pl.DataFrame, y: str, title: str, *, axis_format: str = "~g", zero: bool = False, kept: int | None = None
+) -> Spec:
+    """Draw a figure over the steps of training. Frame: `step` and `y`; a line marks the step whose model was kept."""
     x = alt.X("step:Q", title="step", axis=alt.Axis(format=",d", tickMinStep=1))
     scale = alt.Scale(zero=zero)
-    return sized(
-        line(frame, x, alt.Y(f"{y}:Q", title=title, axis=alt.Axis(format=axis_format), scale=scale), point=_few(frame)),
-        height=200,
-    )
+    y_axis = alt.Y(f"{y}:Q", title=title, axis=alt.Axis(format=axis_format), scale=scale)
+    layers = [line(frame, x, y_axis, point=_few(frame))]
+    if kept is not None:
+        at = alt.Chart(pl.DataFrame({"step": [kept], "label": ["kept"]}))
+        layers.append(at.mark_rule(color=SERIES[1], strokeWidth=2, strokeDash=[6, 4]).encode(x=x))
+        text = at.mark_text(align="right", dx=-5, dy=8, color=SERIES[1], fontSize=13)
+        layers.append(text.encode(x=x, y=alt.value(0), text="label:N"))
+    return sized(alt.layer(*layers), height=200)
 
 
 def bars_over_steps(frame: pl.DataFrame, y: str, title: str) -> Spec:

@@ -24,7 +24,7 @@ from slipstream.report.cost_sections import memory, time_spent
 from slipstream.report.data_sections import data, frequencies, hot_set
 from slipstream.report.facts import RunFacts, joined, open_run
 from slipstream.report.page import Code, Grid, Page, Paragraph, Part, Section, require_charts, write_page
-from slipstream.report.train_sections import quality, skipping, training
+from slipstream.report.train_sections import quality, skipping, training, validation
 from slipstream.report.words import number
 
 _PACKAGES = ("torch", "polars", "pyarrow", "numpy", "safetensors")
@@ -63,6 +63,7 @@ def run_page(facts: RunFacts, command: Sequence[str]) -> Page:
         ("Id frequencies", frequencies),
         ("Hot set", hot_set),
         ("Training", training),
+        ("Validation", validation),
         ("Quality", quality),
         ("Skipping", skipping),
         ("Memory and movement", memory),

@@ -55,6 +55,44 @@ def training(facts: RunFacts) -> Iterator[Part]:
     )
 
 
+def validation(facts: RunFacts) -> Iterator[Part]:
+    """Show what was measured on validation data on the way, and which model was kept."""
+    trained = facts.figures(TrainFigures)
+    if trained is None or not trained.validations:
+        return
+    checks = trained.validations
+    frame = pl.DataFrame(
+        [{"step": one.step, "logloss": one.quality.logloss, "auc": one.quality.auc} for one in checks]
+    ).fill_nan(None)
+    [best] = [one for one in checks if one.step == trained.best_step]
+    yield Paragraph(
+        text=f"Validation data were measured {counted(len(checks), 'time')} on the way; the model after step "
+        f"{best.step:,}, with the least logloss, was kept."
+        + (
+            " Training stopped early: as many measurements as `train.patience` says were no better."
+            if trained.stopped_early
+            else ""
+        )
+    )
+    for name, title in (("logloss", "Validation logloss"), ("auc", "Validation AUC")):
+        ends = f"from {number(getattr(checks[0].quality, name))} to {number(getattr(checks[-1].quality, name))}"
+        yield Figure(
+            title=title,
+            spec=charts.over_steps(frame, name, name if name == "logloss" else "AUC", kept=best.step),
+            alt=f"A line {ends} over {checks[-1].step:,} steps; at step {best.step:,}, whose model was kept, "
+            f"{number(getattr(best.quality, name))}.",
+        )
+    yield Grid(
+        title="Validation",
+        columns=("step", "epoch", "AUC", "logloss", "NE", "calibration", "accuracy"),
+        rows=[
+            (f"{one.step:,}{' (kept)' if one is best else ''}", f"{one.epoch + 1}", *_quality_cells(one.quality))
+            for one in checks
+        ],
+        is_wide=True,
+    )
+
+
 def quality(facts: RunFacts) -> Iterator[Part]:
     """Show metrics, ROC, calibration and the distribution of predictions."""
     trained = facts.figures(TrainFigures)

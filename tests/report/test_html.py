@@ -39,6 +39,7 @@ OPTIONS: dict[str, Any] = {
     "train.log_every": 4,
     "train.lr_warmup": 0.25,
     "train.mode": "slipstream",
+    "train.validate_steps": 8,
     "skip.criterion": "stale",
     "skip.refresh_steps": 8,
     "segregate.hot_budget": "80%",
@@ -147,6 +148,21 @@ def test_bytes_and_seconds_are_those_of_the_manifests(page: Page, facts: RunFact
         trained["bytes_to_host"],
     ]
     assert [row[0] for row in _grid(page, "Stages")] == list(facts.artifacts)
+
+
+def test_measurements_on_the_way_are_those_of_training(page: Page, result: Result):
+    trained = result.figures["train"]
+    assert len(trained["validations"]) > 2
+    rows = _grid(page, "Validation")
+    assert [int(row[0].removesuffix(" (kept)")) for row in rows] == [one["step"] for one in trained["validations"]]
+    assert [float(row[3]) for row in rows] == pytest.approx(
+        [one["quality"]["logloss"] for one in trained["validations"]], abs=1e-4
+    )
+    assert [row[0] for row in rows if "kept" in row[0]] == [f"{trained['best_step']} (kept)"]
+    [figure] = [part for one in page.sections for part in one.parts if getattr(part, "title", "") == "Validation AUC"]
+    assert isinstance(figure, Figure)
+    lines = [line for lines in figure.spec["datasets"].values() for line in lines]
+    assert [line["step"] for line in lines if line.get("label") == "kept"] == [trained["best_step"]]
 
 
 def test_a_steps_time_is_that_of_training_in_parts(page: Page, result: Result):
@@ -279,10 +295,10 @@ def test_a_browser_draws_every_chart_of_a_run_and_has_nothing_to_say(result: Res
     size = result.report(tmp_path / "report.html")
     text = _assert_is_whole(tmp_path / "report.html", chromium, tmp_path / "profile")
     assert size == len(text.encode())
-    assert text.count('data-chart="') == 16
+    assert text.count('data-chart="') == 18
     for label in re.findall(r'<div class="chart" role="img"[^>]*aria-label="([^"]*)"', text):
         assert len(label) > 20
-    assert len(re.findall(r'<div class="chart" role="img"', text)) == 16
+    assert len(re.findall(r'<div class="chart" role="img"', text)) == 18
     assert set(re.findall(r'href="#(section-\d+)"', text)) == set(re.findall(r'<section id="(section-\d+)"', text))
 
 
