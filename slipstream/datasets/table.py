@@ -200,6 +200,8 @@ class TableSource(ColumnarSource):
         """
         _require_columns(self._columns.used, columns.columns, "the Parquet columns")
         used = set(self._columns.used)
+        joined = [_join_lists(columns.get_column(name), column) for name, column in self._lists.items()]
+        columns = columns.with_columns(joined)
         text = [
             _write_column(columns.get_column(name), is_time=name == self._columns.time).alias(name)
             if name in used
@@ -414,6 +416,27 @@ def _find_lists(text: pl.Series, column: ListColumn) -> _Lists:
             "cut": int(samples_of_field[lengths > column.length].sum()),
         },
     )
+
+
+def _join_lists(column: pl.Series, lists: ListColumn) -> pl.Series:
+    """Write nested lists as the fields of text files; columns of text stay as they are.
+
+    Raises:
+        DataError: A value holds the separator, so that no field could hold it.
+    """
+    if not isinstance(column.dtype, pl.List):
+        return column
+    lines = pl.DataFrame({"line": np.arange(len(column)), "value": column})
+    one_by_one = lines.explode("value")
+    values = as_text(one_by_one.get_column("value"))
+    if values.str.contains(lists.separator, literal=True).any():
+        raise DataError(
+            f"a value of the lists in Parquet column `{column.name}` has the separator {lists.separator!r} in it",
+            hint=f"set dataset.columns.lists.{column.name}.separator to a text that no value has",
+        )
+    together = one_by_one.with_columns(values).drop_nulls().group_by("line", maintain_order=True).agg("value")
+    found = lines.select("line").join(together, on="line", how="left", maintain_order="left")
+    return found.get_column("value").list.join(lists.separator).alias(column.name)
 
 
 def _make_bags(lists: Sequence[ListColumn], *, first: int) -> tuple[Bag, ...]:

@@ -301,6 +301,22 @@ def test_lists_are_cut_as_python_cuts_them(rows: list[tuple[list[str], list[str]
         assert dict(texts.select("raw_id", "text").rows()) == {hash_of(value): value for value in hashed}
 
 
+def test_nested_lists_of_parquet_are_read_like_fields_of_text():
+    source = make_source(LISTS, ("user", "tags", "genres", "clicked"))
+    nested = {
+        "user": [1, 2, 3],
+        "clicked": [1, 0, 1],
+        "tags": [["a"], [], None],
+        "genres": [[7.0, 8.0], [9.0, None], []],
+    }
+    flat = nested | {"tags": ["a", "", None], "genres": ["7|8", "9", ""]}
+    of_nested, of_flat = (source.parse(source.to_lines(pl.DataFrame(columns))) for columns in (nested, flat))
+    assert of_nested.samples.equals(of_flat.samples)
+    assert of_nested.lists == of_flat.lists
+    with pytest.raises(DataError, match=r"Parquet column `genres` has the separator '\|' in it"):
+        source.to_lines(pl.DataFrame(nested | {"genres": [["a|b"], ["c"], ["d"]]}))
+
+
 def test_what_is_no_text_in_a_list_is_rejected():
     source = make_source(LISTS, ("user", "tags", "genres", "clicked"))
     line = b"u,a,Dr\xffma|Comedy,1"
