@@ -101,8 +101,8 @@ def test_quality_is_that_of_scikit_learn_on_what_is_written(trained, tmp_path: P
 
 
 def test_several_models_are_averaged_and_each_is_measured(trained, tmp_path: Path):
-    # with vocabularies and transforms of their own, and two that share theirs
-    folders = [trained(kind)[0] for kind in ("dense", "int8", "hashed")]
+    # two that share vocabularies and transforms, one with other transforms, one with other vocabularies
+    folders = [trained(kind)[0] for kind in ("dense", "int8", "standard", "hashed")]
     raw = write_raw(tmp_path / "log.tsv", [*LINES, b"no sample"])
     alone = [score_lines(folder, raw, tmp_path / f"{at}.parquet") for at, folder in enumerate(folders)]
     counts = score.run(list(map(ServedModel, folders)), raw=[str(raw)], out=tmp_path / "m.parquet", progress=Silent())
