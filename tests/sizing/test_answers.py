@@ -38,7 +38,8 @@ def by_policy(sizes: Sizes) -> dict[str, Answer]:
 @pytest.mark.parametrize("policy", ["frequency", "sample-aware"])
 def test_a_budget_serves_what_the_hot_set_of_that_budget_does(runs: Path, policy: str):
     told = by_policy(ask(runs, budgets=["20%"]))[policy]
-    result = run_pipeline(config(segregate__policy=policy, segregate__hot_budget="20%"), runs)
+    chosen_by = config(segregate__policy=policy, segregate__hot_budget="20%")
+    result = run_pipeline(chosen_by, runs, stages=["profile", "segregate"])
     chosen = result.counts("segregate")
     assert told.served.hot_rows == chosen["hot_rows"]
     assert told.served.hit_ratio == pytest.approx(chosen["hit_ratio"], abs=1e-9)
