@@ -339,7 +339,7 @@ def _write_toml(
         'lr_decay = "linear"',
         "",
         "[skip]",
-        'criterion = "none"  # "stale" trains on fewer samples once rows have settled',
+        'criterion = "none"  # "stale" trains on fewer samples once rows have come to rest',
     ]
     return "\n".join(lines) + "\n"
 

@@ -1,4 +1,4 @@
-"""Where rows live and how they are held; `row_cache` and `duplicates` are ground that the rooms share.
+"""Where rows live and how they are held; all rooms share `rules`, `row_cache` and `duplicates`.
 
 Bags to use on their own, with the call of `nn.EmbeddingBag`; each is loaded when it is first asked for:
 
@@ -8,7 +8,8 @@ Bags to use on their own, with the call of `nn.EmbeddingBag`; each is loaded whe
     QuantizedEmbeddingBag    a table that learns on the few bits it will be served with
     PackedEmbeddingBag       the same for inference, stored on those bits
 
-Of several processes that train one model together, bags that keep something of their own refuse to be a part.
+Bags that keep state outside their parameters refuse to train in several processes at once: the processes would drift
+apart.
 
 For code that calls FBTT-Embedding or ColossalAI's CachedEmbedding: `tt.fbtt` and `cached.colossal`.
 """

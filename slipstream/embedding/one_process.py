@@ -1,4 +1,4 @@
-"""What bags that keep something of their own refuse: to train in several processes that must stay alike."""
+"""Why bags with state outside their parameters train in one process only: several would drift apart."""
 
 from __future__ import annotations
 

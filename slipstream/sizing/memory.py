@@ -65,9 +65,9 @@ class Memory:
             config: The pipeline, in the mode that is asked about.
             num_hot: Hot rows of the tables that have rows.
         """
-        held = weigh(self._make_trainer(config, num_hot, on_cuda=self._on_cuda), on_cuda=self._on_cuda)
-        device = held.device | self._transient
-        host = held.host | {
+        footprint = weigh(self._make_trainer(config, num_hot, on_cuda=self._on_cuda), on_cuda=self._on_cuda)
+        device = footprint.device | self._transient
+        host = footprint.host | {
             "samples in flight": train_memory_bytes(0, self._figures.samples["train"], sample_bytes=self._sample_bytes),
             "saving the model": self._saved_bytes,
         }

@@ -165,7 +165,7 @@ def weigh(trainer: Trainer, *, on_cuda: bool = False) -> Footprint:
         on_cuda: Whether moves would go through page-locked memory, where they do not yet.
     """
     step, rows = trainer.step, trainer.step.rows
-    held = _Held()
+    seen = _Weighed()
     hot = slice(0, rows.num_hot)
     buffers, (cold, *cold_states) = [buffer for buffer, _ in rows.pairs], rows.on_host
     device = {
@@ -174,23 +174,23 @@ def weigh(trainer: Trainer, *, on_cuda: bool = False) -> Footprint:
         "staging": sum(buffer[rows.num_hot :].nbytes for buffer in buffers),
     }
     host = {"cold rows": cold.nbytes, "optimizer state": sum(state.nbytes for state in cold_states)}
-    held.add(rows)
-    host["slots"] = held.add(step.representations.layout)
-    device["scales and cores"] = held.add(step.representations)
+    seen.add(rows)
+    host["slots"] = seen.add(step.representations.layout)
+    device["scales and cores"] = seen.add(step.representations)
     if step.tracker is not None:
-        device["staleness"] = held.add(step.tracker)
-    device["layers"] = held.add(step)
+        device["staleness"] = seen.add(step.tracker)
+    device["layers"] = seen.add(step)
     if isinstance(trainer.lookahead, InPlace):
-        device["finding rows"] = held.add(trainer.lookahead.plans)
-    host["skipping"] = held.add(trainer.skipper)
-    host["moving rows"] = held.add(trainer.lookahead) + (NUM_SLABS * SLAB_BYTES if on_cuda else 0)
+        device["finding rows"] = seen.add(trainer.lookahead.plans)
+    host["skipping"] = seen.add(trainer.skipper)
+    host["moving rows"] = seen.add(trainer.lookahead) + (NUM_SLABS * SLAB_BYTES if on_cuda else 0)
     return Footprint(
         device={name: size for name, size in device.items() if size},
         host={name: size for name, size in host.items() if size},
     )
 
 
-class _Held:
+class _Weighed:
     """Finds every tensor and array that objects of this package hold, each once: nobody has to list them."""
 
     def __init__(self) -> None:

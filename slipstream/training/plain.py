@@ -2,7 +2,7 @@
 
 What tiers, caches, look-ahead, sorted duplicates and fused updates are compared with. It shares nothing with them but
 the network around the tables, which is made of torch's own modules. Rules are written as their papers have them, in
-float32; `torch.optim` has the same for SGD, Adagrad and sparse Adam, rounded otherwise (fused multiplications), and
+float32; `torch.optim` has the same for SGD, Adagrad and sparse Adam, rounded differently (fused multiplications), and
 none for row-wise Adagrad.
 
 A row's gradients are summed in the order of its lookups, sample by sample. `coalesce` would leave the order to a sort

@@ -168,7 +168,7 @@ def require_same_model(step: TrainStep) -> None:
     if not isinstance(step, SharedStep):
         return
     digest = xxhash.xxh3_64()
-    held = (*step.model.parameters(), *step.rows.buffer_state, step.rows.buffer)
-    for tensor in held:
+    parameters = (*step.model.parameters(), *step.rows.buffer_state, step.rows.buffer)
+    for tensor in parameters:
         digest.update(tensor.detach().cpu().contiguous().numpy().view(np.uint8).data)
     step.sums.ranks.require_equal(digest.intdigest() >> 1, f"parameters after step {step.num_steps}")

@@ -1,8 +1,8 @@
 """CPU threads of torch: as many as the work of a step is worth.
 
-A second thread costs a meeting of the two after every operation, and where the machine does something else as well, one
-of them waits for a core at each. Small layers gain nothing from it. The number never follows from timing: matrix
-products are rounded otherwise by other numbers of threads, and the same run must give the same model.
+Two threads have to meet after every operation, and on a machine that does other work as well one of them waits for a
+core each time. Small layers gain nothing from a second one. The number never follows from timing: another number of
+threads rounds matrix products differently, and the same run must give the same model.
 """
 
 from __future__ import annotations

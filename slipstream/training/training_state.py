@@ -1,4 +1,4 @@
-"""Everything of a training that a checkpoint holds, beside the rows: collected, and put back."""
+"""What a checkpoint holds of a training besides the rows: collected, and put back."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _BLOCK_ROWS = 1 << 16
 
 
 def collect_state(trainer: Trainer) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
-    """Say what a trainer knows beside its rows, while no row moves.
+    """Say what a trainer knows besides its rows, while no row moves.
 
     Returns:
         (plain values for JSON, arrays that nobody changes any more).

@@ -2,8 +2,8 @@
 
     from slipstream.embedding.cached.colossal import CachedEmbeddingBag, EvictionStrategy
 
-A bag is its own `cache_weight_mgr`. What there is no room for here says so when it is asked for, and what to do
-instead: the other classes, lookups by position, prints.
+A bag is its own `cache_weight_mgr`. Whatever is not supported, such as the other classes and lookups by cache position,
+ends in an error that says what to do instead.
 
 Source: hpcaitech/ColossalAI, legacy cache_embedding: the signatures, and hit and miss counts after each batch.
 """

@@ -1,4 +1,4 @@
-"""By the error a model would make: large errors stay, small ones stay rarely and count more.
+"""By the error of the model: samples that it predicts badly stay, others stay rarely and count more.
 
 The error is guessed by a linear scorer that learns beside the model, or asked of the model itself.
 """

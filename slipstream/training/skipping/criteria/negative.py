@@ -1,4 +1,4 @@
-"""Blindly among samples without a click, the rest of them weighted up: the habit of the industry."""
+"""Blindly among samples without a click; those that stay count for the others too: the habit of the industry."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The same share as the others, blindly: the control of every claim."""
+"""Blindly, the same share as the other criteria: the control of every claim."""
 
 from __future__ import annotations
 

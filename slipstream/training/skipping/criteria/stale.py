@@ -1,4 +1,4 @@
-"""Hot samples whose rows have come to rest, or hardly pull any more.
+"""Hot samples that hardly pull at their rows any more, or whose rows have come to rest.
 
 By the net movement of rows they are dropped (Slipstream); by the pull of each label on them they are thinned out, and
 those that stay count more. See `staleness.py`.
