@@ -74,11 +74,6 @@ def test_the_reference_is_what_make_docs_writes() -> None:
         assert (ROOT / "docs" / name).read_text(encoding="utf-8") == text, f"docs/{name}: run `make docs`"
 
 
-def test_the_log_can_be_read_at_any_width() -> None:
-    lines = (ROOT / "docs/log.md").read_text(encoding="utf-8").splitlines()
-    assert [number for number, line in enumerate(lines, start=1) if len(line) > 120] == []
-
-
 def test_every_config_key_is_in_the_reference() -> None:
     page = (ROOT / "docs/reference/config.md").read_text(encoding="utf-8")
     keys = load_generator().config_keys()
