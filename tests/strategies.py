@@ -17,6 +17,7 @@ from slipstream.training.skipping.registry import make_criterion
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from slipstream.embedding.tiers.rows import TieredRows
     from slipstream.training.skipping.trackers import RowTracker
 
 TINY: dict[str, Any] = {
@@ -116,3 +117,15 @@ def slot_batches(draw: st.DrawFn):
 def make_tracker(movement: Movement, hot_rows: Tensor) -> RowTracker:
     """What criterion `stale` watches the hot tier with, a view of shape (H, D)."""
     return make_criterion(SkipRule(criterion="stale", target_drop=0.3, movement=movement)).make_tracker(hot_rows)
+
+
+def state_of(rows: TieredRows, slots: Tensor) -> list[Tensor]:
+    """What the rule keeps of some slots, wherever they live, on the host. Shapes (n,) per row, (n, D) per element."""
+    is_hot = slots < rows.num_hot
+    found = []
+    for buffer, host in rows.pairs[1:]:
+        state = host.new_empty(len(slots), *host.shape[1:])
+        state[is_hot] = buffer[slots[is_hot].to(rows.device)].cpu()
+        state[~is_hot] = rows.read_cold(host, slots[~is_hot] - rows.num_hot)
+        found.append(state)
+    return found

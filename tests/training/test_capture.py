@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from fake_cuda import CUDA, FakeCuda
-from strategies import make_tracker
+from strategies import make_tracker, state_of
 from torch import Tensor
 
 from slipstream.embedding.quantized import quantize_linears
@@ -81,7 +81,7 @@ def in_place(rows: TieredRows) -> InPlace:
 
 def results_of(step: TrainStep) -> list[Tensor]:
     rows = step.rows
-    state = rows.read_state(torch.arange(NUM_ROWS))
+    state = state_of(rows, torch.arange(NUM_ROWS))
     dense = [parameter.detach().cpu() for parameter in step.model.parameters()]
     return [rows.gather(torch.arange(NUM_ROWS)).cpu(), *state, *dense, torch.tensor(step.take_loss_sum())]
 

@@ -178,17 +178,6 @@ class TieredRows:
         """Read rows of the cold tier, or what travels with them. (n,) integer -> (n, …)."""
         return host[cold]
 
-    def read_state(self, slots: Tensor) -> list[Tensor]:
-        """Say what the rule keeps, wherever it lives, on the host. Shapes (n,) per row, (n, D) per element."""
-        is_hot = slots < self.num_hot
-        found = []
-        for buffer, host in self._state_pairs:
-            state = torch.empty(len(slots), *host.shape[1:])
-            state[is_hot] = buffer[slots[is_hot].to(self.device)].cpu()
-            state[~is_hot] = self.read_cold(host, slots[~is_hot] - self.num_hot)
-            found.append(state)
-        return found
-
 
 def update_rows(
     rule: RowOptimizer,

@@ -11,7 +11,7 @@ import torch
 from fake_cuda import FakeCuda
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import slot_batches
+from strategies import slot_batches, state_of
 from torch import Tensor
 
 from slipstream.embedding.duplicates import sort_lookups, sum_duplicates
@@ -100,7 +100,7 @@ def train_plainly(rows: TieredRows, batches: Iterator[Batch]) -> list[Tensor]:
     """The same over one tensor of all rows, one batch after the other."""
     rule = rows.rule(eps=1e-6)
     everything = torch.arange(rows.num_rows)
-    weights, state = rows.gather(everything).cpu(), rows.read_state(everything)
+    weights, state = rows.gather(everything).cpu(), state_of(rows, everything)
     for number, batch in enumerate(batches, start=1):
         found = sort_lookups(batch.slots.ravel())
         order, starts, inverse = (torch.from_numpy(part) for part in (found.order, found.starts, found.inverse))
@@ -125,7 +125,7 @@ def train_plainly(rows: TieredRows, batches: Iterator[Batch]) -> list[Tensor]:
 
 def everything_of(rows: TieredRows) -> list[Tensor]:
     every = torch.arange(rows.num_rows)
-    return [rows.gather(every).cpu(), *rows.read_state(every)]
+    return [rows.gather(every).cpu(), *state_of(rows, every)]
 
 
 @given(

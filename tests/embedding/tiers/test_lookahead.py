@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import slot_batches
+from strategies import slot_batches, state_of
 from torch import Tensor
 
 from slipstream.embedding.duplicates import sum_duplicates
@@ -113,7 +113,7 @@ def plain_loop(num_rows: int, batches: Sequence[Batch], optimizer: str) -> tuple
 
 def table_of(rows: TieredRows) -> tuple[Tensor, Tensor | None]:
     everything = torch.arange(rows.num_rows)
-    return rows.gather(everything), rows.read_state(everything)[0] if rows.buffer_state else None
+    return rows.gather(everything), state_of(rows, everything)[0] if rows.buffer_state else None
 
 
 def cold_rows_of(batch: Batch, num_hot: int) -> set[int]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import state_of
 
 from slipstream.embedding.duplicates import sum_duplicates
 from slipstream.embedding.rules import OPTIMIZERS
@@ -33,7 +34,7 @@ def test_rows_and_state_are_found_wherever_they_live(num_rows: int, data):
     place = torch.empty(num_rows, dtype=torch.int64)
     place[order] = torch.arange(num_rows)
     assert torch.equal(rows.gather(asked), weights[place[asked]])
-    for found, kept in zip(rows.read_state(asked), state, strict=True):
+    for found, kept in zip(state_of(rows, asked), state, strict=True):
         assert torch.equal(found, kept[place[asked]])
     assert len(rows.cold) == num_rows - rows.num_hot
     assert rows.first_spare == rows.num_hot + 4

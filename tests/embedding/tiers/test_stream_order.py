@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from fake_cuda import CUDA, FakeCuda
+from strategies import state_of
 from torch import Tensor
 
 from slipstream.embedding.row_cache import RowCache
@@ -81,7 +82,7 @@ def trainer_of(rows: TieredRows):
 def evaluate(rows: TieredRows) -> list[Tensor]:
     """Everything, as it is read for evaluation and to disk."""
     everything = torch.arange(NUM_ROWS)
-    return [rows.gather(everything).cpu(), *rows.read_state(everything)]
+    return [rows.gather(everything).cpu(), *state_of(rows, everything)]
 
 
 def train(mode: str, *, chunk_batches: int, sorts_all: bool, device: torch.device) -> Any:

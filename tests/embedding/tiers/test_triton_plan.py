@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from strategies import state_of
 from torch import Tensor
 
 from slipstream.embedding.rules import OPTIMIZERS
@@ -95,7 +96,7 @@ def train(make: type[BatchPlan], device: torch.device, *, optimizer: str, dim: i
         following.take_over(now)
         now, following = following, now
     every = torch.arange(NUM_ROWS)
-    kept = [rows.gather(every), *rows.read_state(every), *(host.clone() for _, host in rows.pairs)]
+    kept = [rows.gather(every), *state_of(rows, every), *(host.clone() for _, host in rows.pairs)]
     staged = [buffer[: rows.first_spare] for buffer, _ in rows.pairs]
     return [part.cpu() for part in (*found, *kept, *staged, torch.tensor([now.counted(), following.counted()]))]
 
