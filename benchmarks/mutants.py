@@ -76,6 +76,8 @@ class Covered:
     """By file and line, the tests that run it."""
     seconds: dict[str, float]
     """By test."""
+    failing: list[str]
+    """Tests that fail unchanged."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +96,11 @@ def main() -> None:
     options = parse()
     work = Path(options.work) if options.work else Path(tempfile.mkdtemp(prefix="mutants-"))
     work.mkdir(parents=True, exist_ok=True)
-    covered = read_covered(work, options.under)
+    covered = read_covered(work, options.under, options.tests)
     mutants = draw(options.count, options.seed, options.under)
     print(f"{len(mutants)} changes, {len(covered.seconds)} tests, seed {options.seed}", flush=True)
+    if covered.failing:
+        print(f"left out, because they fail unchanged: {', '.join(covered.failing)}", flush=True)
     load_what_is_slow_to_load()
     verdicts = list(try_all(mutants, covered, work, options))
     report(verdicts, work, options)
@@ -108,6 +112,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--count", type=int, default=400, help="changes to try")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
     parser.add_argument("--under", action="append", default=[], help="only files whose path starts so")
+    parser.add_argument("--tests", action="append", default=[], help="only these tests; by default all")
     parser.add_argument("--seconds", type=float, default=60.0, help="of tests for one change, at most")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--work", help="keeps coverage and survivors; by default a new temporary folder")
@@ -117,32 +122,34 @@ def parse() -> argparse.Namespace:
 # which tests run which line -------------------------------------------------------------------------------------------
 
 
-def read_covered(work: Path, under: Sequence[str]) -> Covered:
+def read_covered(work: Path, under: Sequence[str], tests: Sequence[str]) -> Covered:
     """Run the unchanged tests under coverage, or read what an earlier run over the same files found."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(repr(tests).encode())
     for name in sorted(project_files()):
         if name.endswith(".py"):
             digest.update(name.encode() + (ROOT / name).read_bytes())
     kept = work / f"covered-{digest.hexdigest()[:16]}.json"
     if not kept.exists():
         print("running the unchanged tests under coverage", flush=True)
-        subprocess.run([sys.executable, __file__, "--cover", str(kept)], cwd=ROOT, check=True, env=environment(ROOT))
+        command = [sys.executable, __file__, "--cover", str(kept), *tests]
+        subprocess.run(command, cwd=ROOT, check=True, env=environment(ROOT))
     found = json.loads(kept.read_text())
     lines = {
         path: {int(line): tests for line, tests in by_line.items()}
         for path, by_line in found["lines"].items()
         if path.startswith(tuple(under) or "slipstream/")
     }
-    return Covered(lines, found["seconds"])
+    return Covered(lines, found["seconds"], found["failing"])
 
 
-def cover(kept: Path) -> None:
-    """Run every test once in this process and write which lines each of them runs."""
+def cover(kept: Path, tests: Sequence[str]) -> None:
+    """Run tests once in this process and write which lines each of them runs."""
     import coverage
     import pytest
 
     measured = coverage.Coverage(data_file=None, source=["slipstream"])
     seconds: dict[str, float] = {}
+    failing: set[str] = set()
 
     class Contexts:
         @pytest.hookimpl(wrapper=True)
@@ -153,20 +160,25 @@ def cover(kept: Path) -> None:
             seconds[item.nodeid] = time.perf_counter() - began
             return result
 
+        def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+            if report.failed:
+                failing.add(report.nodeid)
+
     ignored = [f"--ignore={name}" for name in NOT_OF_THE_CODE]
     measured.start()
-    code = pytest.main(["-q", "-x", "-p", "no:cacheprovider", *ignored], plugins=[Contexts()])
+    code = pytest.main(["-q", "-p", "no:cacheprovider", *ignored, *tests], plugins=[Contexts()])
     measured.stop()
-    if code:
-        sys.exit(f"the unchanged tests do not pass (pytest ended with {code})")
+    if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        sys.exit(f"the unchanged tests do not run (pytest ended with {code})")
     data = measured.get_data()
     lines = {
         str(Path(path).relative_to(ROOT)): {
-            line: [test for test in tests if test] for line, tests in data.contexts_by_lineno(path).items()
+            line: [test for test in running if test and test not in failing]
+            for line, running in data.contexts_by_lineno(path).items()
         }
         for path in data.measured_files()
     }
-    kept.write_text(json.dumps({"lines": lines, "seconds": seconds}))
+    kept.write_text(json.dumps({"lines": lines, "seconds": seconds, "failing": sorted(failing)}))
 
 
 def choose_tests(mutant: Mutant, covered: Covered, seconds: float) -> list[str]:
@@ -409,6 +421,6 @@ def describe(verdict: Verdict) -> str:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--cover"]:
-        cover(Path(sys.argv[2]))
+        cover(Path(sys.argv[2]), sys.argv[3:])
     else:
         main()
