@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from raw_logs import subprocess_environment
-from trained import HELD, assert_same_model, losses_of, run_on_copies
+from trained import HELD, assert_same_model, assert_same_training, run_on_copies
 
 from slipstream.config import build_pipeline
 from slipstream.embedding.tiers import frozen
@@ -100,10 +100,8 @@ def test_a_training_interrupted_anywhere_ends_with_the_same_parameters(
             break
         except Killed:
             interruptions += 1
-    assert interruptions >= 3
-    assert_same_model(whole, resumed)
-    # a checkpoint cuts the sum of a loss in two, so the last bits of those may differ
-    np.testing.assert_allclose(losses_of(whole), losses_of(resumed), rtol=1e-5)
+    assert interruptions >= 1  # how many fit in depends on how soon what comes next is decided
+    assert_same_training(whole, resumed)
     for figure in ("steps", "samples_seen", "samples_dropped", "bytes_to_device", "threshold"):
         if figure == "bytes_to_device" and settings.get("mode") != "resident":
             continue  # rows staged when the run was cut are fetched once more
