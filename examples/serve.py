@@ -57,7 +57,10 @@ def make_app(scorer: Scorer) -> Starlette:
             # in a thread, so that the next request is read meanwhile
             return JSONResponse(await run_in_threadpool(scorer.score, bytes(body)))
         except (SlipstreamError, ValueError) as error:
-            return JSONResponse({"error": str(error)}, status_code=400)
+            said = {"error": str(error)}
+            if hint := getattr(error, "hint", None):
+                said["hint"] = hint
+            return JSONResponse(said, status_code=400)
 
     async def fields(_: Request) -> JSONResponse:
         return JSONResponse(list(scorer.encoder.source.fields))
