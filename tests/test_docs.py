@@ -142,3 +142,8 @@ def test_every_file_that_a_run_publishes_is_described(tmp_path: Path) -> None:
             pattern = re.sub(r"cat_\d+", "<table>", re.sub(r"part-\d+", "part-*", file))
             pattern = "events/*" if pattern.startswith("events/") else pattern
             assert f"{name}/{pattern}" in described, f"{file} of stage {name}"
+
+
+def test_lines_of_the_log_fit_120_columns():
+    lines = (ROOT / "docs/log.md").read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if len(line) > 120] == []

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from slipstream.embedding.one_process import require_one_process
+from slipstream.embedding.rules import require_one_process
 from slipstream.errors import CapacityError
 
 

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from slipstream.embedding.duplicates import sum_duplicates
-from slipstream.embedding.one_process import require_one_process
 from slipstream.embedding.quantized.abs_max import AbsMaxTracker
 from slipstream.embedding.quantized.base import (
     Bag,
@@ -42,7 +41,7 @@ from slipstream.embedding.quantized.numbers import (
     stochastic_round,
 )
 from slipstream.embedding.quantized.packed import PackedEmbeddingBag
-from slipstream.embedding.rules import OPTIMIZERS, RowOptimizer
+from slipstream.embedding.rules import OPTIMIZERS, RowOptimizer, require_one_process
 
 MasterDtype = Literal["float32", "int8"]
 

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slipstream.embedding.one_process import require_one_process
-from slipstream.embedding.rules import OPTIMIZERS
+from slipstream.embedding.rules import OPTIMIZERS, require_one_process
 from slipstream.embedding.tt.counts import IdCounter, tensor_bytes
 from slipstream.embedding.tt.kernels import (
     Plan,
