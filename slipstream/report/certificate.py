@@ -40,7 +40,8 @@ def certificate_parts(facts: RunFacts) -> Iterator[Part]:
         return
     kind = "text" if certificate.passes else "warning"
     yield Paragraph(text=f"Verified against a plain loop: {certificate.verdict}.", kind=kind)
-    yield Grid(title="Certificate", columns=("what", "found"), rows=list(_facts(certificate)))
+    rows = list(_facts(certificate))
+    yield Grid(title="Certificate", columns=("what", "found"), rows=rows, is_wide=True, holds_words=True)
     if differing := _differing(certificate):
         columns = ("parameter", "values that differ", "of", "largest difference", "ULP")
         yield Grid(title="What differs", columns=columns, rows=_lines(differing))

@@ -47,6 +47,8 @@ class Grid:
     rows: Sequence[Sequence[str]]
     is_wide: bool = False
     """Whether it takes the width of the page."""
+    holds_words: bool = False
+    """Whether its cells are sentences, which begin at the left and go on in the next line, and no numbers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -187,7 +189,7 @@ def _part(part: Part, specs: list[dict[str, Any]]) -> str:
 
 
 def _grid(grid: Grid) -> str:
-    name = "table wide" if grid.is_wide else "table"
+    name = "table" + " wide" * grid.is_wide + " words" * grid.holds_words
     head = _cells("th", grid.columns, 'scope="col"')
     body = "\n".join(f"<tr>{_row(row)}</tr>" for row in grid.rows)
     return (

@@ -121,6 +121,7 @@ def _provenance(facts: RunFacts, command: Sequence[str]) -> Iterator[Part]:
             )
             for name, one in facts.artifacts.items()
         ],
+        is_wide=True,
     )
     yield versions()
     seeds = [("of the pipeline", f"{facts.config.seed}"), ("of training", f"{facts.config.train_seed}")]
