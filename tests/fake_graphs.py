@@ -105,11 +105,11 @@ class FakeCapture:
 
     def __enter__(self) -> None:
         self._cuda.synchronize()
-        self._cuda._lock.acquire()
         self._cuda._capture = self
         self._cuda.capture_modes.append(self.mode)
         self._graph.origin = self._cuda.current_stream()
-        self._cuda.on_capture()
+        self._cuda.on_capture()  # nothing is put back yet, so those it waits for need not wait for the lock
+        self._cuda._lock.acquire()
 
     def __exit__(self, *exc: object) -> None:
         self._cuda._capture = None
