@@ -24,6 +24,7 @@ from slipstream.options import build, later, parse_budget, read_tree, require, s
 from slipstream.preprocess_schema import PreprocessConfig
 from slipstream.published import check_published_order
 from slipstream.registry import ChoiceOf
+from slipstream.schema import BITS, Representation, TableScale
 from slipstream.skip_config import SkipConfig
 from slipstream.training.skipping.criterion import SkipRule
 from slipstream.training.skipping.registry import CRITERIA
@@ -84,10 +85,6 @@ class SegregateConfig:
         require(self.samples_per_shard >= 1, "segregate.samples_per_shard", "at least 1", self.samples_per_shard)
 
 
-Representation = Literal["dense", "int8", "int4", "int2", "tt"]
-ScalePer = Literal["table", "row"]
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TableChoice:
     """How one table is held; a field left out falls back to the rule for its size, then to all tables."""
@@ -96,7 +93,7 @@ class TableChoice:
     """As `tables.representation`, for this table."""
     period: int | None = None
     """As `tables.period`, for this table."""
-    scale_per: ScalePer | None = None
+    scale_per: TableScale | None = None
     """As `tables.scale_per`, for this table."""
     tt_ranks: tuple[int, ...] | None = None
     """As `tables.tt_ranks`, for this table."""
@@ -116,7 +113,7 @@ class TableRule:
     """As `tables.representation`, for these tables."""
     period: int | None = None
     """As `tables.period`, for these tables."""
-    scale_per: ScalePer | None = None
+    scale_per: TableScale | None = None
     """As `tables.scale_per`, for these tables."""
     tt_ranks: tuple[int, ...] | None = None
     """As `tables.tt_ranks`, for these tables."""
@@ -134,7 +131,7 @@ class TablesConfig:
     representation: Representation = "dense"
     """`dense` fp32; `int8`, `int4`, `int2` trained on the grid they are stored on, from an fp32 master; `tt`
     tensor-train cores instead of rows."""
-    scale_per: ScalePer = "table"
+    scale_per: TableScale = "table"
     """What shares the step between two levels of an `int8`, `int4` or `int2` table: the whole `table`, or each `row`
     has its own, four bytes a row more and exact at every lookup."""
     period: int = 200
@@ -333,7 +330,8 @@ class PipelineConfig:
             self.name,
         )
         require(0 <= self.seed < 2**32, "seed", "in [0, 2^32)", self.seed)
-        for representation, per_byte in (("int4", 2), ("int2", 4)):
+        for representation, bits in BITS.items():
+            per_byte = 8 // (bits or 8)
             if representation in self.tables.used and self.model.row_width % per_byte:
                 raise ConfigError(
                     f"`model.embedding_dim` must make rows of a multiple of {per_byte} values for {representation} "

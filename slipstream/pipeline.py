@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +37,7 @@ from slipstream.io.artifacts import (
     remove_artifact,
     scratch_dir,
 )
+from slipstream.io.capacity import peak_memory
 from slipstream.io.locks import InUseError, hold_artifact
 from slipstream.options import to_dict
 from slipstream.progress import Progress, Silent
@@ -211,8 +211,7 @@ class Run:
             job.ranks.tell(_describe_job(job))
         figures = stage.run(job)
         seconds = time.perf_counter() - started
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        artifact = publish(self.run_dir, plan.key, figures.to_json(), seconds=seconds, peak_bytes=peak)
+        artifact = publish(self.run_dir, plan.key, figures.to_json(), seconds=seconds, peak_bytes=peak_memory())
         return StageResult(stage=plan.stage, status="ran", reason=reason, seconds=seconds, artifact=artifact)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import resource
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from slipstream.config import PipelineConfig, build_pipeline
 from slipstream.errors import ArtifactError, ConfigError
 from slipstream.io.artifacts import Artifact, StageKey, describe_altered, open_artifact, publish, scratch_dir
+from slipstream.io.capacity import peak_memory
 from slipstream.io.certificates import FILE as CERTIFICATE
 from slipstream.io.environment import PACKAGES, describe_environment
 from slipstream.io.locks import hold_artifact
@@ -273,8 +273,8 @@ def remake(
     else:
         job = StageJob(config=config, key=key, inputs=inputs, scratch=scratch, progress=progress)
         figures = _STAGES[key.stage].run(job)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return publish(run_dir, key, figures.to_json(), seconds=time.perf_counter() - started, peak_bytes=peak)
+    seconds = time.perf_counter() - started
+    return publish(run_dir, key, figures.to_json(), seconds=seconds, peak_bytes=peak_memory())
 
 
 def _segregate(

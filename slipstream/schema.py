@@ -25,6 +25,13 @@ OOV_ROW: Final = 0
 """The row of unknown and rare values, in every table; always hot."""
 
 
+Representation = Literal["dense", "int8", "int4", "int2", "tt"]
+"""How a table is held: fp32 rows, rows on few bits, or tensor-train cores."""
+BITS: Final[dict[str, int]] = {"dense": 0, "int8": 8, "int4": 4, "int2": 2}
+"""Bits of a row's values, 0 for fp32."""
+TableScale = Literal["table", "row"]
+"""What shares the step between two levels of a table on few bits."""
+
 Pooling = Literal["sum", "mean"]
 """How the rows of a bag become one vector."""
 

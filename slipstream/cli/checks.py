@@ -19,6 +19,7 @@ from slipstream.cli.front import (
     SetOption,
     answer,
     app,
+    follow,
     load,
     say,
 )
@@ -47,20 +48,18 @@ def size(
 ) -> None:
     """Say what hardware a pipeline needs, from its profile: memory by part, for what you ask of the hot set."""
     config = load(pipeline, overrides)
-    from rich.console import Console
-
-    from slipstream.report import RichProgress, sizes_table, stage_line
+    from slipstream.report import sizes_table, stage_line
     from slipstream.sizing.answers import read_questions, size_pipeline
 
-    console = Console(stderr=True)
+    progress, tell = follow()
     sizes = size_pipeline(
         config,
         runs,
         read_questions(hit_ratios=hit_ratio, hot_samples=hot_samples, budgets=budget, device_memories=device_memory),
         profiles=profile,
         calibrates=speed,
-        progress=RichProgress(console),
-        on_stage=lambda stage: console.print(stage_line(stage)),
+        progress=progress,
+        on_stage=lambda stage: tell(stage_line(stage)),
     )
     if as_json:
         typer.echo(json.dumps(sizes.to_json(), indent=1))
@@ -79,14 +78,10 @@ def verify(
 ) -> None:
     """Train some steps as configured and by a plain nn.EmbeddingBag loop, and compare every parameter."""
     config = load(pipeline, overrides)
-    from rich.console import Console
-
     from slipstream.evidence import require_equal, verify_pipeline
-    from slipstream.progress import Silent
-    from slipstream.report import RichProgress
     from slipstream.report.certificate import certificate_table
 
-    progress = Silent() if quiet else RichProgress(Console(stderr=True))
+    progress, _ = follow(quiet=quiet)
     certificate, trained = verify_pipeline(config, runs, steps=steps, progress=progress)
     if as_json:
         typer.echo(json.dumps(certificate.to_json(), indent=1))
@@ -111,14 +106,10 @@ def reproduce(
     quiet: QuietOption = False,
 ) -> None:
     """Make an artifact again from its manifest and inputs, and compare hashes; exit code 1 where one differs."""
-    from rich.console import Console
-
-    from slipstream.progress import Silent
-    from slipstream.report import RichProgress
     from slipstream.report.reproduction import reproduction_table
     from slipstream.reproduce import reproduce_artifact, require_equal
 
-    progress = Silent() if quiet else RichProgress(Console(stderr=True))
+    progress, _ = follow(quiet=quiet)
     again = reproduce_artifact(artifact, raw=raw, work=work, progress=progress)
     if as_json:
         typer.echo(json.dumps(again.to_json(), indent=1))

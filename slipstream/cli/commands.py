@@ -22,6 +22,7 @@ from slipstream.cli.front import (
     SetOption,
     answer,
     app,
+    follow,
     load,
     say,
     speaks,
@@ -69,13 +70,11 @@ def plan(
 ) -> None:
     """Say which stages would run, why, and what they will about take; change nothing."""
     config = load(pipeline, overrides)
-    from rich.console import Console
-
     from slipstream.forecast import forecast_run
     from slipstream.pipeline import plan_pipeline
-    from slipstream.report import RichProgress
 
-    plans = plan_pipeline(config, runs, RichProgress(Console(stderr=True)))
+    progress, _ = follow()
+    plans = plan_pipeline(config, runs, progress)
     forecasts = forecast_run(config, plans)
     if as_json:
         costs = {one.stage: dataclasses.asdict(one) for one in forecasts}
@@ -182,13 +181,10 @@ def compare(
     """Run a grid of modes and skip criteria over several seeds and show paired differences."""
     if report_file is not None:
         _require_charts()
-    from rich.console import Console
-
     from slipstream.compare import make_grid, run_comparison
-    from slipstream.progress import Silent
-    from slipstream.report import RichProgress, comparison_table
+    from slipstream.report import comparison_table
 
-    console = Console(stderr=True)
+    progress, tell = follow(quiet=quiet)
     compared = run_comparison(
         find_pipeline(pipeline),
         runs,
@@ -196,8 +192,8 @@ def compare(
         overrides=overrides,
         seeds=seeds,
         skip_share=skip_share,
-        progress=Silent() if quiet else RichProgress(console),
-        on_run=lambda name, seed: None if quiet else console.print(f"[dim]{name}, seed {seed}[/]"),
+        progress=progress,
+        on_run=lambda name, seed: tell(f"[dim]{name}, seed {seed}[/]"),
     )
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(variant) for variant in compared], indent=1))
@@ -229,15 +225,11 @@ def report(
     """Write what a run left behind as one HTML page: data, hot set, training, quality, cost. Needs extra `report`."""
     config = load(pipeline, overrides)
     _require_charts()
-    from rich.console import Console
-
-    from slipstream.progress import Silent
-    from slipstream.report import RichProgress
     from slipstream.report.run_page import write_run_page
 
     command = ["slipstream", "run", pipeline, "--runs", str(runs)]
     command += [part for override in overrides for part in ("--set", override)]
-    progress = Silent() if quiet else RichProgress(Console(stderr=True))
+    progress, _ = follow(quiet=quiet)
     size = write_run_page(config, runs, out, command=command, progress=progress)
     if not quiet:
         typer.echo(f"report written to {out}, {size / 1e6:.1f} MB; open it in a browser")
@@ -286,19 +278,17 @@ def score(
     quiet: QuietOption = False,
 ) -> None:
     """Write a click probability for every raw line, in order; with labels, say how good they are."""
-    from rich.console import Console
-
     from slipstream.pipeline import score_lines
-    from slipstream.progress import Silent
-    from slipstream.report import RichProgress, score_table
+    from slipstream.report import score_table
     from slipstream.report.document import without_nan
 
+    progress, _ = follow(quiet=quiet)
     summary = score_lines(
         models,
         raw=raw,
         out=out,
         keep=[name for names in keep for name in names.split(",")],
-        progress=Silent() if quiet else RichProgress(Console(stderr=True)),
+        progress=progress,
     )
     if as_json:
         typer.echo(json.dumps(without_nan(summary), indent=1))
@@ -328,20 +318,17 @@ def samples(
 ) -> None:
     """Write encoded samples for DLRM or TorchRec, or as plain Parquet; preprocesses first when needed."""
     config = load(pipeline, overrides)
-    from rich.console import Console
-
     from slipstream.pipeline import export_samples
-    from slipstream.progress import Silent
-    from slipstream.report import RichProgress, stage_line
+    from slipstream.report import stage_line
 
-    console = Console(stderr=True)
+    progress, tell = follow(quiet=quiet)
     summary = export_samples(
         config,
         runs,
         export_format=export_format,
         out_dir=out,
-        progress=Silent() if quiet else RichProgress(console),
-        on_stage=lambda stage: None if quiet else console.print(stage_line(stage)),
+        progress=progress,
+        on_stage=lambda stage: tell(stage_line(stage)),
     )
     if as_json:
         typer.echo(json.dumps(summary, indent=1))
@@ -382,24 +369,21 @@ def _run(
     pipeline: str, runs: Path, overrides: list[str], only: list[str] | None, *, force: bool, as_json: bool, quiet: bool
 ) -> None:
     config = load(pipeline, overrides)
-    from rich.console import Console
-
     from slipstream.pipeline import run_pipeline
-    from slipstream.progress import Silent
-    from slipstream.report import RichProgress, curve_table, run_table, stage_line
+    from slipstream.report import curve_table, run_table, stage_line
     from slipstream.report.document import run_document
 
     if not speaks():
         run_pipeline(config, runs, stages=only, force=force)
         return
-    console = Console(stderr=True)
+    progress, tell = follow(quiet=quiet)
     result = run_pipeline(
         config,
         runs,
         stages=only,
         force=force,
-        progress=Silent() if quiet else RichProgress(console),
-        on_stage=lambda stage: None if quiet else console.print(stage_line(stage)),
+        progress=progress,
+        on_stage=lambda stage: tell(stage_line(stage)),
     )
     if as_json:
         typer.echo(json.dumps(run_document(result), indent=1, allow_nan=False))

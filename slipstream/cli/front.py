@@ -20,9 +20,12 @@ from slipstream.shipped import find_pipeline, shipped_pipelines
 from slipstream.stage_list import STAGES
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rich.console import RenderableType
 
     from slipstream.config import PipelineConfig
+    from slipstream.progress import Progress
 
 DEFAULT_PIPELINE = "tiny"
 _PIPED_COLUMNS = 200
@@ -134,6 +137,19 @@ def answer(renderable: RenderableType) -> None:
     with console.capture() as captured:
         console.print(renderable)
     typer.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
+
+
+def follow(*, quiet: bool = False) -> tuple[Progress, Callable[..., None]]:
+    """Give what shows on stderr how work goes, and what prints a line beside it; both are silent when asked to be."""
+    from rich.console import Console
+
+    from slipstream.progress import Silent
+    from slipstream.report import RichProgress
+
+    if quiet:
+        return Silent(), lambda *_, **__: None
+    console = Console(stderr=True)
+    return RichProgress(console), console.print
 
 
 def speaks() -> bool:

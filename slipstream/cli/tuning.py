@@ -20,6 +20,7 @@ from slipstream.cli.front import (
     SetOption,
     answer,
     app,
+    follow,
 )
 from slipstream.shipped import find_pipeline
 
@@ -48,14 +49,10 @@ def tune(
     quiet: QuietOption = False,
 ) -> None:
     """Search keys for the least logloss on validation data, every trial a run. Needs extra `tune`."""
-    from rich.console import Console
-
-    from slipstream.progress import Silent
-    from slipstream.report import RichProgress
     from slipstream.report.tuning import trial_line, tuned_table
     from slipstream.tune import run_tuning
 
-    console = Console(stderr=True)
+    progress, tell = follow(quiet=quiet)
     path = find_pipeline(pipeline)
     tuned = run_tuning(
         path,
@@ -65,8 +62,8 @@ def tune(
         trials=trials,
         seeds=seeds,
         out=out or Path(f"{path.stem}-tuned.toml"),
-        progress=Silent() if quiet else RichProgress(console),
-        on_trial=lambda trial: None if quiet else console.print(trial_line(trial), soft_wrap=True),
+        progress=progress,
+        on_trial=lambda trial: tell(trial_line(trial), soft_wrap=True),
     )
     if as_json:
         found = {"out": str(tuned.out), "best": tuned.best.number, "trials": tuned.trials}

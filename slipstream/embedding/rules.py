@@ -224,9 +224,11 @@ class Adam(RowOptimizer):
         if sample_weights is not None:
             squares.div_(_like(squares, sample_weights))
         second.lerp_(squares, 1 - self.betas[1])
-        # float64: 1 - β₂ᵗ in float32 has four good digits at the first step
-        correction = (1 - self.betas[1] ** num_steps).sqrt_() / (1 - self.betas[0] ** num_steps)
-        return (first * correction).div_(second.sqrt().add_(self.eps))
+        return (first * self.correction(num_steps)).div_(second.sqrt().add_(self.eps))
+
+    def correction(self, num_steps: Tensor) -> Tensor:
+        """Give √(1 - β₂ᵗ) / (1 - β₁ᵗ). Shape (), float64: 1 - β₂ᵗ in float32 has four good digits at the first step."""
+        return (1 - self.betas[1] ** num_steps).sqrt_() / (1 - self.betas[0] ** num_steps)
 
 
 def _like(gradients: Tensor, sample_weights: Tensor) -> Tensor:

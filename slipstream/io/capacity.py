@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
 from pathlib import Path
 
@@ -49,6 +50,11 @@ def available_memory() -> int:
     except (OSError, ValueError):
         return available
     return min(available, max(limit - used, 0))
+
+
+def peak_memory() -> int:
+    """Most bytes that this process ever held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def show_bytes(size: int) -> str:

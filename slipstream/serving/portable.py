@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from slipstream.embedding.quantized import PackedLinear
+from slipstream.schema import BITS
 from slipstream.training.pooling import StoredBags
-from slipstream.training.representations import BITS
 
 
 class PortableModel(nn.Module):

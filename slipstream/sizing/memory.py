@@ -24,7 +24,6 @@ from slipstream.training.footprint import (
     weigh,
 )
 from slipstream.training.loop import Trainer
-from slipstream.training.representations import BITS
 from slipstream.training.skipping.registry import CRITERIA
 from slipstream.training.slot_layout import SlotLayout
 from slipstream.wiring import choose_tables, make_trainer, put_together, put_together_weightless
@@ -155,9 +154,7 @@ class Memory:
         """Bytes of the tables as they are written, which stand beside those that trained."""
         width = self._config.model.row_width
         return sum(
-            spec.num_rows * width * (BITS[spec.representation] or 32) // 8
-            for spec in self._specs
-            if spec.representation != "tt"
+            spec.num_rows * width * (spec.bits or 32) // 8 for spec in self._specs if spec.representation != "tt"
         )
 
 

@@ -17,10 +17,10 @@ from slipstream.errors import ConfigError
 from slipstream.io.artifacts import MANIFEST, link_or_copy, open_artifact, write_json
 from slipstream.io.model_folder import FILES, read_description
 from slipstream.models.registry import read_model
+from slipstream.schema import BITS
 from slipstream.serving.export import FORMATS, write_portable
 from slipstream.serving.model import ServedModel
 from slipstream.training.model_file import quantize_model
-from slipstream.training.representations import BITS
 
 _BESIDE = ("vocab/*", "past/*", "examples.npz")
 """What a model brings along beside its weights and its description."""

@@ -136,6 +136,7 @@ def assemble(
     rows, placement = place_rows(settings, layout, counts, row_width=network.row_width, device=device, sums=sums)
     draw_rows(rows, layout, padding_rows, bound_of=network.initial_bound, seed=seed)
     representations = represent(settings, specs, layout, rows, seed=seed, bags=bags, padding_rows=padding_rows)
+    representations.set_exact_scales(rows)
     torch.manual_seed(seed)
     with fitting_the_device("the dense layers"):
         model = network.build(num_dense=num_dense, num_columns=representations.pooling.num_fields).to(device)
@@ -346,8 +347,8 @@ def represent(
     bags: Sequence[Bag] = (),
     padding_rows: Mapping[str, int] | None = None,
 ) -> Representations:
-    """Make what the model sees of rows: scales from the initial weights, cores drawn by seed."""
-    representations = Representations(
+    """Make what the model sees of rows, cores drawn by seed; scales wait for the initial weights."""
+    return Representations(
         specs,
         layout=layout,
         embedding_dim=rows.embedding_dim,
@@ -358,8 +359,6 @@ def represent(
         bags=bags,
         padding_rows=padding_rows,
     )
-    representations.set_exact_scales(rows)
-    return representations
 
 
 def make_step(

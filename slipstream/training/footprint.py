@@ -30,10 +30,10 @@ from slipstream.embedding.tiers.placement import StagingHalves
 from slipstream.embedding.tiers.rows import TieredRows
 from slipstream.models.model import Model
 from slipstream.schema import Bag
-from slipstream.training.assemble import Assembly, Settings, find_padding, make_step, place_rows
+from slipstream.training.assemble import Assembly, Settings, find_padding, make_step, place_rows, represent
 from slipstream.training.loop import Trainer
 from slipstream.training.predict import click_probabilities
-from slipstream.training.representations import Representations, TableSpec
+from slipstream.training.representations import TableSpec
 from slipstream.training.slot_layout import SlotLayout
 
 META = torch.device("meta")
@@ -131,17 +131,7 @@ def assemble_weightless(
         rows, placement = place_rows(
             settings, layout, counts, row_width=network.row_width, device=META, on_cuda=on_cuda
         )
-    representations = Representations(
-        specs,
-        layout=layout,
-        embedding_dim=rows.embedding_dim,
-        optimizer=settings.optimizer,
-        eps=settings.eps,
-        seed=0,
-        device=META,
-        bags=bags,
-        padding_rows=padding_rows,
-    )
+    representations = represent(settings, specs, layout, rows, seed=0, bags=bags, padding_rows=padding_rows)
     model = network.build(num_dense=num_dense, num_columns=representations.pooling.num_fields).to(META)
     if linear_bits:
         quantize_linears(model, linear_bits)

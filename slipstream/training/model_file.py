@@ -35,8 +35,9 @@ from slipstream.io.artifacts import write_json
 from slipstream.io.model_folder import DESCRIPTION, WEIGHTS, read_description
 from slipstream.io.tensors import StoredTensor, write_tensors
 from slipstream.models.registry import read_model
+from slipstream.schema import BITS
 from slipstream.training.pooling import StoredBags
-from slipstream.training.representations import BITS, Representations
+from slipstream.training.representations import Representations
 
 
 def save_model(

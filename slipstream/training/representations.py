@@ -13,25 +13,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from slipstream.embedding.quantized.abs_max import CHUNK_ROWS
-from slipstream.embedding.quantized.base import TableScale
 from slipstream.embedding.quantized.grids import RowGrids
 from slipstream.embedding.tiers.padding import PaddedColumns
 from slipstream.embedding.tiers.rows import TieredRows
 from slipstream.embedding.tt.bag import TTEmbeddingBag
-from slipstream.schema import Bag
+from slipstream.schema import BITS, Bag, Representation, TableScale
 from slipstream.training.pooling import Pooling, pad_columns
 from slipstream.training.slot_layout import SlotLayout
-
-Representation = Literal["dense", "int8", "int4", "int2", "tt"]
-BITS: dict[str, int] = {"dense": 0, "int8": 8, "int4": 4, "int2": 2}
-"""Bits of a row's values, 0 for fp32."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +40,11 @@ class TableSpec:
     period: int = 200
     """Steps between refreshes of a scale per table."""
     tt_ranks: tuple[int, ...] = (16, 16)
+
+    @property
+    def bits(self) -> int:
+        """Bits of a row's values, 0 for fp32; tensor-train cores have no rows."""
+        return BITS[self.representation]
 
 
 class Representations:
@@ -81,9 +81,9 @@ class Representations:
         self.specs, self.layout = list(specs), layout
         tiered = [spec for spec in specs if spec.representation != "tt"]
         self.grids: RowGrids | None = None
-        if any(BITS[spec.representation] for spec in tiered):
+        if any(spec.bits for spec in tiered):
             self.grids = RowGrids(
-                bits=[BITS[spec.representation] for spec in tiered],
+                bits=[spec.bits for spec in tiered],
                 periods=[spec.period for spec in tiered],
                 scales_per=[spec.scale_per for spec in tiered],
                 table_of_column=[layout.tiered.index(layout.column_tables[at]) for at in layout.columns],

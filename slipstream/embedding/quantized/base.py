@@ -14,9 +14,9 @@ from torch.autograd.function import once_differentiable
 from slipstream.embedding.duplicates import sum_duplicates
 from slipstream.embedding.quantized.abs_max import CHUNK_ROWS
 from slipstream.embedding.quantized.numbers import check_bits, check_choice, check_finite, float_dtype
+from slipstream.schema import TableScale
 
 Mode = Literal["sum", "mean", "max"]
-TableScale = Literal["table", "row"]
 
 MASK_ROWS_PER_LOOKUP = 4
 """Up to this many rows per lookup a bitmap of the table finds the unique rows faster than a sort."""

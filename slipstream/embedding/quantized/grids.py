@@ -33,8 +33,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from slipstream.embedding.quantized.base import TableScale
 from slipstream.embedding.quantized.numbers import SMALLEST_ABS_MAX, check_bits, max_level, on_grid, scale_for
+from slipstream.schema import TableScale
 
 Bits = int
 """16, 8, 4 or 2, or 0 for a table that is not rounded."""

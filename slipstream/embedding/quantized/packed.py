@@ -9,7 +9,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from slipstream.embedding.quantized.base import Bag, BagOptions, LookupOptions, TableScale, check_table, row_chunks
+from slipstream.embedding.quantized.base import Bag, BagOptions, LookupOptions, check_table, row_chunks
 from slipstream.embedding.quantized.numbers import (
     check_divides,
     check_stored_dtype,
@@ -22,6 +22,7 @@ from slipstream.embedding.quantized.numbers import (
     unpack,
     values_per_byte,
 )
+from slipstream.schema import TableScale
 
 
 class PackedEmbeddingBag(Bag):

@@ -189,9 +189,9 @@ class TritonPlan(BatchPlan):
         dim, _, width = _shape_of_rows(gradients)
         nothing: Any = gradients
         correction = nothing
-        if rule.counts_steps:
+        if isinstance(rule, Adam):
             assert num_steps is not None
-            correction = ((1 - rule.betas[1] ** num_steps).sqrt_() / (1 - rule.betas[0] ** num_steps)).float()
+            correction = rule.correction(num_steps).float()
         num_kept = len(self._rows.buffer_state)
         device_state, host_state = ([*tensors[1 : 1 + num_kept], nothing, nothing] for tensors in (buffers, hosts))
         summing_kernels.sum_and_update[(self._num_updaters(),)](
