@@ -52,7 +52,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for seed in range(options.seeds):
             result = run_pipeline(load_pipeline(options.pipeline, overrides(options, way, seed)), options.runs)
             counts.append(result.counts("train"))
-            assert counts[-1]["ranks"] == options.ranks, "trained elsewhere before: choose another --runs"
+            assert counts[-1].get("ranks", 1) == options.ranks, "trained elsewhere before: choose another --runs"
         sent = {what: statistics.mean(one["sent_bytes_per_step"].get(what, 0) for one in counts) for what in GRADIENTS}
         measured[way] = {
             "steps": counts[0]["steps"],
