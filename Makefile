@@ -50,9 +50,9 @@ test-all: setup ## run the slow tests too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not gpu"
 
 fuzz: setup ## damage what every reader reads, 100,000 times each (CASES=1000 for a look)
-	OMP_NUM_THREADS=1 SLIPSTREAM_FUZZ=$(CASES) $(BIN)/python -m pytest -n auto --timeout 0 tests/fuzz
+	OMP_NUM_THREADS=1 SLIPSTREAM_FUZZ=$(CASES) $(BIN)/python -m pytest -n auto --dist worksteal --timeout 0 $(if $(wildcard /dev/shm),--basetemp=/dev/shm/slipstream-fuzz) tests/fuzz
 
-mutants: $(STAMP) ## change the code on purpose, 400 times, and see whether a test notices
+mutants: $(STAMP) ## change the code on purpose, 400 times, and see whether a test notices; goes on where it stopped
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[mutants]'
 	$(BIN)/python benchmarks/mutants.py --work $(MUTANTS)
 

@@ -331,7 +331,7 @@ def _open_parquet(path: str) -> Iterator[pq.ParquetFile]:
     with _open_stored(path) as stored:
         try:
             file = pq.ParquetFile(stored)
-        except (pa.ArrowInvalid, OSError) as exc:
+        except (pa.ArrowException, OSError) as exc:
             raise DataError(f"`{path}` is not a sound Parquet file: {exc}", hint="copy or write it again") from exc
         yield file
 

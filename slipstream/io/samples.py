@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,7 +185,7 @@ def read_shard(path: Path) -> Samples:
         with path.open("rb") as stream:
             X_int, X_cat, y = read_arrays(stream, ("X_int", "X_cat", "y"))
         return Samples(X_int=X_int, X_cat=X_cat, y=y)
-    except (OSError, EOFError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as exc:
+    except (OSError, ValueError, TypeError, KeyError) as exc:
         raise ArtifactError(
             f"expected an npz shard with X_int, X_cat and y at `{path}`: {exc}",
             hint="re-run `slipstream segregate --force`",

@@ -11,9 +11,11 @@ an array is unpacked into a temporary file, where each column can be read from a
 from __future__ import annotations
 
 import io
+import math
 import shutil
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from threading import Lock
 from typing import IO, Any, cast
@@ -23,7 +25,7 @@ import polars as pl
 
 _ARRAYS = ("y", "X_int", "X_cat")
 _ROWS = 1 << 15
-
+_DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError)
 
 _HEADER_LOCK = Lock()
 """numpy parses headers as Python literals, which Python 3.11 cannot do in two threads at once: now and then it raises
@@ -35,22 +37,44 @@ def read_arrays(stored: IO[bytes], names: Sequence[str]) -> list[np.ndarray]:
 
     Raises:
         KeyError: An array is missing.
-        ValueError: An array is not in C order, holds objects, or is shorter than its header says.
-        zipfile.BadZipFile: The file is no archive, or damaged.
+        ValueError: The file is no archive, or damaged; an array is not in C order, holds objects, or is not as long as
+            its header says.
     """
-    arrays = []
-    with zipfile.ZipFile(stored) as archive:
-        for name in names:
-            with archive.open(f"{name}.npy") as stream:
-                shape, is_fortran, dtype = _read_header(stream)
-                if is_fortran or dtype.hasobject:
-                    raise ValueError(f"expected numbers in C order in {name}, found {dtype}")
-                values = np.empty(shape, dtype)
-                read_into = cast(io.BufferedIOBase, stream).readinto
-                if read_into(values.reshape(-1).view(np.uint8).data) != values.nbytes or stream.read(1):
-                    raise ValueError(f"array {name} is not as long as its header says")
-                arrays.append(values)
-    return arrays
+    try:
+        with _open_archive(stored) as archive:
+            return [_read_array(archive, name) for name in names]
+    except _DAMAGED as exc:
+        raise ValueError(f"expected a sound npz file: {exc}") from exc
+
+
+def _read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    with _open_member(archive, name) as stream:
+        shape, is_fortran, dtype = _read_header(stream)
+        if is_fortran or dtype.hasobject:
+            raise ValueError(f"expected numbers in C order in {name}, found {dtype}")
+        is_possible = math.prod(shape) * dtype.itemsize <= archive.getinfo(f"{name}.npy").file_size
+        values = np.empty(shape if is_possible else 0, dtype)  # no memory for what is not there
+        read_into = cast(io.BufferedIOBase, stream).readinto
+        if not is_possible or read_into(values.reshape(-1).view(np.uint8).data) != values.nbytes or stream.read(1):
+            raise ValueError(f"array {name} is not as long as its header says")
+        return values
+
+
+def _open_archive(stored: IO[bytes]) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(stored)
+    except RuntimeError as exc:  # NotImplementedError: says to be of a later version of zip
+        raise zipfile.BadZipFile(str(exc)) from exc
+
+
+def _open_member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
+    info = archive.getinfo(f"{name}.npy")
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise zipfile.BadZipFile(f"array {name} is compressed in a way that numpy does not write")
+    try:
+        return archive.open(info)
+    except RuntimeError as exc:  # says to be encrypted, or patched
+        raise zipfile.BadZipFile(str(exc)) from exc
 
 
 def _read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
@@ -67,10 +91,13 @@ def npz_widths(stored: IO[bytes]) -> tuple[int, int]:
     """(columns of X_int, columns of X_cat) of a DLRM npz file.
 
     Raises:
-        ValueError: Not such a file: an array is missing, has another shape, or holds no numbers.
+        ValueError: Not such a file: an array is missing, has another shape, or holds no numbers; or it is damaged.
     """
-    with _Members(stored) as members:
-        return members.widths["X_int"], members.widths["X_cat"]
+    try:
+        with _Members(stored) as members:
+            return members.widths["X_int"], members.widths["X_cat"]
+    except _DAMAGED as exc:
+        raise ValueError(f"expected a sound npz file: {exc}") from exc
 
 
 class NpzLines:
@@ -129,7 +156,7 @@ class _Members:
 
     def __init__(self, stored: IO[bytes]) -> None:
         try:
-            self._archive = zipfile.ZipFile(stored)
+            self._archive = _open_archive(stored)
         except zipfile.BadZipFile as exc:
             raise ValueError(f"expected an npz file: {exc}") from exc
         self._streams: dict[str, IO[bytes]] = {}
@@ -175,7 +202,7 @@ class _Members:
 
     def _open(self, name: str) -> tuple[int, ...]:
         try:
-            stream = self._archive.open(f"{name}.npy")
+            stream = _open_member(self._archive, name)
         except KeyError as exc:
             found = ", ".join(sorted(item.removesuffix(".npy") for item in self._archive.namelist()))
             raise ValueError(f"expected the arrays {', '.join(_ARRAYS)}, found {found or 'none'}") from exc

@@ -51,7 +51,7 @@ def read_examples(folder: Path) -> Examples:
     try:
         with (folder / FILE).open("rb") as stream:
             dense, rows = read_arrays(stream, ("dense", "rows"))
-    except (OSError, ValueError, KeyError, EOFError) as exc:
+    except (OSError, ValueError, KeyError) as exc:
         raise ArtifactError(
             f"expected a model with example samples in `{folder}`: {exc}",
             hint="it was made by an older slipstream; train it again",

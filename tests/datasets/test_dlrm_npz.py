@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,7 @@ def test_a_damaged_column_of_dlrm_is_a_data_error(tmp_path: Path, save: Callable
         ({"y": None}, "expected the arrays y, X_int, X_cat, found X_cat, X_int, counts"),
         ({"y": np.zeros(7, np.int32)}, "expected arrays of one length, found \\[7, 300\\]"),
         ({"X_int": np.zeros(300)}, "expected X_int with one row per sample"),
+        ({"y": np.zeros((300, 1, 1))}, "expected y with one row per sample"),
         ({"X_cat": np.full((300, 26), "x")}, "expected numbers in X_cat"),
     ],
 )
@@ -146,6 +148,13 @@ def test_pickles_and_text_are_refused(tmp_path: Path):
     (tmp_path / "text.npz").write_text("no archive")
     with pytest.raises(DataError, match="expected an npz file"):
         build(SourceOptions(files=[str(tmp_path / "text.npz")]))
+    np.savez(tmp_path / "empty.npz")
+    with pytest.raises(DataError, match="expected the arrays y, X_int, X_cat, found none"):
+        build(SourceOptions(files=[str(tmp_path / "empty.npz")]))
+    with zipfile.ZipFile(tmp_path / "lzma.npz", "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("y.npy", bytes(80))
+    with pytest.raises(DataError, match="array y is compressed in a way that numpy does not write"):
+        build(SourceOptions(files=[str(tmp_path / "lzma.npz")]))
 
 
 def test_files_of_other_widths_are_refused(tmp_path: Path):
