@@ -234,6 +234,9 @@ class TrainConfig:
     """How cold rows get to the step: `in_place` the device reads and writes them in page-locked host memory,
     `look_ahead` the host gathers them chunk by chunk. The same results, to the bit on a CPU; `auto` is `in_place` on
     CUDA with `triton` kernels, except in mode `cached`, and `look_ahead` elsewhere."""
+    cold_path: str = speed_only("")
+    """Folder on a fast local disk for a cold tier larger than memory: its rows, with their optimizer state, are mapped
+    from a file there, which has no name and is gone with the run. The same model, to the bit. Empty: in memory."""
     weight_decay: float = 0.0
     """L2 penalty on the dense layers' weights."""
     order: Literal["interleaved", "mixed"] = "interleaved"
@@ -292,11 +295,25 @@ class TrainConfig:
         require(0 <= self.lr_warmup < 1, "train.lr_warmup", "in [0, 1)", self.lr_warmup)
         require(self.eps > 0, "train.eps", "above 0", self.eps)
         check_kernels(self.optimizer, self.kernels)
+        if self.cold_path:
+            self._check_cold_path()
         if self.cold_access == "in_place" and self.mode == "cached":
             raise ConfigError(
                 "`train.cold_access` = 'in_place' does not go with mode `cached`, whose cache the host keeps",
                 hint="set train.cold_access to 'auto' or 'look_ahead', or choose another train.mode",
             )
+
+    def _check_cold_path(self) -> None:
+        for key, value, why in (
+            ("mode", "resident", "which has no cold rows"),
+            ("cold_access", "in_place", "for which cold rows are locked in memory"),
+            ("faithful", True, "which copies whole tables from tier to tier"),
+        ):
+            if getattr(self, key) == value:
+                raise ConfigError(
+                    f"`train.cold_path` does not go with `train.{key}` = {value!r}, {why}",
+                    hint=f"leave train.cold_path out, or set another train.{key}",
+                )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

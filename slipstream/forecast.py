@@ -36,7 +36,12 @@ def forecast_run(config: PipelineConfig, plans: Sequence[StagePlan]) -> list[For
     row_bytes = trained_row_bytes(config)
     return [
         forecast_stage(
-            plan.stage, num_samples=num_samples, row_bytes=row_bytes, epochs=config.train.epochs, num_rows=num_rows
+            plan.stage,
+            num_samples=num_samples,
+            row_bytes=row_bytes,
+            epochs=config.train.epochs,
+            num_rows=num_rows,
+            rows_on_disk=bool(config.train.cold_path),
         )
         for plan in plans
         if plan.will_run and plan.stage in COSTS

@@ -23,6 +23,7 @@ from slipstream.distributed.ranks import Ranks
 from slipstream.distributed.rows import ShardedRows
 from slipstream.embedding.tiers.in_place import InPlace, Runner
 from slipstream.embedding.tiers.lookahead import Batch, LookAhead
+from slipstream.embedding.tiers.on_disk import DiskRows
 from slipstream.errors import ConfigError
 from slipstream.io.figures import TableFigures
 from slipstream.io.processors import usable_cores
@@ -224,11 +225,12 @@ def _make_runner(train: TrainConfig, parts: Assembly) -> Runner:
         parts.placement.padding = padding
         return parts.placement
     chunk_batches = 1 if train.mode == "baseline" else train.chunk_batches
-    look_ahead: Any = SharedLookAhead if isinstance(parts.rows, ShardedRows) else LookAhead
-    runner: LookAhead = look_ahead(
-        parts.rows, parts.placement, chunk_batches=chunk_batches, columns=parts.columns, padding=padding
-    )
-    return runner
+    options: dict[str, Any] = {"chunk_batches": chunk_batches, "columns": parts.columns, "padding": padding}
+    if isinstance(parts.rows, ShardedRows):
+        return SharedLookAhead(parts.rows, parts.placement, **options)
+    # who waits for a disk takes no time from the computation, on a CPU either
+    in_thread = True if isinstance(parts.rows, DiskRows) else None
+    return LookAhead(parts.rows, parts.placement, in_thread=in_thread, **options)
 
 
 def skip_rule_of(config: PipelineConfig, parts: Assembly) -> SkipRule:

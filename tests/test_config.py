@@ -347,6 +347,7 @@ OTHER_VALUES: dict[str, dict[str, Any]] = {
     "train.seed": {"train__seed": 5},
     "train.faithful": {"train__faithful": True, "train__chunk_batches": 16},
     "train.optimizer": {"train__optimizer": "adam"},
+    "train.cold_path": {"train__cold_path": "disk"},
     "skip.criterion": {"skip__criterion": "random"},
     "skip.threshold": {"skip__threshold": 0.01},
     "skip.floor": {"skip__floor": 0.01},
@@ -528,6 +529,15 @@ def test_the_largest_rule_that_fits_holds_and_overrides_win():
 def test_tables_that_cannot_be_held_so_are_refused(overrides: dict[str, Any], message: str):
     with pytest.raises(ConfigError, match=message):
         tiny_config(**overrides)
+
+
+@pytest.mark.parametrize(
+    "other", [{"mode": "resident"}, {"mode": "fae", "cold_access": "in_place"}, {"mode": "fae", "faithful": True}]
+)
+def test_what_cannot_have_cold_rows_in_a_file_is_refused_by_name(other: dict[str, Any]):
+    key, value = list(other.items())[-1]
+    with pytest.raises(ConfigError, match=rf"`train.cold_path` does not go with `train.{key}` = {value!r}"):
+        tiny_config(train__cold_path="disk", **{f"train__{name}": value for name, value in other.items()})
 
 
 def test_batches_cannot_be_smaller_by_a_share_that_nobody_knows():

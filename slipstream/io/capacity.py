@@ -15,12 +15,13 @@ _CGROUP_USED = Path("/sys/fs/cgroup/memory.current")
 
 
 def require_disk(folder: Path, needed_bytes: int, *, purpose: str, hint: str) -> None:
-    """Refuse unless a folder's disk has this much free.
+    """Refuse unless the disk of a folder, which need not be there yet, has this much free.
 
     Raises:
         CapacityError: It has not; the message says what was asked and what there is.
     """
-    free = shutil.disk_usage(folder).free
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
     if needed_bytes > free:
         raise CapacityError(
             f"{purpose} needs about {show_bytes(needed_bytes)} of disk at `{folder}`, and {show_bytes(free)} are free",

@@ -49,7 +49,9 @@ class Forecast:
     memory_bytes: int
 
 
-def forecast_stage(stage: str, *, num_samples: int, row_bytes: int, epochs: int, num_rows: int | None) -> Forecast:
+def forecast_stage(
+    stage: str, *, num_samples: int, row_bytes: int, epochs: int, num_rows: int | None, rows_on_disk: bool = False
+) -> Forecast:
     """Say what a stage will about take on two cores.
 
     Args:
@@ -58,14 +60,16 @@ def forecast_stage(stage: str, *, num_samples: int, row_bytes: int, epochs: int,
         row_bytes: Of one row in training, optimizer state included.
         epochs: Of training.
         num_rows: Of all tables; None where nobody has counted them, then as many as so many synthetic samples have.
+        rows_on_disk: Whether rows train in a file; which of them are hot, and so in memory after all, nobody knows yet.
     """
     cost, millions = COSTS[stage], num_samples / 1e6
     seconds, disk, memory = cost.seconds * millions, cost.disk_bytes * millions, cost.memory_bytes
     if stage == "train":
         tables = row_bytes * (int(num_samples * _ROWS_PER_SAMPLE) if num_rows is None else num_rows)
         seconds *= epochs
-        disk = train_disk_bytes(tables, keeps_checkpoints=True)
-        memory = max(memory, 0.7e9 + train_memory_bytes(tables, num_samples, sample_bytes=4 * 40))
+        disk = train_disk_bytes(tables, keeps_checkpoints=True) + tables * rows_on_disk
+        in_memory = 0 if rows_on_disk else tables
+        memory = max(memory, 0.7e9 + train_memory_bytes(in_memory, num_samples, sample_bytes=4 * 40))
     return Forecast(stage=stage, seconds=seconds, disk_bytes=int(disk), memory_bytes=int(memory))
 
 

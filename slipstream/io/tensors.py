@@ -73,8 +73,7 @@ def write_tensors(path: Path, tensors: Mapping[str, StoredTensor], metadata: Map
         CapacityError: The disk is full; the message says what was needed and what is free.
         ValueError: A tensor's blocks are not as long as its shape says.
     """
-    codes = list(_CODES)
-    ordered = sorted(tensors.items(), key=lambda item: (codes.index(item[1].dtype.name), item[0]))
+    ordered = in_order_of_writing(tensors)
     header = _header(ordered, metadata)
     needed_bytes = len(header) + sum(tensor.nbytes for _, tensor in ordered)
     digest = xxhash.xxh3_64(header)
@@ -90,6 +89,12 @@ def write_tensors(path: Path, tensors: Mapping[str, StoredTensor], metadata: Map
             if written != tensor.nbytes:
                 raise ValueError(f"expected {tensor.nbytes} bytes of tensor {name}, found {written}")
     return digest.hexdigest()
+
+
+def in_order_of_writing(tensors: Mapping[str, StoredTensor]) -> list[tuple[str, StoredTensor]]:
+    """Give names and tensors in the order in which `write_tensors` asks for their blocks."""
+    codes = list(_CODES)
+    return sorted(tensors.items(), key=lambda item: (codes.index(item[1].dtype.name), item[0]))
 
 
 def _header(ordered: Iterable[tuple[str, StoredTensor]], metadata: Mapping[str, str] | None) -> bytes:

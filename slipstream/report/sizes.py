@@ -37,11 +37,14 @@ def sizes_table(sizes: Sizes) -> RenderableType:
         some = numbered[start : start + _BESIDE_EACH_OTHER]
         parts += [_by_part("device memory", [(n, a.device) for n, a in some]), Text()]
         parts += [_by_part("host memory", [(n, a.host) for n, a in some]), Text()]
+        if any(answer.disk for _, answer in some):
+            parts += [_by_part("disk", [(n, a.disk) for n, a in some]), Text()]
     return Group(*parts, *map(Text, _notes(sizes)))
 
 
 def _answers(sizes: Sizes) -> Table:
     table = Table(box=None, pad_edge=False, collapse_padding=True)
+    disk = ("disk",) if any(answer.disk for answer in sizes.answers) else ()
     speed = ("samples/s",) if sizes.calibration else ()
     for name in (
         "",
@@ -54,6 +57,7 @@ def _answers(sizes: Sizes) -> Table:
         "budget",
         "device",
         "host",
+        *disk,
         *speed,
     ):
         table.add_column(name, justify="left" if name in ("asked", "policy") else "right", overflow="fold")
@@ -70,6 +74,7 @@ def _answers(sizes: Sizes) -> Table:
             show_bytes(answer.budget_bytes),
             show_bytes(answer.device_bytes),
             show_bytes(answer.host_bytes),
+            *([show_bytes(answer.disk_bytes)] if disk else []),
             *([f"{answer.speed.samples_per_second:,.0f}"] if answer.speed else []),
         )
     return table
@@ -104,4 +109,6 @@ def _notes(sizes: Sizes) -> Iterator[str]:
         )
     if sizes.on_cuda:
         yield "Device memory is that of a GPU; what its driver and libraries keep for themselves is not counted."
+    if any(answer.disk for answer in sizes.answers):
+        yield "What host memory is left over holds the pages of the disk's file that are used most."
     yield "Host memory is beside that of the process with its packages, about 0.7 GiB."

@@ -57,6 +57,8 @@ class Answer:
     """Bytes by part."""
     host: dict[str, int]
     """Bytes by part."""
+    disk: dict[str, int]
+    """Bytes by part of a cold tier in a file; empty where it is in memory."""
     speed: Speed | None = None
     """As forecast for this machine; None where nothing was calibrated."""
 
@@ -69,6 +71,11 @@ class Answer:
     def host_bytes(self) -> int:
         """All of the host."""
         return sum(self.host.values())
+
+    @property
+    def disk_bytes(self) -> int:
+        """All of the cold tier in a file."""
+        return sum(self.disk.values())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,6 +104,7 @@ class Sizes:
         plain = asdict(self)
         for answer, values in zip(self.answers, plain["answers"], strict=True):
             values |= {"device_bytes": answer.device_bytes, "host_bytes": answer.host_bytes}
+            values |= {"disk_bytes": answer.disk_bytes}
         return plain
 
 
@@ -300,7 +308,7 @@ class Sizer:
         """
 
         def taken(num_rows: int) -> int:
-            return sum(self.memory.weigh(self.config, self._hot_in_tiers(num_rows))[0].values())
+            return self.memory.weigh(self.config, self._hot_in_tiers(num_rows)).device_bytes
 
         low, high = self.curve.num_always, self.curve.num_rows
         if (least := taken(low)) > memory_bytes:
@@ -335,14 +343,15 @@ class Sizer:
                 hot_rows=0, access_threshold=None, hit_ratio=0.0, hot_sample_share=0.0, is_within_curve=True
             )
         hot_in_tiers = self._hot_in_tiers(num_rows) if num_rows else 0
-        device, host = self.memory.weigh(config, hot_in_tiers)
+        footprint = self.memory.weigh(config, hot_in_tiers)
         return Answer(
             asked=asked,
             policy=policy,
             served=served,
             budget_bytes=served.hot_rows * row_bytes_of(self.config),
-            device=device,
-            host=host,
+            device=footprint.device,
+            host=footprint.host,
+            disk=footprint.disk,
             speed=self._forecast(config, policy or "frequency", served, num_rows, hot_in_tiers),
         )
 
@@ -370,5 +379,6 @@ class Sizer:
 
 
 def with_mode(config: PipelineConfig, mode: Mode) -> PipelineConfig:
-    """Give the pipeline with another `train.mode`."""
-    return replace(config, train=replace(config.train, mode=mode))
+    """Give the pipeline with another `train.mode`; without a file for cold rows, where the mode has none."""
+    cold_path = "" if mode == "resident" else config.train.cold_path
+    return replace(config, train=replace(config.train, mode=mode, cold_path=cold_path))

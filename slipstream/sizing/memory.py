@@ -17,6 +17,7 @@ from slipstream.io.figures import PreprocessFigures
 from slipstream.ops.hot_set import table_offsets
 from slipstream.training.footprint import (
     META,
+    Footprint,
     cut_layout,
     evaluation_bytes,
     stage_example,
@@ -57,20 +58,20 @@ class Memory:
         self.has_rows = np.array([spec.representation != "tt" for spec in self._specs])
         """Of each table, whether it has rows; the others are cores. Shape (T,)."""
 
-    def weigh(self, config: PipelineConfig, num_hot: int) -> tuple[dict[str, int], dict[str, int]]:
-        """Give bytes by part: (of the device, of the host).
+    def weigh(self, config: PipelineConfig, num_hot: int) -> Footprint:
+        """Give bytes by part.
 
         Args:
             config: The pipeline, in the mode that is asked about.
             num_hot: Hot rows of the tables that have rows.
         """
         footprint = weigh(self._make_trainer(config, num_hot, on_cuda=self._on_cuda), on_cuda=self._on_cuda)
-        device = footprint.device | self._transient
-        host = footprint.host | {
-            "samples in flight": train_memory_bytes(0, self._figures.samples["train"], sample_bytes=self._sample_bytes),
-            "saving the model": self._saved_bytes,
-        }
-        return device, host
+        in_flight = train_memory_bytes(0, self._figures.samples["train"], sample_bytes=self._sample_bytes)
+        return replace(
+            footprint,
+            device=footprint.device | self._transient,
+            host=footprint.host | {"samples in flight": in_flight},
+        )
 
     def staging_room(self, config: PipelineConfig, num_hot: int, *, on_cuda: bool) -> int:
         """Count the cold rows that a half of the staging area holds.
@@ -148,14 +149,6 @@ class Memory:
     @property
     def _sample_bytes(self) -> int:
         return 4 * (len(self._figures.column_tables) + self._figures.num_dense + 1)
-
-    @property
-    def _saved_bytes(self) -> int:
-        """Bytes of the tables as they are written, which stand beside those that trained."""
-        width = self._config.model.row_width
-        return sum(
-            spec.num_rows * width * (spec.bits or 32) // 8 for spec in self._specs if spec.representation != "tt"
-        )
 
 
 def _slot_maps(rows_per_table: Mapping[str, int], *, are_read: bool) -> dict[str, np.ndarray]:

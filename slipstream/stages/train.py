@@ -10,7 +10,7 @@ Costs   one pass over the training shards an epoch; device memory for hot rows, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,13 @@ def run_stage(job: StageJob) -> TrainFigures:
         ranks=ranks,
     )
     label = "train" if ranks.size == 1 else f"train, {ranks.size} ranks"
-    with _open_events(scratch, ranks) as events, checkpoints, torch_threads(num_threads(config, parts)):
+    # rows last: a checkpoint may still be written from them
+    with (
+        closing(parts.rows),
+        _open_events(scratch, ranks) as events,
+        checkpoints,
+        torch_threads(num_threads(config, parts)),
+    ):
         with (
             shards.streams(seed=config.train_seed) as open_streams,
             job.progress.task(label, shards.figures.num_train * config.train.epochs, "samples") as advance,
@@ -165,24 +171,45 @@ def _check_capacity(
     row_bytes = trained_row_bytes(config)
     num_rows = sum(spec.num_rows for spec in specs if spec.representation != "tt")
     table_bytes = num_rows * row_bytes
+    in_tier = 0 if config.train.mode in ("baseline", "cached") else min(figures.hot_rows, num_rows) * row_bytes
+    in_file = table_bytes - in_tier if config.train.cold_path else 0
     on_device = 0 if on_host else min(figures.hot_rows, num_rows) * row_bytes
     sample_bytes = 4 * (len(figures.column_tables) + figures.num_dense + 1)
     require_memory(
-        train_memory_bytes(table_bytes - on_device, figures.num_train, sample_bytes=sample_bytes),
+        train_memory_bytes(max(0, table_bytes - on_device - in_file), figures.num_train, sample_bytes=sample_bytes),
         purpose="train",
-        hint="lower `model.embedding_dim`, or make the vocabulary smaller: raise `preprocess.freq_threshold`",
+        hint="keep cold rows on a disk with `train.cold_path`, lower `model.embedding_dim`, or make the vocabulary "
+        "smaller: raise `preprocess.freq_threshold`",
     )
     keeps_checkpoints = bool(config.train.checkpoint_steps or config.train.checkpoint_minutes)
     written = sum(file.stat().st_size for file in scratch.rglob("*") if file.is_file())
-    require_disk(
-        scratch,
+    model_bytes = (
         train_disk_bytes(table_bytes, keeps_checkpoints=keeps_checkpoints and not config.train.faithful)
         + (table_bytes if config.validates else 0)
-        - written,
+        - written
+    )
+    if in_file:
+        folder = Path(config.train.cold_path)
+        beside = model_bytes if _disk_of(folder) == _disk_of(scratch) else 0
+        require_disk(
+            folder,
+            in_file + beside,
+            purpose="the cold tier of `train.cold_path`"
+            + (", with what train writes to the same disk," if beside else ""),
+            hint="free some disk, or set `train.cold_path` to a folder on a larger one",
+        )
+    require_disk(
+        scratch,
+        model_bytes,
         purpose="train, its model and two checkpoints," if keeps_checkpoints else "train",
         hint="free some disk, choose a folder on a larger one with --runs, or do without checkpoints: "
         "`train.checkpoint_minutes = 0`",
     )
+
+
+def _disk_of(folder: Path) -> int:
+    """Find which file system a folder is on, or will be."""
+    return next(path.stat().st_dev for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
 
 
 def _make_trainer(

@@ -9,10 +9,13 @@ Initial weights depend on the seed alone, not on what is hot, so every mode star
 
 from __future__ import annotations
 
+import errno
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -27,9 +30,10 @@ from slipstream.embedding.rules import OPTIMIZERS
 from slipstream.embedding.tiers.batch_plan import BatchPlan
 from slipstream.embedding.tiers.in_place import InPlace
 from slipstream.embedding.tiers.mapped import CannotMapError, map_to_device
+from slipstream.embedding.tiers.on_disk import DiskRows
 from slipstream.embedding.tiers.placement import CachedRows, Placement, StagingHalves
 from slipstream.embedding.tiers.rows import TieredRows
-from slipstream.errors import ConfigError
+from slipstream.errors import CapacityError, ConfigError
 from slipstream.models.model import Model
 from slipstream.schema import Bag
 from slipstream.training.averaging import WeightAverage
@@ -41,6 +45,8 @@ from slipstream.training.slot_layout import SlotLayout
 from slipstream.training.step import FixedShapeStep, Kernels, Precision, TrainStep
 
 _log = logging.getLogger(__name__)
+_DRAWN_ROWS = 1 << 16
+"""Rows whose initial weights are drawn at a time."""
 _STAGING_CAP = 1 << 19
 """Rows a staging half holds by default, unless one batch needs more."""
 
@@ -63,6 +69,7 @@ class Settings:
     precision: Literal["auto", "fp32", "tf32", "bf16"]
     kernels: Literal["auto", "torch", "triton"]
     cold_access: Literal["auto", "in_place", "look_ahead"]
+    cold_path: str
     deterministic: bool
 
     def precision_on(self, *, on_cuda: bool) -> Precision:
@@ -238,7 +245,7 @@ def choose_in_place(settings: Settings, layout: SlotLayout, *, on_cuda: bool, is
             f"`train.cold_access` is in_place, and no Triton kernel has `train.optimizer` = '{settings.optimizer}'",
             hint="set train.cold_access to 'look_ahead', or train.kernels to 'torch'",
         )
-    if not len(layout.columns) or settings.cold_access == "look_ahead":
+    if not len(layout.columns) or settings.cold_access == "look_ahead" or settings.cold_path:
         return False
     is_default = kernels == "triton" and have_rule and settings.mode != "cached" and not settings.faithful
     return settings.cold_access == "in_place" or (is_default and is_alone)
@@ -283,22 +290,52 @@ def make_rows(
     """Make tiers of the sizes that the mode wants, with room for two batches in place; all rows are zero.
 
     Raises:
-        CapacityError: The device has no room for them.
+        CapacityError: The device has no room for them, or the disk none for a cold tier in a file.
+        ConfigError: A file cannot be made in `train.cold_path`, or there are several ranks.
     """
     num_hot, num_staged = _size_tiers(settings, layout)
     if is_in_place:
         num_staged = 2 * min(layout.most_distinct(settings.batch_size), layout.num_rows - num_hot)
     with fitting_the_device(f"{num_hot:,} hot rows and {num_staged:,} staged rows of {row_width} floats"):
-        kind = TieredRows if sums is None else partial(ShardedRows, ranks=sums.ranks)
-        return kind(
-            num_rows=layout.num_rows,
-            num_hot=num_hot,
-            embedding_dim=row_width,
-            num_staged=num_staged,
-            optimizer=settings.optimizer,
-            device=device,
-            keeps_lead=settings.average > 0,
+        kind = _kind_of_rows(settings, sums)
+        with _making_cold_file(settings.cold_path):
+            return kind(
+                num_rows=layout.num_rows,
+                num_hot=num_hot,
+                embedding_dim=row_width,
+                num_staged=num_staged,
+                optimizer=settings.optimizer,
+                device=device,
+                keeps_lead=settings.average > 0,
+            )
+
+
+def _kind_of_rows(settings: Settings, sums: GradientSums | None) -> Callable[..., TieredRows]:
+    if not settings.cold_path:
+        return TieredRows if sums is None else partial(ShardedRows, ranks=sums.ranks)
+    if sums is not None:
+        raise ConfigError(
+            "`train.cold_path` does not go with several ranks, which share the cold tier in their memory",
+            hint="train in one process, or leave train.cold_path out: the more ranks, the less memory each needs",
         )
+    return partial(DiskRows, folder=Path(settings.cold_path))
+
+
+@contextmanager
+def _making_cold_file(folder: str) -> Iterator[None]:
+    """Say what the file system had against a file for the cold tier."""
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise CapacityError(
+                f"the disk of `train.cold_path` = '{folder}' has no room for the cold tier: {exc.strerror}",
+                hint="free some disk, or set train.cold_path to a folder on a larger one",
+            ) from exc
+        raise ConfigError(
+            f"`train.cold_path` must be a folder that can be written, found '{folder}': {exc.strerror or exc}",
+            hint="set it to a folder on a fast local disk",
+        ) from exc
 
 
 def _size_tiers(settings: Settings, layout: SlotLayout) -> tuple[int, int]:
@@ -329,12 +366,13 @@ def draw_rows(
     """Draw initial weights table by table, so that they do not depend on what is hot; padding rows are zero."""
     generator = torch.Generator().manual_seed(seed)
     for name in layout.tiered:
-        slots = layout.slot_maps[name]
+        slots = torch.from_numpy(layout.slot_maps[name])
         bound = bound_of(len(slots))
-        weights = torch.empty(len(slots), rows.embedding_dim).uniform_(-bound, bound, generator=generator)
+        for part in slots.split(_DRAWN_ROWS):  # one draw after the other: the same as all at once
+            weights = torch.empty(len(part), rows.embedding_dim).uniform_(-bound, bound, generator=generator)
+            rows.load(part, weights)
         if name in padding_rows:
-            weights[padding_rows[name]] = 0.0
-        rows.load(torch.from_numpy(slots), weights)
+            rows.load(slots[padding_rows[name]].view(1), torch.zeros(1, rows.embedding_dim))
 
 
 def represent(

@@ -5,17 +5,20 @@ state by tier, dense layers, position in the epoch, samples waiting for a batch,
 staleness state. The order of samples and batches is redrawn from the seed.
 
     work/checkpoint-000000001200.safetensors   everything that is an array
-    work/checkpoint-000000001200.json          written last: the rest, the hash of the other file, and its own
+    work/checkpoint-000000001200.records       cold rows of a mapped tier, where the file system shares blocks
+    work/checkpoint-000000001200.json          written last: the rest, the hash of the other files, and its own
     work/checkpoint-….damaged                  one that could not be used, put aside
 
-Rows are frozen, not copied, and a thread writes them block by block while training goes on. The one before stays until
-the next is whole. One whose hash is wrong is put aside, and the one before is taken, or training starts anew.
+Rows are frozen, not copied, and a thread writes them block by block while training goes on. A mapped cold tier is
+cloned instead where its file system can: the clone costs nothing until training changes blocks. The one before stays
+until the next is whole. One whose hash is wrong is put aside, and the one before is taken, or training starts anew.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -41,6 +44,9 @@ from slipstream.training.stopping import StopSignals
 from slipstream.training.training_state import collect_state, restore_state
 
 _FORMAT = 3
+_FORMAT_WITH_CLONE = 4
+_HASHED_BYTES = 4 << 20
+_CLONE = ".records"
 _log = logging.getLogger(__name__)
 
 
@@ -178,7 +184,7 @@ class Checkpointer:
             try:
                 state = self._read(path)
             except (OSError, ValueError, KeyError, TypeError, RecursionError) as exc:
-                for file in (path, weights):
+                for file in (path, weights, path.with_suffix(_CLONE)):
                     if file.exists():
                         file.rename(file.with_name(f"{file.name}.damaged"))
                 _log.warning(f"checkpoint `{weights}` cannot be used: {exc}; it is kept as `{weights.name}.damaged`")
@@ -189,7 +195,7 @@ class Checkpointer:
         return None
 
     def _take_over(self, trainer: Trainer, state: Mapping[str, Any], weights: Path) -> None:
-        restore_state(trainer, state, weights)
+        restore_state(trainer, state, weights, clone=weights.with_suffix(_CLONE))
         self._saved_steps, self._saved_at = trainer.totals.steps, self._clock()
         if self._ranks.leads:
             _log.info(f"training goes on after step {trainer.totals.steps:,}, from `{weights}`")
@@ -216,10 +222,12 @@ class Checkpointer:
         """Freeze the rows, copy the rest, and begin to write."""
         require_same_model(trainer.step)
         state, tensors = collect_state(trainer)
-        frozen = trainer.lookahead.freeze()
-        self._saved_steps, self._saved_at = trainer.totals.steps, self._clock()
-        body = {"format": _FORMAT, "fingerprint": self._fingerprint, "state": state}
         path = self._folder / f"checkpoint-{trainer.totals.steps:012d}.json"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        frozen = trainer.lookahead.freeze(clone_to=path.with_name(f".{path.stem}{_CLONE}.tmp"))
+        self._saved_steps, self._saved_at = trainer.totals.steps, self._clock()
+        form = _FORMAT if frozen.clone is None else _FORMAT_WITH_CLONE
+        body = {"format": form, "fingerprint": self._fingerprint, "state": state}
         self._writing = self._writer.submit(self._write, path, body, tensors, frozen)
 
     def _write(
@@ -233,8 +241,9 @@ class Checkpointer:
             return
         stored = dict(tensors)
         # by their names the rows of the device come first: they change most, and what is read needs not be kept
-        for tier, rows in (("device", frozen.hot), ("host", frozen.cold)):
-            stored |= {f"{tier}.{index}": self._store(one, one.shape, one.blocks) for index, one in enumerate(rows)}
+        stored |= {f"device.{at}": self._store(one, one.shape, one.blocks) for at, one in enumerate(frozen.hot)}
+        for name, one in zip(frozen.cold_names, frozen.cold, strict=True):
+            stored[f"host.{name}"] = self._store(one, one.shape, one.blocks)
         if shards is not None:
             for index, one in enumerate(frozen.cold):
                 shape = (frozen.num_cold, *one.shape[1:])
@@ -242,14 +251,33 @@ class Checkpointer:
         try:
             self._remove_all_but_one()
             body["xxh3"] = write_tensors(path.with_suffix(".safetensors"), stored)
+            if frozen.clone is not None:
+                body["clone"] = self._publish_clone(frozen.clone, path.with_suffix(_CLONE))
             write_json(path, {"xxh3": _digest(body), "body": body})
             sync(path.parent)
         except _AbandonedError:
             return
         finally:
+            if frozen.clone is not None:
+                frozen.clone.unlink(missing_ok=True)
             frozen.close()
             if shards is not None:
                 shards.dismiss()
+
+    def _publish_clone(self, clone: Path, path: Path) -> str:
+        """Hash a clone, and give it its name; returns the hash."""
+        digest, start = xxhash.xxh3_64(), 0
+        with clone.open("rb") as stream:
+            while block := stream.read(_HASHED_BYTES):
+                if self._is_abandoned.is_set():
+                    raise _AbandonedError
+                digest.update(block)
+                # nobody reads it again, and training wants the memory
+                os.posix_fadvise(stream.fileno(), start, len(block), os.POSIX_FADV_DONTNEED)
+                start += len(block)
+        sync(clone)
+        clone.replace(path)
+        return digest.hexdigest()
 
     def _serve(self, frozen: FrozenTiers, shards: ShardedTier) -> None:
         """Give the first rank what it asks for of the cold tier; hot rows it has itself."""
@@ -276,12 +304,13 @@ class Checkpointer:
         whole = sorted(self._folder.glob("checkpoint-*.json"))
         for path in whole[:-1]:
             path.unlink()
-        newest = {path.with_suffix(".safetensors") for path in whole[-1:]}
-        for path in set(self._folder.glob("checkpoint-*.safetensors")) - newest:
-            path.unlink()
+        for suffix in (".safetensors", _CLONE):
+            newest = {path.with_suffix(suffix) for path in whole[-1:]}
+            for path in set(self._folder.glob(f"checkpoint-*{suffix}")) - newest:
+                path.unlink()
 
     def _read(self, path: Path) -> dict[str, Any]:
-        """Give the state in a checkpoint whose two files are whole and belong to this run.
+        """Give the state in a checkpoint whose files are whole and belong to this run.
 
         Raises:
             ValueError, KeyError, TypeError, RecursionError, OSError: They are not.
@@ -290,12 +319,17 @@ class Checkpointer:
         body = stored["body"]
         if stored["xxh3"] != _digest(body):
             raise ValueError(f"the hash of `{path.name}` is wrong")
-        if body["format"] != _FORMAT:
-            raise ValueError(f"it has form {body['format']}, and this version of slipstream reads form {_FORMAT}")
+        if body["format"] not in (_FORMAT, _FORMAT_WITH_CLONE):
+            raise ValueError(
+                f"it has form {body['format']}, and this version of slipstream reads forms {_FORMAT} and "
+                f"{_FORMAT_WITH_CLONE}"
+            )
         if body["fingerprint"] != self._fingerprint:
             raise ValueError(f"it belongs to run {body['fingerprint']}, and this is {self._fingerprint}")
         if hash_file(path.with_suffix(".safetensors")) != body["xxh3"]:
             raise ValueError("its hash is wrong")
+        if "clone" in body and hash_file(path.with_suffix(_CLONE)) != body["clone"]:
+            raise ValueError(f"the hash of `{path.with_suffix(_CLONE).name}` is wrong")
         state: dict[str, Any] = body["state"]
         return state
 

@@ -24,6 +24,7 @@ from slipstream.embedding.duplicates import Distinct
 from slipstream.embedding.quantized import quantize_linears
 from slipstream.embedding.tiers.in_place import InPlace
 from slipstream.embedding.tiers.lookahead import Batch, LookAhead, StagedBatch
+from slipstream.embedding.tiers.on_disk import DiskRows
 from slipstream.embedding.tiers.padding import PaddedColumns
 from slipstream.embedding.tiers.pinned import NUM_SLABS, SLAB_BYTES
 from slipstream.embedding.tiers.placement import StagingHalves
@@ -48,6 +49,8 @@ class Footprint:
     `staging`, `staleness`, `layers`, `finding rows`, `scales and cores`."""
     host: dict[str, int]
     """`cold rows` and their `optimizer state`, `slots`, `skipping`, `moving rows`."""
+    disk: dict[str, int]
+    """`cold rows` and their `optimizer state`, where a file holds them."""
 
     @property
     def device_bytes(self) -> int:
@@ -163,7 +166,8 @@ def weigh(trainer: Trainer, *, on_cuda: bool = False) -> Footprint:
         "optimizer state": sum(state[hot].nbytes for state in buffers[1:]),
         "staging": sum(buffer[rows.num_hot :].nbytes for buffer in buffers),
     }
-    host = {"cold rows": cold.nbytes, "optimizer state": sum(state.nbytes for state in cold_states)}
+    tier = {"cold rows": cold.nbytes, "optimizer state": sum(state.nbytes for state in cold_states)}
+    disk, host = (tier, {}) if isinstance(rows, DiskRows) else ({}, tier)
     seen.add(rows)
     host["slots"] = seen.add(step.representations.layout)
     device["scales and cores"] = seen.add(step.representations)
@@ -177,6 +181,7 @@ def weigh(trainer: Trainer, *, on_cuda: bool = False) -> Footprint:
     return Footprint(
         device={name: size for name, size in device.items() if size},
         host={name: size for name, size in host.items() if size},
+        disk={name: size for name, size in disk.items() if size},
     )
 
 

@@ -10,13 +10,16 @@ A model stores its tables by name in row order, whatever was hot, so it is the s
                         dense.bottom.0.packed, .scale, .bias                 layers on few bits
     model.json          architecture, table sizes, how each table is held
 
-Rows on few bits predict from the file what they predicted at the end of training, to the bit; their fp32 masters are
+Tables are written a part at a time, from wherever their rows live, since they may be larger than memory. Rows on few
+bits predict from the file what they predicted at the end of training, to the bit; their fp32 masters are
 not kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import collections
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +36,7 @@ from slipstream.embedding.tt.bag import TTEmbeddingBag
 from slipstream.errors import ArtifactError, ConfigError
 from slipstream.io.artifacts import write_json
 from slipstream.io.model_folder import DESCRIPTION, WEIGHTS, read_description
-from slipstream.io.tensors import StoredTensor, write_tensors
+from slipstream.io.tensors import StoredTensor, in_order_of_writing, write_tensors
 from slipstream.models.registry import read_model
 from slipstream.schema import BITS
 from slipstream.training.pooling import StoredBags
@@ -60,21 +63,37 @@ def save_model(
         representations: How tables are held.
     """
     held = representations.by_table
-    tensors: dict[str, Tensor] = {}
+    stored: dict[str, StoredTensor] = {}
     for name, slots in slot_maps.items():
         if held[name] == "tt":
             cores = representations.bags[name].tt_cores
-            tensors |= {f"tables.{name}.core_{at}": core.detach()[0].cpu() for at, core in enumerate(cores)}
-        elif held[name] == "dense":
-            tensors[f"tables.{name}"] = rows.gather(torch.from_numpy(slots)).cpu()
+            stored |= _store({f"tables.{name}.core_{at}": core.detach()[0].cpu() for at, core in enumerate(cores)})
+            continue
+        gather = partial(_gather_parts, rows, torch.from_numpy(slots))
+        shape = (len(slots), rows.embedding_dim)
+        if held[name] == "dense":
+            stored[f"tables.{name}"] = StoredTensor(dtype=_dtype_of(rows.cold), shape=shape, blocks=_as_arrays(gather))
         else:
             scale = representations.scale_of(name)
-            parts = (rows.gather(part).cpu() for part in torch.from_numpy(slots).split(CHUNK_ROWS))
-            tensors |= _pack_table(name, parts, None if scale is None else scale.cpu(), BITS[held[name]])
-        if folder is None:
-            tensors.clear()
-    if folder is not None:
-        _write(folder, tensors | _dense_tensors(model), {**description, "representations": held})
+            stored |= _store_packed(name, gather, shape, None if scale is None else scale.cpu(), BITS[held[name]])
+    if folder is None:
+        for _, tensor in in_order_of_writing(stored):
+            collections.deque(tensor.blocks(), maxlen=0)
+        return
+    _write(folder, stored | _store(_dense_tensors(model)), {**description, "representations": held})
+
+
+def _gather_parts(rows: TieredRows, slots: Tensor) -> Iterator[Tensor]:
+    """Give the rows of a table a part at a time: it may be larger than memory."""
+    return (rows.gather(part).cpu() for part in slots.split(CHUNK_ROWS))
+
+
+def _dtype_of(tensor: Tensor) -> np.dtype:
+    return tensor.new_empty(0, device="cpu").numpy().dtype
+
+
+def _as_arrays(parts: Callable[[], Iterable[Tensor]]) -> Callable[[], Iterator[np.ndarray]]:
+    return lambda: (part.numpy() for part in parts())
 
 
 def quantize_model(source: Path, folder: Path, *, representation: str, description: Mapping[str, Any]) -> None:
@@ -95,12 +114,14 @@ def quantize_model(source: Path, folder: Path, *, representation: str, descripti
         raise ValueError(f"expected int8, int4 or int2, found {representation!r}")
     tensors, _ = read_tensors(source / WEIGHTS)
     held = dict(description["representations"])
+    packed: dict[str, StoredTensor] = {}
     for name in [name for name, kind in held.items() if kind == "dense"]:
         table = tensors.pop(f"tables.{name}")
-        tensors |= _pack_table(name, table.split(CHUNK_ROWS), table_scale(table, bits), bits)
+        parts = partial(table.split, CHUNK_ROWS)
+        packed |= _store_packed(name, parts, table.shape, table_scale(table, bits), bits)
         held[name] = representation
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder, tensors, {**description, "representations": held})
+    _write(folder, _store(tensors) | packed, {**description, "representations": held})
 
 
 class StoredTables:
@@ -182,19 +203,32 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ArtifactError(f"expected a safetensors file at `{path}`: {exc}") from exc
 
 
-def _pack_table(name: str, parts: Iterable[Tensor], scale: Tensor | None, bits: int) -> dict[str, Tensor]:
+def _store_packed(
+    name: str, parts: Callable[[], Iterable[Tensor]], shape: Sequence[int], scale: Tensor | None, bits: int
+) -> dict[str, StoredTensor]:
     """Round a table, in parts, to its scale, or each row to its own where there is none; fill whole bytes."""
-    packed, scales = [], []
-    for part in parts:
-        steps = row_scales(part, bits) if scale is None else scale
-        packed.append(pack(quantize(part, steps, bits), bits))
-        scales.append(steps)
-    stored = torch.cat(scales) if scale is None else scale
-    return {f"tables.{name}.packed": torch.cat(packed), f"tables.{name}.scale": stored}
+
+    def round_parts() -> Iterator[np.ndarray]:
+        for part in parts():
+            yield pack(quantize(part, row_scales(part, bits) if scale is None else scale, bits), bits).numpy()
+
+    def scale_parts() -> Iterator[np.ndarray]:
+        return (row_scales(part, bits).numpy() for part in parts())
+
+    no_row = pack(quantize(torch.zeros(1, shape[1]), torch.ones(()), bits), bits).numpy()[:0]
+    packed = StoredTensor(dtype=no_row.dtype, shape=(shape[0], no_row.shape[1]), blocks=round_parts)
+    if scale is not None:
+        scales = StoredTensor.of(scale.numpy())
+    else:
+        scales = StoredTensor(dtype=np.dtype(np.float32), shape=(shape[0],), blocks=scale_parts)
+    return {f"tables.{name}.packed": packed, f"tables.{name}.scale": scales}
 
 
-def _write(folder: Path, tensors: dict[str, Tensor], description: Mapping[str, Any]) -> None:
-    stored = {name: StoredTensor.of(value.contiguous().numpy()) for name, value in tensors.items()}
+def _store(tensors: Mapping[str, Tensor]) -> dict[str, StoredTensor]:
+    return {name: StoredTensor.of(value.contiguous().numpy()) for name, value in tensors.items()}
+
+
+def _write(folder: Path, stored: Mapping[str, StoredTensor], description: Mapping[str, Any]) -> None:
     write_tensors(folder / WEIGHTS, stored)
     write_json(folder / DESCRIPTION, dict(description))
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from slipstream.embedding.tiers.rows import TieredRows
 from slipstream.io.samples import Samples
 from slipstream.io.tensors import StoredTensor
 from slipstream.training.loop import LoopTotals, Trainer
@@ -62,13 +64,14 @@ def collect_state(trainer: Trainer) -> tuple[dict[str, Any], dict[str, StoredTen
     return state, {name: StoredTensor.of(value) for name, value in (copies | _position_arrays(position)).items()}
 
 
-def restore_state(trainer: Trainer, state: Mapping[str, Any], weights: Path) -> None:
+def restore_state(trainer: Trainer, state: Mapping[str, Any], weights: Path, *, clone: Path) -> None:
     """Bring a trainer to a state that was collected, and its rows to those in the same file.
 
     Args:
         trainer: Built for the same run.
         state: Plain values.
         weights: The safetensors file, known to be whole.
+        clone: The file with the cold rows, where the other has none.
     """
     tensors: dict[str, Tensor] = {}
     with safe_open(weights, framework="pt") as stream:
@@ -76,16 +79,12 @@ def restore_state(trainer: Trainer, state: Mapping[str, Any], weights: Path) -> 
             if not name.startswith(("device.", "host.")):
                 tensors[name] = stream.get_tensor(name)
         rows = trainer.step.rows
-        for index, (buffer, host) in enumerate(rows.pairs):
+        for index, (buffer, _) in enumerate(rows.pairs):
             stored = stream.get_slice(f"device.{index}")
             for start in range(0, rows.num_hot, _BLOCK_ROWS):
                 stop = min(start + _BLOCK_ROWS, rows.num_hot)
                 buffer[start:stop] = stored[start:stop].to(buffer.device)
-            stored = stream.get_slice(f"host.{index}")
-            for start in range(0, rows.num_cold, _BLOCK_ROWS):
-                stop = min(start + _BLOCK_ROWS, rows.num_cold)
-                here, of_block = rows.cold_places(start, stop)
-                host[here] = stored[start:stop][of_block]
+        _restore_cold(rows, stream, clone)
     trainer.step.model.load_state_dict(_below(tensors, "dense."))
     for index, value in enumerate(trainer.step.dense_optimizer.state):
         value.copy_(tensors[f"dense_state.{index}"])
@@ -110,6 +109,29 @@ def restore_state(trainer: Trainer, state: Mapping[str, Any], weights: Path) -> 
         trainer.step.sums.restore(_choose_part(trainer.step, [own, *of_ranks]))
     trainer.lookahead.restore_counters(state["lookahead"])
     trainer.step.representations.restore(state["tables"], _below(tensors, "tables."))
+
+
+def _restore_cold(rows: TieredRows, stream: Any, clone: Path) -> None:
+    """Fill the cold tier, in memory or in a file, from a checkpoint of either."""
+    read = _cold_reader(rows, stream, clone)
+    for start in range(0, rows.num_cold, _BLOCK_ROWS):
+        stop = min(start + _BLOCK_ROWS, rows.num_cold)
+        here, of_block = rows.cold_places(start, stop)
+        for (_, host), values in zip(rows.pairs, read(slice(start, stop)), strict=True):
+            host[here] = values[of_block]
+
+
+def _cold_reader(rows: TieredRows, stream: Any, clone: Path) -> Callable[[slice], list[Tensor]]:
+    """Give what reads all that travels with some cold rows: each by itself, or side by side in records."""
+    names = set(stream.keys())
+    if "host.0" in names:
+        columns = [stream.get_slice(f"host.{index}") for index in range(len(rows.pairs))]
+        return lambda block: [stored[block] for stored in columns]
+    if "host.records" in names:
+        stored = stream.get_slice("host.records")
+        return lambda block: rows.split_records(stored[block])
+    cloned = np.memmap(clone, rows.cold.new_empty(0).numpy().dtype, mode="c").reshape(-1, rows.record_width)
+    return lambda block: rows.split_records(torch.from_numpy(cloned[block]))
 
 
 def _collect_parts(step: SharedStep, tracked: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -12,7 +12,7 @@ from slipstream.io.costs import COSTS, forecast_stage
 from slipstream.pipeline import plan_pipeline, run_pipeline
 
 
-def forecast(stage: str, **changed: int | None):
+def forecast(stage: str, **changed: int | bool | None):
     options = {"num_samples": 10_000_000, "row_bytes": 68, "epochs": 1, "num_rows": 1_000_000} | changed
     return forecast_stage(stage, **options)  # type: ignore[arg-type]
 
@@ -30,6 +30,11 @@ def test_training_takes_a_model_and_two_checkpoints_of_disk_and_the_tables_in_me
     more = forecast("train", num_rows=101_000_000).memory_bytes - forecast("train").memory_bytes
     assert more == pytest.approx(68 * 100_000_000, rel=0.1)
     assert forecast("train", num_samples=10**9).memory_bytes == forecast("train", num_samples=10**8).memory_bytes
+
+
+def test_rows_in_a_file_are_disk_and_no_memory():
+    in_memory, in_file = forecast("train"), forecast("train", rows_on_disk=True)
+    assert in_file.disk_bytes - in_memory.disk_bytes == in_memory.memory_bytes - in_file.memory_bytes == 68 * 1_000_000
 
 
 def test_a_plan_sums_up_what_would_run(tmp_path: Path):
@@ -52,11 +57,13 @@ def test_a_stage_that_nobody_measured_has_no_forecast(tmp_path: Path, monkeypatc
         (["preprocess"], "generate", "disk"),
         (None, "train, its model and two checkpoints,", "disk"),
         (None, "train", "memory"),
+        (None, "the cold tier of `train.cold_path`, with what train writes to the same disk,", "disk"),
     ],
 )
 def test_a_stage_without_room_is_refused_before_it_begins(
     stages: list[str] | None, stage: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    config = tiny_config(**({"train__cold_path": str(tmp_path / "disk")} if "cold_path" in stage else {}))
     if stages is None:
         run_pipeline(tiny_config(), tmp_path, stages=["preprocess", "segregate"])
     if what == "disk":
@@ -64,7 +71,7 @@ def test_a_stage_without_room_is_refused_before_it_begins(
     else:
         monkeypatch.setattr(capacity, "available_memory", lambda: 1000)
     with pytest.raises(CapacityError, match=f"^{stage} needs about .* of {what}.* 1,?000 bytes are") as caught:
-        run_pipeline(tiny_config(), tmp_path, stages=stages)
+        run_pipeline(config, tmp_path, stages=stages)
     assert caught.value.hint
-    named = stage.split(",")[0]
+    named = "train" if "train" in stage else stage
     assert not list((tmp_path / "tiny_test" / named).glob("[0-9a-f]*"))

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from strategies import tiny_config
 
 from slipstream.errors import ArtifactError, CapacityError, ConfigError
 from slipstream.io.figures import CurveFigures
 from slipstream.pipeline import run_pipeline
+from slipstream.report.sizes import sizes_table
 from slipstream.sizing.answers import Answer, Asked, Sizes, read_questions, size_pipeline
 
 CURVE = [0.05, 0.1, 0.2]
@@ -87,6 +89,23 @@ def test_several_questions_are_answered_in_order_and_bounded_by_all_and_nothing(
     assert baseline.served.hit_ratio == 0 and "hot rows" not in baseline.device
     plain = sizes.to_json()
     assert plain["answers"][0]["device_bytes"] == sum(plain["answers"][0]["device"].values())
+
+
+def test_cold_rows_in_a_file_are_disk_and_leave_the_memory_of_the_host(runs: Path):
+    in_memory, in_file = (ask(runs, overrides=o) for o in ({}, {"train__cold_path": "a folder never made"}))
+    for before, after in zip(in_memory.answers, in_file.answers, strict=True):
+        assert before.device == after.device and before.disk == {}
+        if after.asked.text == "resident":
+            assert after.host == before.host and after.disk == {}
+        else:
+            assert after.disk == {name: before.host[name] for name in ("cold rows", "optimizer state")}
+            assert before.host_bytes - after.host_bytes == after.disk_bytes
+    assert in_file.to_json()["answers"][0]["disk_bytes"] == in_file.answers[0].disk_bytes
+    shown = Console(width=200)
+    with shown.capture() as captured:
+        shown.print(sizes_table(in_file))
+    assert "disk's file" in captured.get()
+    assert not Path("a folder never made").exists()
 
 
 def test_nothing_asked_asks_about_the_budget_of_the_pipeline(runs: Path):

@@ -14,9 +14,10 @@ from slipstream.io.counts import read_counts
 from slipstream.io.figures import PreprocessFigures, SegregateFigures
 from slipstream.pipeline import RunResult
 from slipstream.sizing.memory import Memory
+from slipstream.training.footprint import Footprint
 
 
-def weigh(result: RunResult, *, on_cuda: bool = False) -> tuple[dict[str, int], dict[str, int]]:
+def weigh(result: RunResult, *, on_cuda: bool = False) -> Footprint:
     encoded, segregated = result.figures(PreprocessFigures), result.figures(SegregateFigures)
     assert encoded is not None and segregated is not None
     counts = read_counts(result.stages["profile"].artifact)
@@ -44,7 +45,8 @@ def weigh(result: RunResult, *, on_cuda: bool = False) -> tuple[dict[str, int], 
 def test_tiers_are_those_that_training_reports(tiny_runs: Path, mode: dict[str, Any], held: str):
     result = train(tiny_runs, tables=HELD[held], **mode)
     tiers = result.counts("train")["bytes_per_tier"]
-    device, host = weigh(result)
+    footprint = weigh(result)
+    device, host = footprint.device, footprint.host
     assert device.get("hot rows", 0) + (device["optimizer state"] if "hot rows" in device else 0) == tiers["hot"]
     row_bytes = 4 * 4 + 4
     assert host["cold rows"] + host["optimizer state"] == tiers["cold"] + NUM_SPARE_COLD * row_bytes
@@ -53,16 +55,16 @@ def test_tiers_are_those_that_training_reports(tiny_runs: Path, mode: dict[str, 
 
 def test_staleness_takes_what_training_reports(tiny_runs: Path):
     result = train(tiny_runs, train__mode="slipstream")
-    device, _ = weigh(result)
+    device = weigh(result).device
     assert device["staleness"] == result.counts("train")["bytes_per_tier"]["staleness"] + 1024 * 16
 
 
 def test_a_gpu_takes_page_locked_memory_and_a_fixed_batch(tiny_runs: Path):
     result = train(tiny_runs, train__mode="fae")
-    (cpu, cpu_host), (gpu, gpu_host) = weigh(result), weigh(result, on_cuda=True)
-    assert gpu_host["moving rows"] >= 4 * (8 << 20) > cpu_host["moving rows"]
-    assert gpu["layers"] > cpu["layers"]
-    assert gpu["hot rows"] == cpu["hot rows"]
+    cpu, gpu = weigh(result), weigh(result, on_cuda=True)
+    assert gpu.host["moving rows"] >= 4 * (8 << 20) > cpu.host["moving rows"]
+    assert gpu.device["layers"] > cpu.device["layers"]
+    assert gpu.device["hot rows"] == cpu.device["hot rows"]
 
 
 def test_evaluation_counts_where_it_takes_more_than_a_step(tiny_runs: Path):
@@ -72,7 +74,7 @@ def test_evaluation_counts_where_it_takes_more_than_a_step(tiny_runs: Path):
     encoded = result.figures(PreprocessFigures)
     assert encoded is not None
     counts = read_counts(result.stages["profile"].artifact)
-    parts = [Memory(config, encoded, counts, on_cuda=False).weigh(config, 100)[0] for config in (small, large)]
+    parts = [Memory(config, encoded, counts, on_cuda=False).weigh(config, 100).device for config in (small, large)]
     assert "evaluation beyond it" not in parts[0]
     assert parts[1]["evaluation beyond it"] > 26 * 4 * 4 * (1 << 16), "at least the rows of the batch"
     assert parts[0]["step"] == parts[1]["step"]

@@ -17,10 +17,12 @@ from torch.nn.functional import binary_cross_entropy_with_logits, linear
 from trained import HELD, artifact_of, assert_same_training, losses_of, model_of, predictions_of, train
 
 from slipstream.embedding.tiers.lookahead import Batch, LookAhead
+from slipstream.embedding.tiers.rows import TieredRows
 from slipstream.io.samples import Samples, concat_samples, read_shard
 from slipstream.pipeline import RunResult
 from slipstream.schema import table_name
 from slipstream.training import loop
+from slipstream.training.model_file import save_model
 from slipstream.training.skipping.criteria.stale import PulledStale
 from slipstream.training.skipping.trackers import RowTracker
 
@@ -88,6 +90,39 @@ def test_every_exact_mode_gives_the_same_model_to_the_bit(
     assert_same_training(first, other)
     if place["train__mode"] == "cached":
         assert 0 < other.counts("train")["hit_ratio"] < 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"train__mode": "slipstream"},
+        {"train__mode": "fae", "tables": HELD["mixed"], **ADAM, **AVERAGED},
+        {"train__mode": "baseline", "train__optimizer": "sgd"},
+        {**LFU, "train__optimizer": "adagrad"},
+    ],
+    ids=lambda options: options["train__mode"],
+)
+def test_cold_rows_in_a_file_give_the_same_model_to_the_bit(
+    tiny_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+):
+    in_memory = train(tiny_runs, **options)
+    read: list[int] = []
+    gather = TieredRows.gather
+    monkeypatch.setattr(TieredRows, "gather", lambda rows, slots: read.append(len(slots)) or gather(rows, slots))
+
+    def save(*args: Any, **parts: Any) -> None:
+        read.clear()
+        save_model(*args, **parts)
+        assert max(read) == 30, "never a whole table"
+
+    monkeypatch.setattr("slipstream.stages.train.save_model", save)
+    monkeypatch.setattr("slipstream.training.model_file.CHUNK_ROWS", 30)
+    monkeypatch.setattr("slipstream.training.assemble._DRAWN_ROWS", 30)
+    in_file = train(tmp_path, train__cold_path=str(tmp_path / "disk"), **options)
+    assert_same_training(in_memory, in_file)
+    tiers, on_disk = (result.counts("train")["bytes_per_tier"] for result in (in_memory, in_file))
+    assert on_disk == {**tiers, "cold": 0, "disk": tiers["cold"]}
+    assert list((tmp_path / "disk").iterdir()) == []
 
 
 def test_the_mean_is_of_the_last_steps_and_training_goes_on_from_the_weights(tiny_runs: Path, fae: RunResult):

@@ -1,6 +1,7 @@
 """A killed training goes on from its checkpoint and ends with the parameters of an uninterrupted one."""
 
 import errno
+import fcntl
 import json
 import os
 import random
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from raw_logs import subprocess_environment
 from trained import HELD, assert_same_model, assert_same_training, run_on_copies
 
 from slipstream.config import build_pipeline
-from slipstream.embedding.tiers import frozen
+from slipstream.embedding.tiers import frozen, on_disk
 from slipstream.errors import CapacityError
 from slipstream.pipeline import RunResult, run_pipeline
 from slipstream.progress import Silent
@@ -53,6 +55,16 @@ def pipeline(**train: object) -> object:
     return build_pipeline(sections | {"train": sections["train"] | train, "skip": sections["skip"] | skip})
 
 
+def clone_by_copying(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand in for a file system that shares blocks."""
+
+    def copy(target: BinaryIO, request: int, source: int) -> None:
+        assert request == on_disk._FICLONE
+        os.sendfile(target.fileno(), source, 0, os.fstat(source).st_size)
+
+    monkeypatch.setattr(fcntl, "ioctl", copy)
+
+
 class Killed(BaseException):
     """Stands in for kill -9: nothing of the program may handle it."""
 
@@ -71,6 +83,9 @@ class Killed(BaseException):
         {"criterion": "random", "order": "mixed", "average": 0.6, "positive_weight": 3.0},
         {"held": "int4", "mode": "cached", "cache_ratio": 0.6, "optimizer": "adam"},
         {"criterion": "negative", "cold_access": "in_place", "average": 0.6},
+        {"cold_path": "by parts", "optimizer": "adam", "average": 0.5, "validate_steps": 9},
+        {"cold_path": "cloned", "mode": "cached", "cache_ratio": 0.6, "held": "int4"},
+        pytest.param({"cold_path": "cloned", "mode": "baseline", "optimizer": "adagrad"}, marks=pytest.mark.slow),
         pytest.param({"mode": "resident", "optimizer": "sgd"}, marks=pytest.mark.slow),
     ],
     ids=str,
@@ -78,7 +93,11 @@ class Killed(BaseException):
 def test_a_training_interrupted_anywhere_ends_with_the_same_parameters(
     settings: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    settings = dict(settings)
+    snapshot = settings.pop("cold_path", None)
     whole = run_on_copies(pipeline(**settings), tmp_path / "whole")
+    if snapshot == "cloned":
+        clone_by_copying(monkeypatch)
     original = checkpoint.Checkpointer._save
     rng = random.Random(str(settings))
     interruptions = 0
@@ -95,6 +114,8 @@ def test_a_training_interrupted_anywhere_ends_with_the_same_parameters(
     monkeypatch.setattr(checkpoint.Checkpointer, "_save", save_then_die)
     while True:
         saves_until_cut = rng.randint(1, 6)
+        if snapshot is not None:  # a checkpoint of rows in a file goes on in memory, and the other way round
+            settings["cold_path"] = str(tmp_path / "cold") if interruptions % 2 == 0 else ""
         try:
             resumed = run_on_copies(pipeline(**settings), tmp_path / "cut")
             break
@@ -145,7 +166,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"mode": "cached", "cache_ratio": 0.6}, {"mode": "resident"}, {"mode": "fae", "cold_access": "in_place"}],
+    [
+        *({}, {"mode": "cached", "cache_ratio": 0.6}, {"mode": "resident"}, {"mode": "fae", "cold_access": "in_place"}),
+        {"cold_path": "by parts"},
+        pytest.param({"cold_path": "cloned"}, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_a_checkpoint_written_beside_training_is_of_one_moment(
@@ -153,6 +178,10 @@ def test_a_checkpoint_written_beside_training_is_of_one_moment(
 ) -> None:
     """Rows are written one by one, so that many change before it is their turn."""
     monkeypatch.setattr(frozen, "_BLOCK_BYTES", 1)
+    if "cold_path" in settings:
+        if settings["cold_path"] == "cloned":
+            clone_by_copying(monkeypatch)
+        settings = {"cold_path": str(tmp_path / "cold")}
     steps = interrupt_at(47, monkeypatch, die)
     with pytest.raises(Killed):
         run_on_copies(pipeline(**settings), tmp_path / "cut")
@@ -288,6 +317,24 @@ def belong_to_another_run(file: Path) -> None:
     stored["body"]["fingerprint"] = "other"
     stored["xxh3"] = checkpoint._digest(stored["body"])
     file.with_suffix(".json").write_text(json.dumps(stored))
+
+
+def test_a_kill_leaves_whole_clones_alone_and_a_damaged_one_is_put_aside_with_its_checkpoint(
+    whole: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clone_by_copying(monkeypatch)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        interrupt_at(47, patch, die)
+        run_on_copies(pipeline(cold_path=str(tmp_path / "cold")), tmp_path)
+    assert list((tmp_path / "cold").iterdir()) == []
+    before, newest = checkpoints_of(tmp_path, ".records")
+    assert [path.stem for path in (before, newest)] == [path.stem for path in checkpoints_of(tmp_path)]
+    assert sorted(newest.parent.glob(".*")) == []
+    flip(newest)
+    steps = interrupt_at(-1, monkeypatch, die)
+    assert_same_model(whole, run_on_copies(pipeline(), tmp_path))
+    assert f"the hash of `{newest.name}` is wrong" in caplog.text
+    assert steps[0] == int(before.name[11:23]) + 1
 
 
 @pytest.mark.parametrize("num_damaged", [1, 2])

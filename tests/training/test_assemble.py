@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import errno
+import os
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +14,7 @@ from strategies import tiny_config
 
 from slipstream.embedding.tiers.in_place import InPlace
 from slipstream.embedding.tiers.placement import CachedRows, StagingHalves
-from slipstream.errors import ConfigError
+from slipstream.errors import CapacityError, ConfigError
 from slipstream.options import pick
 from slipstream.training import assemble as assemble_module
 from slipstream.training.assemble import Assembly, Settings, assemble
@@ -112,6 +116,7 @@ def triton_cuda(fake_cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> FakeCud
         ({"mode": "fae", "faithful": True, "chunk_batches": 16}, StagingHalves),
         ({"mode": "fae", "kernels": "torch"}, StagingHalves),
         ({"mode": "fae", "cold_access": "look_ahead"}, StagingHalves),
+        ({"mode": "fae", "cold_path": tempfile.gettempdir()}, StagingHalves),
         ({"mode": "fae", "kernels": "torch", "cold_access": "in_place"}, InPlace),
     ],
 )
@@ -140,6 +145,29 @@ def test_where_memory_cannot_be_locked_the_host_looks_ahead_and_says_so_once(
     with pytest.raises(ConfigError, match=r"`train.cold_access` is in_place, and .* cannot be mapped") as failed:
         put_together(num_hot=7, mode="fae", device=CUDA, cold_access="in_place")
     assert "look_ahead" in (failed.value.hint or "")
+
+
+def test_a_folder_that_cannot_hold_cold_rows_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"`train.cold_path` must be a folder that can be written, found '.*file'"):
+        put_together(num_hot=7, mode="fae", cold_path=str(tmp_path / "file"))
+
+    def refuse(*args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with pytest.raises(CapacityError, match=rf"`train.cold_path` = '{tmp_path}' has no room for the cold tier") as full:
+        put_together(num_hot=7, mode="fae", cold_path=str(tmp_path))
+    assert "train.cold_path" in (full.value.hint or "")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_cold_rows_that_several_ranks_share_are_in_memory(tmp_path: Path):
+    train = pick(Settings, tiny_config(train__mode="fae", train__cold_path=str(tmp_path / "disk")).train)
+    layout = SlotLayout({"cat_0": np.arange(5)}, num_hot=2, table_of_column=[0])
+    with pytest.raises(ConfigError, match=r"`train.cold_path` does not go with several ranks"):
+        assemble_module.make_rows(train, layout, row_width=4, device=CPU, sums=object())  # type: ignore[arg-type]
+    assert not (tmp_path / "disk").exists()
 
 
 def test_a_cache_that_the_host_keeps_is_not_read_in_place():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import tempfile
 import types
 from typing import Any
 
@@ -83,6 +84,7 @@ CASES: dict[str, dict[str, Any]] = {
     "cached": {"train__mode": "cached", "train__cache_ratio": 0.4},
     "cached, lfu": {"train__mode": "cached", "train__cache_ratio": 0.4, "train__cache_policy": "lfu"},
     "averaged": {"train__mode": "fae", "train__average": 0.2},
+    "in a file": {"train__mode": "fae", "train__average": 0.2, "train__cold_path": tempfile.gettempdir()},
     "int4": {"train__mode": "fae", "tables": HELD["int4"]},
     "mixed": {"train__mode": "fae", "tables": {**HELD["mixed"], "overrides": {}}},
     "dcnv2": {"train__mode": "fae", "model": {"name": "dcnv2", "embedding_dim": 4}},
@@ -95,7 +97,8 @@ def test_it_is_to_the_byte_what_a_trainer_holds(name: str):
     real = make(config, device="cpu")
     told = weigh(make(config, device="meta"))
     assert told == weigh(real), "part by part"
-    assert told.device_bytes + told.host_bytes == held_by(real), "and nothing was left out"
+    assert told.device_bytes + told.host_bytes + sum(told.disk.values()) == held_by(real), "and nothing was left out"
+    assert bool(told.disk) == (name == "in a file") == ("cold rows" not in told.host)
 
 
 def test_it_is_to_the_byte_what_a_trainer_holds_on_a_gpu(cuda: torch.device):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "faithful": {"train__mode": "slipstream", "train__faithful": True, "train__chunk_batches": 16},
     "deterministic": {"train__mode": "fae", "train__cold_access": "in_place", "train__deterministic": True},
+    "on disk": {"train__mode": "fae", "train__average": 0.4, "train__cold_path": tempfile.gettempdir()},
     "averaged": {"train__mode": "fae", "train__cold_access": "in_place", "train__average": 0.4},
     "cores": {
         "train__mode": "fae",

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from threading import Condition
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from slipstream.embedding.tiers.on_disk import Records
 from slipstream.embedding.tiers.rows import TieredRows
 
 _BLOCK_BYTES = 8 << 20
@@ -23,6 +25,8 @@ _MOST_KEPT = 4
 """One in so many rows may be kept beside those that were newer elsewhere from the start."""
 _ALWAYS_KEPT = 1 << 16
 """So many rows may always be kept."""
+_KEPT_BYTES = 64 << 20
+"""Of rows of a file that may be kept."""
 
 
 class FrozenRows:
@@ -30,16 +34,20 @@ class FrozenRows:
 
     Args:
         rows: On the host; others may change it, but only after `keep`. Shape (n, …).
+        records: Reads them from the file that they are mapped from; None where they are in memory.
     """
 
-    def __init__(self, rows: Tensor) -> None:
-        self._rows = rows
-        self.block_rows = max(1, _BLOCK_BYTES // max(1, rows.element_size() * math.prod(rows.shape[1:])))
+    def __init__(self, rows: Tensor, records: Records | None = None) -> None:
+        self._rows, self._records = rows, records
+        row_bytes = max(1, rows.element_size() * math.prod(rows.shape[1:]))
+        self.block_rows = max(1, _BLOCK_BYTES // row_bytes)
         """Rows of a block; the last has what is left."""
         self._kept: dict[int, list[tuple[np.ndarray, Tensor]]] = {}
         self._is_kept = np.zeros(len(rows), bool)
         self._num_kept = 0
-        self._room = max(len(rows) // _MOST_KEPT, _ALWAYS_KEPT)
+        # of a table that is larger than memory a share of all would be too many
+        share = len(rows) // _MOST_KEPT if records is None else _KEPT_BYTES // row_bytes
+        self._room = max(share, _ALWAYS_KEPT)
         self._num_read = 0
         self._changed = Condition()
 
@@ -74,7 +82,7 @@ class FrozenRows:
             wanted = numbers[numbers >= self._num_read].astype(np.int64, copy=False)
             wanted = wanted[~self._is_kept[wanted]]
             if len(wanted):
-                self._keep(wanted, self._rows.index_select(0, torch.from_numpy(wanted)))
+                self._keep(wanted, self._gather(torch.from_numpy(wanted)))
                 self._changed.wait_for(lambda: self._num_kept <= self._room)
 
     def blocks(self) -> Iterator[np.ndarray]:
@@ -94,6 +102,8 @@ class FrozenRows:
 
     def _read(self, start: int, stop: int) -> Tensor:
         """Give rows as they are, but for those that were kept: somebody may be writing these now."""
+        if self._records is not None:
+            return self._records.read(start, stop)  # all in one go: what was kept is put over it
         is_kept = self._is_kept[start:stop]
         if not is_kept.any():
             return self._rows[start:stop].clone()
@@ -107,6 +117,9 @@ class FrozenRows:
             self._num_read, self._num_kept = len(self._rows), 0
             self._kept.clear()
             self._changed.notify_all()
+
+    def _gather(self, numbers: Tensor) -> Tensor:
+        return self._rows.index_select(0, numbers) if self._records is None else self._records.gather(numbers)
 
     def _keep(self, numbers: np.ndarray, values: Tensor) -> None:
         """Sort rows into the blocks they will be read with."""
@@ -129,20 +142,29 @@ class FrozenTiers:
     Args:
         rows: The tiers, while no row moves.
         staged: (cold rows, positions) of rows that are newer in the buffer than in the cold tier.
+        clone_to: File for a copy of the cold tier, where the file system makes one at once; None to read the tier.
     """
 
-    def __init__(self, rows: TieredRows, staged: tuple[np.ndarray, np.ndarray]) -> None:
+    def __init__(self, rows: TieredRows, staged: tuple[np.ndarray, np.ndarray], clone_to: Path | None = None) -> None:
+        self.clone = clone_to if clone_to is not None and rows.clone_cold(clone_to, staged) else None
+        """The file with the cold rows, which no step changes; None where `cold` has them."""
         cold, positions = rows.choose_own(*staged)
         self._num_hot, self.num_cold = rows.num_hot, rows.num_cold
         self._keeps_hot = rows.device.type == "cpu"
         self.hot: list[FrozenRows] = []
         """One for each tensor that travels with a row."""
         self.cold: list[FrozenRows] = []
-        for buffer, host in rows.pairs:
+        """One for each home of cold rows."""
+        self.cold_names: list[str] = []
+        """What each of them is called."""
+        for buffer, _ in rows.pairs:
             # the hot tier of a GPU is changed by kernels that tell nobody which rows; the host has room for a copy
             self.hot.append(FrozenRows(buffer[: rows.num_hot].cpu()))
-            self.cold.append(FrozenRows(host))
-            self.cold[-1].replace(cold, buffer[torch.from_numpy(positions).to(buffer.device)].cpu())
+        for index, home in enumerate(rows.homes if self.clone is None else ()):
+            records = home if isinstance(home, Records) else None
+            self.cold.append(FrozenRows(home.host, records))
+            self.cold[-1].replace(cold, home.take(torch.from_numpy(positions).to(rows.device)).cpu())
+            self.cold_names.append(str(index) if records is None else "records")
 
     def keep_cold(self, cold: np.ndarray) -> None:
         """Keep rows of the cold tier that are about to change. Distinct, shape (n,), integer."""

@@ -21,6 +21,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -182,10 +183,14 @@ class InPlace:
         self.move_seconds = counters.get("move_seconds", 0.0)
         self.compute_seconds = counters.get("compute_seconds", 0.0)
 
-    def freeze(self) -> FrozenTiers:
-        """All rows as they are now, to be read while training goes on, until `thaw`; between batches only."""
+    def freeze(self, clone_to: Path | None = None) -> FrozenTiers:
+        """All rows as they are now, to be read while training goes on, until `thaw`; between batches only.
+
+        Args:
+            clone_to: As in `FrozenTiers`.
+        """
         self.flush()
-        self._frozen = FrozenTiers(self._rows, (_NONE, _NONE))
+        self._frozen = FrozenTiers(self._rows, (_NONE, _NONE), clone_to)
         return self._frozen
 
     def thaw(self) -> None:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -290,9 +291,13 @@ class LookAhead:
         self.move_seconds = counters.get("move_seconds", 0.0)
         self.compute_seconds = counters.get("compute_seconds", 0.0)
 
-    def freeze(self) -> FrozenTiers:
-        """All rows as they are now, to be read while training goes on, until `thaw`; between chunks only."""
-        self._frozen = FrozenTiers(self._rows, self._placement.unwritten())
+    def freeze(self, clone_to: Path | None = None) -> FrozenTiers:
+        """All rows as they are now, to be read while training goes on, until `thaw`; between chunks only.
+
+        Args:
+            clone_to: As in `FrozenTiers`.
+        """
+        self._frozen = FrozenTiers(self._rows, self._placement.unwritten(), clone_to)
         self._mover.before_write = self._frozen.keep_cold
         return self._frozen
 

@@ -18,12 +18,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from slipstream.embedding.rules import OPTIMIZERS, RowOptimizer
+from slipstream.embedding.tiers.home import Home
 from slipstream.embedding.tiers.mapped import zeros_in_own_pages
 
 NUM_SPARE = 1024
@@ -72,7 +74,7 @@ class TieredRows:
         self.buffer_lead = torch.zeros_like(self.buffer) if keeps_lead else None
         """n times what the row at a position is ahead of its mean over n steps. Shape of `buffer`."""
         leads = [host_shape] if keeps_lead else []
-        self.on_host = [zeros_in_own_pages(shape) for shape in (host_shape, *shapes[1].values(), *leads)]
+        self.on_host = self.make_host([host_shape, *shapes[1].values(), *leads])
         """Everything of the cold rows that has a pair on the device, each with its spare rows."""
         self.cold, *rest = (tensor[: self.count_cold_here()] for tensor in self.on_host)
         self.cold_state = rest[: len(shapes[1])]
@@ -81,6 +83,10 @@ class TieredRows:
         """The lead of every cold row."""
         self.mean_over = 0
         """Steps that rows are given the mean over by `gather`; 0 gives them as they are."""
+
+    def make_host(self, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        """Make the tensors of the cold tier, of the shapes given, all zeros."""
+        return [zeros_in_own_pages(shape) for shape in shapes]
 
     @property
     def first_spare(self) -> int:
@@ -105,13 +111,29 @@ class TieredRows:
         return travelling
 
     @property
+    def homes(self) -> list[Home]:
+        """Where cold rows lie on the host: every tensor that travels with a row by itself."""
+        return [Home(host, [buffer]) for buffer, host in self.pairs]
+
+    def split_records(self, records: Tensor) -> list[Tensor]:
+        """Give the parts of records, which are rows with all that travels with them. (n, W) -> each (n, …)."""
+        shapes = [host.shape[1:] for _, host in self.pairs]
+        parts = records.split([math.prod(shape) for shape in shapes], dim=1)
+        return [part.reshape(len(records), *shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    @property
+    def record_width(self) -> int:
+        """W, the values of a row with all that travels with it."""
+        return sum(math.prod(host.shape[1:]) for _, host in self.pairs)
+
+    @property
     def _state_pairs(self) -> list[tuple[Tensor, Tensor]]:
         return list(zip(self.buffer_state, self.cold_state, strict=True))
 
     @property
     def row_bytes(self) -> int:
         """Bytes that move when a row moves."""
-        return sum(host.element_size() * math.prod(host.shape[1:]) for _, host in self.pairs) if self.num_cold else 0
+        return self.record_width * self.cold.element_size() if self.num_cold else 0
 
     def count_cold_here(self) -> int:
         """Count the cold rows that live with this process."""
@@ -120,6 +142,22 @@ class TieredRows:
     def choose_own(self, cold: np.ndarray, *along: np.ndarray) -> tuple[np.ndarray, ...]:
         """Give the cold rows that live here, by their number here, and what goes along with them."""
         return cold, *along
+
+    def order_moves(self, cold: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Give (cold rows, positions) in the order in which they are best moved."""
+        return cold, positions
+
+    def clone_cold(self, path: Path, staged: tuple[np.ndarray, np.ndarray]) -> bool:
+        """Have the file system keep the cold tier as it is now, in a file; whether it can. No row may move.
+
+        Args:
+            path: The file.
+            staged: (cold rows, positions) of rows that are newer in the buffer.
+        """
+        return False
+
+    def close(self) -> None:
+        """Give up what does not end with the object; rows cannot be read any more."""
 
     def cold_places(self, start: int, stop: int) -> tuple[slice, slice]:
         """Give where rows from `start` to `stop` of the whole cold tier are here, and which of them those are."""

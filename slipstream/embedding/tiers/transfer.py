@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from slipstream.embedding.tiers.home import Home
 from slipstream.embedding.tiers.pinned import PinnedRing, Slab
 from slipstream.embedding.tiers.rows import TieredRows
 
@@ -81,21 +82,22 @@ class RowMover:
         """Copy cold rows into the buffer, after the computation marked last. Both arguments have shape (n,)."""
         if not len(cold):
             return
+        cold, positions = self._rows.order_moves(cold, positions)
         sources = torch.from_numpy(cold.astype(np.int64, copy=False))
         self.bytes_to_device += len(cold) * self._rows.row_bytes
         (targets,) = self.to_device([positions.astype(np.int64, copy=False)])
         if self._copies is None:
-            for buffer, host in self._rows.pairs:
-                buffer.index_copy_(0, targets, host.index_select(0, sources))
+            for home in self._rows.homes:
+                home.put(targets, home.gather(sources))
             return
         with torch.cuda.stream(self._copies):
             self._await_computed(self._copies)
-            for buffer, host in self._rows.pairs:
-                for piece in self._pieces_of_rows(host, len(cold)):
+            for home in self._rows.homes:
+                for piece in self._pieces_of_rows(home.host, len(cold)):
                     slab = self._ring.take()
-                    pinned = slab.view(host.dtype, piece.stop - piece.start, *host.shape[1:])
-                    torch.index_select(host, 0, sources[piece], out=pinned)
-                    buffer.index_copy_(0, targets[piece], pinned.to(self._rows.device, non_blocking=True))
+                    pinned = slab.view(home.host.dtype, piece.stop - piece.start, *home.host.shape[1:])
+                    home.gather(sources[piece], out=pinned)
+                    home.put(targets[piece], pinned.to(self._rows.device, non_blocking=True))
                     slab.mark_busy(self._copies)
 
     def write_back(self, cold: np.ndarray, positions: np.ndarray) -> None:
@@ -107,27 +109,28 @@ class RowMover:
         """
         if not len(cold):
             return
+        cold, positions = self._rows.order_moves(cold, positions)
         targets = torch.from_numpy(cold.astype(np.int64, copy=False))
         if self.before_write is not None:
             self.before_write(cold)
         self.bytes_to_host += len(cold) * self._rows.row_bytes
         (sources,) = self.to_device([positions.astype(np.int64, copy=False)])
         if self._copies is None:
-            for buffer, host in self._rows.pairs:
-                host.index_copy_(0, targets, buffer.index_select(0, sources))
+            for home in self._rows.homes:
+                home.scatter(targets, home.take(sources))
             return
-        arriving: collections.deque[tuple[Tensor, Tensor, Tensor, Slab]] = collections.deque()
+        arriving: collections.deque[tuple[Home, Tensor, Tensor, Slab]] = collections.deque()
         with torch.cuda.stream(self._copies):
             self._await_computed(self._copies)
-            for buffer, host in self._rows.pairs:
-                for piece in self._pieces_of_rows(host, len(cold)):
+            for home in self._rows.homes:
+                for piece in self._pieces_of_rows(home.host, len(cold)):
                     if len(arriving) == len(self._ring):  # the slab whose turn it is holds the oldest piece
                         _scatter(*arriving.popleft())
                     slab = self._ring.take()
-                    pinned = slab.view(host.dtype, piece.stop - piece.start, *host.shape[1:])
-                    pinned.copy_(buffer.index_select(0, sources[piece]), non_blocking=True)
+                    pinned = slab.view(home.host.dtype, piece.stop - piece.start, *home.host.shape[1:])
+                    pinned.copy_(home.take(sources[piece]), non_blocking=True)
                     slab.mark_busy(self._copies)
-                    arriving.append((host, targets[piece], pinned, slab))
+                    arriving.append((home, targets[piece], pinned, slab))
             while arriving:
                 _scatter(*arriving.popleft())
 
@@ -175,10 +178,10 @@ class RowMover:
         return _pieces(num_rows, max(1, self._ring.slab_bytes // (host[:1].numel() * host.element_size())))
 
 
-def _scatter(host: Tensor, targets: Tensor, pinned: Tensor, slab: Slab) -> None:
+def _scatter(home: Home, targets: Tensor, pinned: Tensor, slab: Slab) -> None:
     """Put rows into the cold tier, once they have arrived."""
     slab.take()  # the host thread waits, the device does not
-    host.index_copy_(0, targets, pinned)
+    home.scatter(targets, pinned)
 
 
 def _pieces(total: int, size: int) -> Iterator[slice]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,19 +19,21 @@ from torch import Tensor
 from slipstream.embedding.row_cache import RowCache
 from slipstream.embedding.tiers import pinned
 from slipstream.embedding.tiers.lookahead import Batch, LookAhead, StagedBatch
+from slipstream.embedding.tiers.on_disk import DiskRows
 from slipstream.embedding.tiers.placement import CachedRows, Placement, StagingHalves
 from slipstream.embedding.tiers.rows import TieredRows
 from slipstream.embedding.tiers.transfer import RowMover
 
 NUM_ROWS, DIM, BATCH, TABLES, NUM_BATCHES = 300, 4, 8, 3, 24
 STAGED = 2 * 4 * BATCH * TABLES
-MODES = ["resident", "slipstream", "baseline", "rank", "lfu"]
+MODES = ["resident", "slipstream", "baseline", "rank", "lfu", "on disk"]
 
 
 def make_rows(mode: str, device: torch.device = CUDA) -> TieredRows:
-    rows = TieredRows(
+    kind = partial(DiskRows, folder=Path(tempfile.gettempdir())) if mode == "on disk" else TieredRows
+    rows = kind(
         num_rows=NUM_ROWS,
-        num_hot={"resident": NUM_ROWS, "slipstream": 40}.get(mode, 0),
+        num_hot={"resident": NUM_ROWS, "slipstream": 40, "on disk": 40}.get(mode, 0),
         embedding_dim=DIM,
         num_staged=0 if mode == "resident" else STAGED,
         optimizer="rowwise_adagrad",
