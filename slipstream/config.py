@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 from slipstream.dataset_schema import DatasetConfig
 from slipstream.distributed.options import DistributedConfig
 from slipstream.embedding.rules import check_kernels
+from slipstream.engine.options import EngineConfig
 from slipstream.errors import ConfigError
 from slipstream.models.dlrm import DLRM
 from slipstream.models.model import Model
@@ -333,6 +334,7 @@ class PipelineConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     skip: SkipConfig = field(default_factory=SkipConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     tune: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """What `slipstream tune` may try for keys, by section: `[tune.train]` with `lr = ".005:.1:log"`, bounds of a number
     drawn by its logarithm, `epochs = "1:3"`, or values with a bar between, `optimizer = "adam | rowwise_adagrad"`.

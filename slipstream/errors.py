@@ -5,6 +5,7 @@
   + DataError      exit 1  the source breaks its contract: names file, line or row, column
   + ArtifactError  exit 1  missing, incomplete, altered, or made from other inputs: names the stage to re-run
   + CapacityError  exit 1  does not fit: asked, available, and the knob that changes it
+  + EngineError    exit 1  a scheduler or workers cannot be reached, or are lost: names where they were
   + TrainingError  exit 1  non-finite loss and its kin: names the step and the last good checkpoint
 
 Misuse of a function is a ValueError or TypeError; an impossible state is an assert.
@@ -40,6 +41,10 @@ class ArtifactError(SlipstreamError):
 
 class CapacityError(SlipstreamError):
     """Something does not fit in the memory or disk it was given."""
+
+
+class EngineError(SlipstreamError):
+    """Those who should do the work cannot be reached, or were lost."""
 
 
 class TrainingError(SlipstreamError):

@@ -18,6 +18,7 @@ from slipstream.config import load_pipeline
 from slipstream.datasets.criteo import CriteoSource
 from slipstream.datasets.parsing import parse_files
 from slipstream.io import raw as raw_files
+from slipstream.ops.parallel import Threads
 from slipstream.pipeline import plan_pipeline
 from slipstream.progress import Pace
 from slipstream.report import terminal
@@ -135,9 +136,10 @@ def _parse(raw: Path, folder: Path) -> tuple[int | None, int, int]:
         max_reject_ratio=0.0,
         workers=1,
         progress=progress,
+        engine=Threads(),
     )
     total, done, steps = progress.tasks["parse"]
-    assert min(steps) >= 0 and max(steps) < raw.stat().st_size, "not in one jump"
+    assert min(steps, default=0) >= 0 and max(steps, default=0) < raw.stat().st_size, "not in one jump"
     return total, done, sum(steps)
 
 

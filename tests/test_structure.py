@@ -71,6 +71,7 @@ MAY_IMPORT = {
         *(
             "wiring",
             "distributed",
+            "engine",
             "stage",
             "serving",
             "training",
@@ -108,6 +109,7 @@ MAY_IMPORT = {
         *("io", "ops", "errors", "progress", "schema"),
     },
     "distributed": {"distributed", "embedding", "options", "errors"},
+    "engine": {"engine", "io", "ops", "options", "errors", "progress"},
     "embedding": {"registry", "embedding", "ops", "errors", "schema"},
     "models": {"registry", "models", "options", "ops", "errors", "schema"},
     "datasets": {"registry", "datasets", "io", "ops", "dataset_schema", "errors", "progress", "schema"},
@@ -117,6 +119,7 @@ MAY_IMPORT = {
     "config": {
         "published",
         "distributed.options",
+        "engine.options",
         "skip_config",
         "training.skipping",
         "embedding.rules",

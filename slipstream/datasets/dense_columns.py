@@ -7,12 +7,12 @@ import numpy as np
 from slipstream.io.split_layout import SplitLayout
 from slipstream.ops import split as splits
 from slipstream.ops.dense import DenseEncoding, Moments, logarithms
-from slipstream.ops.parallel import in_order
+from slipstream.ops.parallel import Engine
 from slipstream.schema import dense_name
 
 
 def learn_dense_encoding(
-    layout: SplitLayout, num_columns: int, *, transform: str, missing_flags: bool, workers: int
+    layout: SplitLayout, num_columns: int, *, transform: str, missing_flags: bool, workers: int, engine: Engine
 ) -> DenseEncoding:
     """Learn from the training split what a transform and flags have to know; each column is read once, chunk by chunk.
 
@@ -22,25 +22,27 @@ def learn_dense_encoding(
         transform: Its name.
         missing_flags: Whether columns with missing training values get a flag.
         workers: Columns worked on at once.
+        engine: Who works on them.
     """
-    columns = range(num_columns)
+    columns = [dense_name(index) for index in range(num_columns)]
     minima: list[int] = []
     moments: list[tuple[float, float]] = []
     if transform == "torchrec":
-        minima = list(in_order(lambda index: _minimum(dense_name(index), layout), columns, workers))
+        minima = list(engine.in_order(_minimum, columns, context=layout, workers=workers))
     if transform == "standard":
-        moments = list(in_order(lambda index: _moments(dense_name(index), layout), columns, workers))
+        moments = list(engine.in_order(_moments, columns, context=layout, workers=workers))
+    lacking = engine.in_order(_lacks_values, columns if missing_flags else (), context=layout, workers=workers)
     return DenseEncoding(
         transform=transform,
         num_columns=num_columns,
         minima=minima,
         means=[mean for mean, _ in moments],
         deviations=[deviation for _, deviation in moments],
-        flagged=[index for index in columns if missing_flags and _lacks_values(dense_name(index), layout)],
+        flagged=[index for index, lacks in enumerate(lacking) if lacks],
     )
 
 
-def _minimum(name: str, layout: SplitLayout) -> int:
+def _minimum(layout: SplitLayout, name: str) -> int:
     least = 0
     for chunk_index, chunk in enumerate(layout.chunks):
         values = layout.store.open(chunk, [name]).column(name).to_numpy()
@@ -49,7 +51,7 @@ def _minimum(name: str, layout: SplitLayout) -> int:
     return least
 
 
-def _moments(name: str, layout: SplitLayout) -> tuple[float, float]:
+def _moments(layout: SplitLayout, name: str) -> tuple[float, float]:
     moments = Moments()
     for chunk_index, chunk in enumerate(layout.chunks):
         values = layout.store.open(chunk, [name]).column(name).to_numpy()
@@ -57,7 +59,7 @@ def _moments(name: str, layout: SplitLayout) -> tuple[float, float]:
     return moments.result()
 
 
-def _lacks_values(name: str, layout: SplitLayout) -> bool:
+def _lacks_values(layout: SplitLayout, name: str) -> bool:
     for chunk_index, chunk in enumerate(layout.chunks):
         missing = layout.store.missing(chunk, name)
         if missing is not None and missing[layout.members(chunk_index, splits.TRAIN)].any():

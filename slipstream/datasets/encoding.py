@@ -12,11 +12,12 @@ import pyarrow as pa
 
 from slipstream.datasets.past_columns import counts_path, log_odds_path
 from slipstream.datasets.source import Source
+from slipstream.io.lookups import lookup_path, open_lookup
 from slipstream.io.parsed import dictionary_of
 from slipstream.io.split_layout import Piece, SplitLayout
 from slipstream.ops.dense import DenseEncoding
 from slipstream.ops.past import PastEncoding
-from slipstream.ops.vocabulary import RowLookup, hash_to_buckets
+from slipstream.ops.vocabulary import hash_to_buckets
 from slipstream.schema import LABEL, dense_name, table_name
 
 _CHUNKS_LOOKED_UP = 4
@@ -26,14 +27,18 @@ _Encode = Callable[[np.ndarray], np.ndarray]
 class SampleEncoder:
     """Turns samples of parsed chunks into rows and transformed dense values; several threads may share one.
 
+    Raw ids are looked up in the maps that the folder has of them. Pickled, it is what it was made of.
+
     Args:
         source: The raw format.
         layout: The split of the parsed chunks.
-        lookups: Of each table, raw ids to rows.
         buckets: Of each table; 0 where raw ids are not hashed.
         dense: How dense columns are encoded.
         past: Dense columns of what was before each sample, where there are any.
-        folder: Of the stage, with what was noted of the past.
+        folder: Of the stage, with vocabularies and what was noted of the past.
+
+    Raises:
+        ArtifactError: The map of a table is missing.
     """
 
     def __init__(
@@ -41,13 +46,13 @@ class SampleEncoder:
         source: Source,
         layout: SplitLayout,
         *,
-        lookups: Sequence[RowLookup],
         buckets: Sequence[int],
         dense: DenseEncoding,
         past: PastEncoding | None,
         folder: Path,
     ) -> None:
-        self._layout, self._lookups, self._encoding, self._past = layout, lookups, dense, past
+        self._source, self._layout, self._encoding, self._past, self._folder = source, layout, dense, past, folder
+        self._lookups = [open_lookup(lookup_path(folder, table_name(index))) for index in range(source.num_tables)]
         self._dense = [dense_name(index) for index in range(source.num_dense)]
         self._flags = [dense_name(index) for index in range(source.num_dense, dense.width)]
         self._past_columns = _open_past(past, folder, first=dense.width) if past else {}
@@ -57,6 +62,17 @@ class SampleEncoder:
         self._buckets = buckets
         # a chunk at the border of two parts is asked for twice, and soon again
         self._rows_of = functools.lru_cache(maxsize=_CHUNKS_LOOKED_UP)(self._look_up_rows)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Say how another process makes the same."""
+        make = functools.partial(
+            SampleEncoder,
+            buckets=self._buckets,
+            dense=self._encoding,
+            past=self._past,
+            folder=self._folder,
+        )
+        return make, (self._source, self._layout)
 
     def encode(self, code: int, first: int, stop: int) -> pa.Table:
         """Give the samples first..stop-1 of a split, encoded."""

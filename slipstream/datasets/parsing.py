@@ -8,11 +8,12 @@ memory does not grow with the log.
 
 from __future__ import annotations
 
-import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import polars as pl
@@ -22,7 +23,8 @@ from slipstream.errors import DataError
 from slipstream.io.parsed import ParsedChunk, ParsedStore
 from slipstream.io.raw import RawBlock, raw_size, read_blocks
 from slipstream.io.samples import write_parquet
-from slipstream.ops.parallel import in_order
+from slipstream.io.stretches import Stretch, find_stretches, read_stretch
+from slipstream.ops.parallel import Engine
 from slipstream.progress import Progress
 from slipstream.schema import dense_name
 
@@ -32,6 +34,7 @@ _BYTES_PER_EVENT = 36
 """Text of one event, so that a stretch of owners has as many events as a chunk of text has lines."""
 _ANY_FILE = 0
 """File index of chunks whose samples come from all files."""
+_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +123,7 @@ def parse_files(
     max_reject_ratio: float,
     workers: int,
     progress: Progress,
+    engine: Engine,
 ) -> ParsedFiles:
     """Turn raw files into chunks of samples below `folder`; finished ones are not made again.
 
@@ -131,19 +135,21 @@ def parse_files(
         max_reject_ratio: Named when more than half of all lines are rejected; otherwise checked by the caller.
         workers: Chunks worked on at once.
         progress: Told how far it is.
+        engine: Who works on them.
 
     Raises:
         DataError: A file cannot be read, or more than half of its lines are rejected.
     """
     is_grouping = isinstance(source, GroupingSource)
     line_store = ParsedStore(folder / ("events" if is_grouping else "parsed"))
-    blocks = functools.partial(read_blocks, block_bytes=chunk_bytes)
-    lines = _read_lines(source, files, line_store, blocks, max_reject_ratio, workers=workers, progress=progress)
+    reading = _Reading(source, line_store, chunk_bytes)
+    lines = _read_lines(reading, files, max_reject_ratio, workers=workers, progress=progress, engine=engine)
     if not isinstance(source, GroupingSource):
         return ParsedFiles(files, lines, line_store, lines, line_store)
     store = ParsedStore(folder / "parsed")
     most_events = max(1, chunk_bytes // _BYTES_PER_EVENT)
-    samples = _gather(source, lines, line_store, store, most_events=most_events, workers=workers, progress=progress)
+    gathering = _Gathering(source, lines, line_store, store)
+    samples = _gather(gathering, most_events=most_events, workers=workers, progress=progress, engine=engine)
     num_events = sum(chunk.num_samples for chunk in lines)
     if num_events and not any(chunk.num_samples for chunk in samples):
         raise DataError(
@@ -156,42 +162,93 @@ def parse_files(
 # --- lines to chunks -----------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """What it takes to make chunks of lines."""
+
+    source: Source
+    store: ParsedStore
+    chunk_bytes: int
+
+
 def _read_lines(
-    source: Source,
+    reading: _Reading,
     files: Sequence[str],
-    store: ParsedStore,
-    read: Callable[..., Iterator[RawBlock]],
     max_reject_ratio: float,
     *,
     workers: int,
     progress: Progress,
+    engine: Engine,
 ) -> list[ParsedChunk]:
-    chunks: list[ParsedChunk] = []
+    store = reading.store
+    store.remove_half_written()
     rejected = lines = 0
 
     sizes = [raw_size(file) for file in files]
-    kept = [store.finished(index) for index in range(len(files))]
-    kept_bytes = [
-        size if store.is_complete(index, len(kept[index])) else _stored(kept[index], size)
-        for index, size in enumerate(sizes)
-    ]
-    with progress.task("parse", sum(sizes), "B", done=sum(kept_bytes)) as advance:
-        for file_index, (path, size, finished) in enumerate(zip(files, sizes, kept, strict=True)):
-            passed = kept_bytes[file_index]
-            if not store.is_complete(file_index, len(finished)):
-                done = finished[-1].end if finished else 0
-                blocks = read(path, file_index=file_index, skip=done, skip_blocks=len(finished))
-                for chunk in in_order(lambda block: _parse_block(block, source, store), blocks, workers):
-                    finished.append(chunk)
-                    lines, rejected = lines + chunk.num_lines, rejected + chunk.num_rejected
-                    advance(_stored(finished, size) - passed, f"{lines:,} lines")
-                    passed = _stored(finished, size)
-                    if lines >= _HOPELESS_LINES and rejected > lines / 2:
-                        ParsedFiles(files, chunks + finished, store, [], store).check_rejects(max_reject_ratio)
-                store.mark_complete(file_index, len(finished))
-            advance(size - passed, "")
-            chunks += finished
-    return chunks
+    chunks = [store.finished(index) for index in range(len(files))]
+    unread = [index for index in range(len(files)) if not store.is_complete(index, len(chunks[index]))]
+    # bytes of each file that its chunks so far were made of
+    passed = [_stored(chunks[index], size) if index in unread else size for index, size in enumerate(sizes)]
+    with progress.task("parse", sum(sizes), "B", done=sum(passed)) as advance:
+
+        def close(file_index: int) -> None:
+            store.mark_complete(file_index, len(chunks[file_index]))
+            advance(sizes[file_index] - passed[file_index], "")
+
+        starts = [
+            (index, files[index], chunks[index][-1].end if chunks[index] else 0, len(chunks[index])) for index in unread
+        ]
+        for chunk in _make_chunks(reading, starts, workers=workers, engine=engine):
+            index = chunk.file_index
+            while unread[0] != index:  # results come in order, so the files before have no more
+                close(unread.pop(0))
+            chunks[index].append(chunk)
+            lines, rejected = lines + chunk.num_lines, rejected + chunk.num_rejected
+            stored = _stored(chunks[index], sizes[index])
+            advance(stored - passed[index], f"{lines:,} lines")
+            passed[index] = stored
+            if lines >= _HOPELESS_LINES and rejected > lines / 2:
+                so_far = [chunk for of_file in chunks[: index + 1] for chunk in of_file]
+                ParsedFiles(files, so_far, store, [], store).check_rejects(max_reject_ratio)
+        for index in unread:
+            close(index)
+    return [chunk for of_file in chunks for chunk in of_file]
+
+
+def _make_chunks(
+    reading: _Reading, starts: Sequence[tuple[int, str, int, int]], *, workers: int, engine: Engine
+) -> Iterator[ParsedChunk]:
+    """Read files on from where their chunks end.
+
+    Args:
+        reading: What makes chunks.
+        starts: Of each file its number, path, offset to read on from, and number of chunks before.
+        workers: Chunks worked on at once.
+        engine: Who works on them: given the bytes where it shares memory, told where to read them where it does not.
+    """
+    if engine.shares_memory:
+        made = engine.in_order(_parse_block, _find(read_blocks, reading, starts), context=reading, workers=workers)
+    else:
+        made = engine.in_order(_parse_stretch, _find(find_stretches, reading, starts), context=reading, workers=workers)
+    return itertools.chain.from_iterable(made)
+
+
+def _find(
+    find: Callable[..., Iterator[_Found]], reading: _Reading, starts: Sequence[tuple[int, str, int, int]]
+) -> Iterator[_Found]:
+    """Find what to work on, file after file."""
+    for index, path, offset, num_chunks in starts:
+        yield from find(path, file_index=index, block_bytes=reading.chunk_bytes, skip=offset, skip_blocks=num_chunks)
+
+
+def _parse_stretch(reading: _Reading, stretch: Stretch) -> list[ParsedChunk]:
+    """Make chunks of a stretch; those of its first blocks may be there, from a worker that was lost."""
+    finished = reading.store.whole_from(stretch.file_index, stretch.block_index) if stretch.end is None else []
+    if finished:
+        stretch = replace(stretch, start=finished[-1].end, block_index=stretch.block_index + len(finished))
+    for block in read_stretch(stretch, block_bytes=reading.chunk_bytes):
+        finished += _parse_block(reading, block)
+    return finished
 
 
 def _stored(chunks: Sequence[ParsedChunk], size: int) -> int:
@@ -199,8 +256,9 @@ def _stored(chunks: Sequence[ParsedChunk], size: int) -> int:
     return min(chunks[-1].stored, size) if chunks else 0
 
 
-def _parse_block(block: RawBlock, source: Source, store: ParsedStore) -> ParsedChunk:
-    data = block.data
+def _parse_block(reading: _Reading, block: RawBlock) -> list[ParsedChunk]:
+    """Make the chunk of a block: one."""
+    source, data = reading.source, block.data
     if not isinstance(data, bytes):
         assert isinstance(source, ColumnarSource)
         data = source.to_lines(data)
@@ -227,8 +285,8 @@ def _parse_block(block: RawBlock, source: Source, store: ParsedStore) -> ParsedC
         stored=block.stored,
         lists={name: dict(counts) for name, counts in parsed.lists.items()},
     )
-    store.write(chunk, parsed.samples, rejects, dense, parsed.texts)
-    return chunk
+    reading.store.write(chunk, parsed.samples, rejects, dense, parsed.texts)
+    return [chunk]
 
 
 def _count_days(samples: pl.DataFrame, file_index: int) -> dict[str, int]:
@@ -240,48 +298,59 @@ def _count_days(samples: pl.DataFrame, file_index: int) -> dict[str, int]:
 # --- events to samples ---------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class _Gathering:
+    """What it takes to make samples of events."""
+
+    source: GroupingSource
+    lines: Sequence[ParsedChunk]
+    """Chunks of events, which stand in the order of owners within each."""
+    events: ParsedStore
+    """Holds them."""
+    store: ParsedStore
+    """Of samples."""
+
+
 def _gather(
-    source: GroupingSource,
-    lines: Sequence[ParsedChunk],
-    events: ParsedStore,
-    store: ParsedStore,
-    *,
-    most_events: int,
-    workers: int,
-    progress: Progress,
+    gathering: _Gathering, *, most_events: int, workers: int, progress: Progress, engine: Engine
 ) -> list[ParsedChunk]:
     """Make samples of all events, stretch of owners by stretch; a stretch ends where a group begins."""
+    store, lines, events = gathering.store, gathering.lines, gathering.events
+    store.remove_half_written()
     finished = store.finished(_ANY_FILE)
     if store.is_complete(_ANY_FILE, len(finished)):
         return finished
     first = finished[-1].end if finished else 0
     num_done = sum(int(np.searchsorted(_owners(events, chunk), np.uint64(first))) for chunk in lines)
     with progress.task("gather", sum(chunk.num_samples for chunk in lines), "events", done=num_done) as advance:
-        bounds = _find_bounds(source, lines, events, first=first, most_events=most_events)
-
-        def make(task: tuple[int, tuple[int, int]]) -> tuple[ParsedChunk, int]:
-            index, (start, stop) = task
-            gathered = _read_owners(lines, events, start, stop)
-            samples = source.make_samples(gathered)
-            chunk = ParsedChunk(
-                file_index=_ANY_FILE,
-                block_index=index,
-                num_lines=0,
-                num_samples=samples.height,
-                num_rejected=0,
-                end=stop,
-                day_counts=_count_days(samples, _ANY_FILE),
-            )
-            store.write(chunk, samples, [], [dense_name(number) for number in range(source.num_dense)])
-            return chunk, gathered.height
-
+        bounds = _find_bounds(gathering.source, lines, events, first=first, most_events=most_events)
+        tasks = enumerate(pairwise(bounds), start=len(finished))
         num_samples = sum(chunk.num_samples for chunk in finished)
-        for chunk, num_events in in_order(make, enumerate(pairwise(bounds), start=len(finished)), workers):
+        for chunk, num_events in engine.in_order(_make_samples, tasks, context=gathering, workers=workers):
             finished.append(chunk)
             num_samples += chunk.num_samples
             advance(num_events, f"{num_samples:,} samples")
         store.mark_complete(_ANY_FILE, len(finished))
     return finished
+
+
+def _make_samples(gathering: _Gathering, task: tuple[int, tuple[int, int]]) -> tuple[ParsedChunk, int]:
+    """Make the samples of a stretch of owners; returns their chunk and the number of their events."""
+    index, (start, stop) = task
+    gathered = _read_owners(gathering.lines, gathering.events, start, stop)
+    samples = gathering.source.make_samples(gathered)
+    chunk = ParsedChunk(
+        file_index=_ANY_FILE,
+        block_index=index,
+        num_lines=0,
+        num_samples=samples.height,
+        num_rejected=0,
+        end=stop,
+        day_counts=_count_days(samples, _ANY_FILE),
+    )
+    dense = [dense_name(number) for number in range(gathering.source.num_dense)]
+    gathering.store.write(chunk, samples, [], dense)
+    return chunk, gathered.height
 
 
 def _find_bounds(

@@ -27,7 +27,7 @@ from slipstream.io.parsed import dictionary_of
 from slipstream.io.split_layout import SplitLayout
 from slipstream.ops import split as splits
 from slipstream.ops.dense import Moments, logarithms
-from slipstream.ops.parallel import in_order
+from slipstream.ops.parallel import Engine
 from slipstream.ops.past import PastCounter, PastEncoding, Seen
 from slipstream.ops.vocabulary import RawIdCounter, hash_to_buckets
 from slipstream.progress import Progress
@@ -116,6 +116,7 @@ def learn_past(
     folder: Path,
     workers: int,
     progress: Progress,
+    engine: Engine,
 ) -> PastEncoding:
     """Count along the training split, and note for every sample what was before; finished columns are not made again.
 
@@ -127,6 +128,7 @@ def learn_past(
         folder: Of the stage; what is learnt goes to `past/`, what samples get to `work/past/`.
         workers: Columns worked on at once.
         progress: Told how far it is.
+        engine: Who works on them.
 
     Raises:
         CapacityError: The disk has no room for what samples get.
@@ -152,7 +154,7 @@ def learn_past(
     buckets = [features.num_buckets[column] for column in columns]
     with progress.task("look back", len(columns), "columns") as advance:
         tasks = zip(columns, buckets, strict=True)
-        for _ in in_order(lambda task: _learn_column(encoding, layout, *task, folder=folder), tasks, workers):
+        for _ in engine.in_order(_learn_column, tasks, context=_Learning(encoding, layout, folder), workers=workers):
             advance(1, "")
     if transform != "standard":
         return encoding
@@ -216,7 +218,19 @@ def _training_in_order(layout: SplitLayout) -> Iterator[tuple[int, slice | np.nd
             yield index, members
 
 
-def _learn_column(encoding: PastEncoding, layout: SplitLayout, column: int, num_buckets: int, *, folder: Path) -> None:
+@dataclass(frozen=True, slots=True)
+class _Learning:
+    """What it takes to learn the past of a column."""
+
+    encoding: PastEncoding
+    layout: SplitLayout
+    folder: Path
+
+
+def _learn_column(learning: _Learning, task: tuple[int, int]) -> None:
+    """Learn the past of a column, whose raw ids are hashed into so many buckets, 0 for none."""
+    encoding, layout, folder = learning.encoding, learning.layout, learning.folder
+    column, num_buckets = task
     finished = past_path(folder, table_name(column))
     if finished.exists():
         return

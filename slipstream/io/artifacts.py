@@ -15,7 +15,9 @@ import contextlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -308,9 +310,30 @@ def parsed_folders(run_dir: Path) -> list[Path]:
     return sorted((run_dir / PARSED).glob("[0-9a-f]*"))
 
 
+_attempt: ContextVar[str] = ContextVar("attempt", default="")
+
+
+@contextlib.contextmanager
+def attempt() -> Iterator[None]:
+    """Write under names of one's own inside the block, as others may be writing the same files at the same time.
+
+    Whichever gets a file its real name last, it is whole.
+    """
+    token = _attempt.set(f".{uuid.uuid4().hex}")
+    try:
+        yield
+    finally:
+        _attempt.reset(token)
+
+
+def _partial_name(path: Path) -> Path:
+    """Give the hidden name of a file that is being written."""
+    return path.with_name(f".{path.name}{_attempt.get()}.tmp")
+
+
 def write_json(path: Path, value: object) -> None:
     """Write JSON so that the file is whole or absent."""
-    partial = path.with_name(f".{path.name}.tmp")
+    partial = _partial_name(path)
     with wrap_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
@@ -326,7 +349,7 @@ def write_atomically(path: Path, *, needed_bytes: int = 0) -> Iterator[Path]:
         path: The real name.
         needed_bytes: What it takes, for the message when the disk is full; 0 where nobody knows.
     """
-    partial = path.with_name(f".{path.name}.tmp")
+    partial = _partial_name(path)
     with wrap_write_errors(path, needed_bytes=needed_bytes):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

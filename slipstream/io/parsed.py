@@ -96,13 +96,23 @@ class ParsedStore:
 
     def finished(self, file_index: int) -> list[ParsedChunk]:
         """Chunks of a file that are whole and unaltered, from the first on without a gap; later ones are removed."""
-        chunks: list[ParsedChunk] = []
-        while (chunk := self._read(self._stem(file_index, len(chunks)).with_suffix(".json"))) is not None:
-            chunks.append(chunk)
+        chunks = self.whole_from(file_index, 0)
         for path in self._folder.glob(f"{file_index:05d}-*"):
             if int(path.name[6:12]) >= len(chunks):
                 path.unlink()
         return chunks
+
+    def whole_from(self, file_index: int, block_index: int) -> list[ParsedChunk]:
+        """Chunks of a file that are whole and unaltered, from one on without a gap."""
+        chunks: list[ParsedChunk] = []
+        while (chunk := self._read(self._stem(file_index, block_index + len(chunks)).with_suffix(".json"))) is not None:
+            chunks.append(chunk)
+        return chunks
+
+    def remove_half_written(self) -> None:
+        """Remove what killed processes left in the middle of writing."""
+        for path in self._folder.glob(".*.tmp"):
+            path.unlink(missing_ok=True)
 
     def mark_complete(self, file_index: int, num_chunks: int) -> None:
         """Say that a file has no further chunks."""

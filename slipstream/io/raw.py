@@ -47,6 +47,7 @@ _DAMAGED = (gzip.BadGzipFile, cast(type[Exception], igzip_lib.error), zlib.error
 _STORED_AT_ONCE = 1 << 20
 """Bytes of a compressed file read together."""
 _GZIP_MAGIC = b"\x1f\x8b"
+COMPRESSED = (".gz", ".zst", ".zstd")
 _BOM = b"\xef\xbb\xbf"
 _LINE_WINDOW = 1 << 16
 """A line end is looked for in so many bytes before a block is read."""
@@ -185,9 +186,9 @@ def estimate_text_bytes(path: str) -> int:
     if is_parquet(path):
         with _open_parquet(path) as file:
             return int(file.metadata.num_rows) * _PARQUET_ROW_BYTES // 2
-    if not path.lower().endswith((".gz", ".zst", ".zstd")):
+    if not path.lower().endswith(COMPRESSED):
         return size
-    with _open_stored(path) as stored, open_raw(path, stored) as stream:
+    with open_stored(path) as stored, open_raw(path, stored) as stream:
         text = len(_read(stream, path, _ESTIMATE_BYTES))
         return text if text < _ESTIMATE_BYTES else size * text // max(stored.tell(), 1)
 
@@ -214,7 +215,7 @@ def fingerprint_raw(path: str, *, on_read: Callable[[int], None] = lambda count:
     """
     size = raw_size(path)
     digest = xxhash.xxh3_64(str(size).encode())
-    with _open_stored(path) as stream:
+    with open_stored(path) as stream:
         if size <= _WHOLE_HASH_BYTES:
             while data := stream.read(1 << 22):
                 digest.update(data)
@@ -251,7 +252,7 @@ def read_blocks(
         yield from _read_columns(path, file_index, max(1, block_bytes // _PARQUET_ROW_BYTES), skip, skip_blocks)
         return
     offset, index = skip, skip_blocks
-    with _open_stored(path) as stored, open_raw(path, stored) as stream:
+    with open_stored(path) as stored, open_raw(path, stored) as stream:
         if stream is stored and stream.seekable() and "://" not in path and path != STDIN:
             for block in _read_whole_lines(stream, path, offset, block_bytes):
                 offset += len(block)
@@ -287,19 +288,29 @@ def _read_whole_lines(stream: IO[bytes], path: str, offset: int, block_bytes: in
     """Lines of a file that can be sought in, read once and never copied; ends early where a line is very long."""
     size = stream.seek(0, io.SEEK_END)
     while offset < size:
-        stop = min(offset + block_bytes, size)
-        if stop < size:
-            seen_from = max(offset, stop - _LINE_WINDOW)
-            stream.seek(seen_from)
-            stop = seen_from + _read(stream, path, stop - seen_from).rfind(b"\n") + 1
-            if stop == seen_from:
-                return
+        stop = find_stop(stream, path, offset, block_bytes, size)
+        if stop is None:
+            return
         stream.seek(offset)
         block = _read(stream, path, stop - offset)
         if len(block) < stop - offset:
             raise DataError(f"`{path}` became shorter while it was read", hint="run again when nothing writes to it")
         yield block
         offset = stop
+
+
+def find_stop(stream: IO[bytes], path: str, offset: int, block_bytes: int, size: int) -> int | None:
+    """Where the block that begins at `offset` ends; None where a very long line is in the way.
+
+    `stream` is that of a plain file of `size` bytes, which `path` names; a block has about `block_bytes`.
+    """
+    stop = min(offset + block_bytes, size)
+    if stop == size:
+        return size
+    seen_from = max(offset, stop - _LINE_WINDOW)
+    stream.seek(seen_from)
+    stop = seen_from + _read(stream, path, stop - seen_from).rfind(b"\n") + 1
+    return None if stop == seen_from else stop
 
 
 def _check_line_length(pieces: Sequence[bytes], path: str) -> None:
@@ -328,7 +339,7 @@ def _read_columns(path: str, file_index: int, block_rows: int, skip: int, skip_b
 
 @contextmanager
 def _open_parquet(path: str) -> Iterator[pq.ParquetFile]:
-    with _open_stored(path) as stored:
+    with open_stored(path) as stored:
         try:
             file = pq.ParquetFile(stored)
         except (pa.ArrowException, OSError) as exc:
@@ -359,7 +370,8 @@ def open_raw(path: str, stored: IO[bytes]) -> Iterator[IO[bytes]]:
 
 
 @contextmanager
-def _open_stored(path: str) -> Iterator[IO[bytes]]:
+def open_stored(path: str) -> Iterator[IO[bytes]]:
+    """Open the bytes of a raw file as they are stored."""
     if path == STDIN:
         yield sys.stdin.buffer
         return

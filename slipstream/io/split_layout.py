@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -69,6 +70,10 @@ class SplitLayout:
                 f"split `{rule}` leaves a split without samples: {self.totals}",
                 hint="give more samples, or choose another `preprocess.split`",
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Give what another process needs of it: all but assignments, which are quickly made again."""
+        return vars(self) | {"_recent_codes": {}}
 
     @property
     def num_samples(self) -> int:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,12 @@ from slipstream.datasets.parsing import ParsedFiles, parse_files
 from slipstream.datasets.past_columns import PastFeatures, find_past_features, learn_past
 from slipstream.datasets.registry import SOURCES
 from slipstream.datasets.source import ColumnarSource, GroupingSource, Source, SourceOptions
+from slipstream.engine.choice import open_engine
 from slipstream.errors import ConfigError, DataError
-from slipstream.io.artifacts import PARSED, StageKey, hold, write_atomically
+from slipstream.io.artifacts import PARSED, StageKey, hold
 from slipstream.io.capacity import require_disk, require_memory
 from slipstream.io.figures import ListFigures, PreprocessFigures
-from slipstream.io.lookups import lookup_path, write_lookup
+from slipstream.io.lookups import lookup_path, open_lookup, write_lookup
 from slipstream.io.parsed import FORMAT as PARSED_FORMAT
 from slipstream.io.parsed import ParsedChunk, dictionary_of
 from slipstream.io.processors import usable_cores
@@ -44,13 +45,11 @@ from slipstream.io.samples import write_parquet
 from slipstream.io.split_layout import SplitLayout
 from slipstream.ops import split as splits
 from slipstream.ops.dense import DenseEncoding
-from slipstream.ops.npz import read_arrays
-from slipstream.ops.parallel import in_order
+from slipstream.ops.parallel import Engine, Threads
 from slipstream.ops.past import PastEncoding
 from slipstream.ops.plausibility import doubt_classes, doubt_split, doubt_yield
 from slipstream.ops.vocabulary import (
     RawIdCounter,
-    Vocabulary,
     build_vocabulary,
     hash_to_buckets,
 )
@@ -84,16 +83,19 @@ def run_stage(job: StageJob) -> PreprocessFigures:
         layout=dataset.layout,
     )
     source = SOURCES.get(dataset.source)(options)
-    return run(
-        job.config.preprocess,
-        source=source,
-        files=files,
-        seed=job.config.seed,
-        scratch=job.scratch,
-        progress=job.progress,
-        negative_keep_ratio=dataset.negative_keep_ratio,
-        parsed_dir=job.scratch.parents[1] / PARSED / _parsed_key(job, source).fingerprint,
-    )
+    scratch = job.scratch.absolute()
+    with open_engine(job.config.engine, folder=scratch, progress=job.progress) as (engine, progress):
+        return run(
+            job.config.preprocess,
+            source=source,
+            files=files,
+            seed=job.config.seed,
+            scratch=scratch,
+            progress=progress,
+            negative_keep_ratio=dataset.negative_keep_ratio,
+            parsed_dir=scratch.parents[1] / PARSED / _parsed_key(job, source).fingerprint,
+            engine=engine,
+        )
 
 
 def _parsed_key(job: StageJob, source: Source) -> StageKey:
@@ -115,6 +117,7 @@ def run(
     progress: Progress,
     negative_keep_ratio: float = 1.0,
     parsed_dir: Path | None = None,
+    engine: Engine | None = None,
 ) -> PreprocessFigures:
     """Turn raw files into encoded splits below `scratch`.
 
@@ -127,6 +130,7 @@ def run(
         progress: Told how far it is.
         negative_keep_ratio: Share of the training split's negatives to keep, in (0, 1].
         parsed_dir: Where parsed chunks are, or are put and stay for other limits and splits; None for `scratch`.
+        engine: Who works on chunks, tables and parts; None for threads of this process.
 
     Returns:
         Samples and positives per split, lines, rejected, rows per table; and warnings.
@@ -140,30 +144,22 @@ def run(
     _find_past_features(config, source)
     _check_columns(files, source)
     # one more than cores: there is always one that waits for the disk or for its turn in Python
-    workers = config.num_threads or usable_cores() + 1
+    team = _Team(engine or Threads(), config.num_threads or usable_cores() + 1, progress)
     parsed_dir = parsed_dir or scratch / "work"
-    _check_capacity(config, files, (scratch, parsed_dir), workers)
-    parsed = _parse(config, source, files, parsed_dir, workers=workers, progress=progress)
+    _check_capacity(config, files, (scratch, parsed_dir), team)
+    parsed = _parse(config, source, files, parsed_dir, team)
     rejected = parsed.check_rejects(config.max_reject_ratio)
     layout = SplitLayout(
         config.split, parsed.samples, store=parsed.store, seed=seed, negative_keep_ratio=negative_keep_ratio
     )
     positives = layout.count_positives()
     _check_classes(layout.totals["train"], positives["train"])
-    vocabularies = _count(config, source=source, layout=layout, scratch=scratch, workers=workers, progress=progress)
-    dense = _learn_dense(config, source, layout, workers)
-    past = _learn_past(config, source, layout, positives["train"], folder=scratch, workers=workers, progress=progress)
-    _check_lookup_memory(vocabularies)
-    encoder = SampleEncoder(
-        source,
-        layout,
-        lookups=[vocabulary.lookup() for vocabulary in vocabularies],
-        buckets=_buckets(config, source),
-        dense=dense,
-        past=past,
-        folder=scratch,
-    )
-    _encode(encoder, layout.totals, config.samples_per_part, out_dir=scratch, workers=workers, progress=progress)
+    rows = _count(_Counting(config, source, layout, scratch), team)
+    dense = _learn_dense(config, source, layout, team)
+    past = _learn_past(config, source, layout, positives["train"], scratch, team)
+    _check_lookup_memory(rows, team)
+    encoder = SampleEncoder(source, layout, buckets=_buckets(config, source), dense=dense, past=past, folder=scratch)
+    _encode(_Encoding(encoder, scratch), layout.totals, config.samples_per_part, team)
     parsed.write_rejects(scratch / "rejects")
     return PreprocessFigures(
         lines=parsed.num_lines,
@@ -171,13 +167,13 @@ def run(
         samples=layout.totals,
         positives=positives,
         num_dense=dense.width + (past.width if past else 0),
-        rows_per_table={table_name(index): vocab.num_rows for index, vocab in enumerate(vocabularies)},
+        rows_per_table={table_name(index): num_rows for index, num_rows in enumerate(rows)},
         files=[Path(file).name for file in files],
         columns=dict(source.column_names) or None,
         extra_columns=list(source.extra_columns) or None,
         fields=list(source.fields) if source.takes_fields_from_files else None,
         table_of_column=list(source.table_of_column) if len(source.table_of_column) != source.num_tables else None,
-        padding_rows=_find_padding(source, vocabularies),
+        padding_rows=_find_padding(source, scratch),
         bags=list(source.bags) or None,
         lists=_sum_up_lists(parsed.samples),
         past=asdict(past) if past else None,
@@ -187,9 +183,17 @@ def run(
     )
 
 
-def _parse(
-    config: PreprocessConfig, source: Source, files: Sequence[str], folder: Path, *, workers: int, progress: Progress
-) -> ParsedFiles:
+@dataclass(frozen=True, slots=True)
+class _Team:
+    """Who works on the passes, how many at once, and who is told."""
+
+    engine: Engine
+    workers: int
+    """Threads of this process."""
+    progress: Progress
+
+
+def _parse(config: PreprocessConfig, source: Source, files: Sequence[str], folder: Path, team: _Team) -> ParsedFiles:
     with hold(folder):
         return parse_files(
             source,
@@ -197,8 +201,9 @@ def _parse(
             folder=folder,
             chunk_bytes=parse_bytes(config.chunk_bytes),
             max_reject_ratio=config.max_reject_ratio,
-            workers=workers,
-            progress=progress,
+            workers=team.workers,
+            progress=team.progress,
+            engine=team.engine,
         )
 
 
@@ -227,14 +232,15 @@ def _check_columns(files: Sequence[str], source: Source) -> None:
             )
 
 
-def _check_capacity(config: PreprocessConfig, files: Sequence[str], folders: Sequence[Path], workers: int) -> None:
+def _check_capacity(config: PreprocessConfig, files: Sequence[str], folders: Sequence[Path], team: _Team) -> None:
     text_bytes = sum(estimate_text_bytes(file) for file in files)
     chunk_bytes = min(parse_bytes(config.chunk_bytes), text_bytes)
-    require_memory(
-        _BASE_BYTES + (_MEMORY_PER_WORKER * workers + 2) * chunk_bytes,
-        purpose="preprocess",
-        hint=f"lower `preprocess.chunk_bytes` ({config.chunk_bytes}) or `preprocess.num_threads` ({workers})",
-    )
+    if team.engine.shares_memory:  # workers elsewhere have memory of their own
+        require_memory(
+            _BASE_BYTES + (_MEMORY_PER_WORKER * team.workers + 2) * chunk_bytes,
+            purpose="preprocess",
+            hint=f"lower `preprocess.chunk_bytes` ({config.chunk_bytes}) or `preprocess.num_threads` ({team.workers})",
+        )
     there = {file for folder in folders for file in folder.rglob("*") if file.is_file()}
     written = sum(file.stat().st_size for file in there)
     require_disk(
@@ -253,9 +259,11 @@ def _check_classes(samples: int, positives: int) -> None:
         )
 
 
-def _check_lookup_memory(vocabularies: Sequence[Vocabulary]) -> None:
+def _check_lookup_memory(rows: Sequence[int], team: _Team) -> None:
+    if not team.engine.shares_memory:
+        return
     require_memory(
-        sum(vocabulary.num_rows for vocabulary in vocabularies) * _LOOKUP_BYTES_PER_ROW,
+        sum(rows) * _LOOKUP_BYTES_PER_ROW,
         purpose="looking up rows",
         hint="make the vocabulary smaller: raise `preprocess.freq_threshold`, or set `preprocess.max_rows` or "
         "`preprocess.num_buckets`, for all tables or for the largest; what is parsed is kept",
@@ -265,38 +273,35 @@ def _check_lookup_memory(vocabularies: Sequence[Vocabulary]) -> None:
 # --- pass 2: count -------------------------------------------------------------------------------------------
 
 
-def _count(
-    config: PreprocessConfig,
-    *,
-    source: Source,
-    layout: SplitLayout,
-    scratch: Path,
-    workers: int,
-    progress: Progress,
-) -> list[Vocabulary]:
-    vocabularies = []
-    with progress.task("count", source.num_tables, "tables") as advance:
+@dataclass(frozen=True, slots=True)
+class _Counting:
+    """What it takes to count the values of a table."""
 
-        def count_table(index: int) -> Vocabulary:
-            return _count_table(index, config, source, layout, scratch)
+    config: PreprocessConfig
+    source: Source
+    layout: SplitLayout
+    scratch: Path
 
-        for vocabulary in in_order(count_table, range(source.num_tables), workers):
-            vocabularies.append(vocabulary)
+
+def _count(counting: _Counting, team: _Team) -> list[int]:
+    """Write the vocabulary of every table; returns their rows."""
+    tables = range(counting.source.num_tables)
+    rows = []
+    with team.progress.task("count", len(tables), "tables") as advance:
+        for num_rows in team.engine.in_order(_count_table, tables, context=counting, workers=team.workers):
+            rows.append(num_rows)
             advance(1, "")
-    return vocabularies
+    return rows
 
 
-def _count_table(
-    index: int, config: PreprocessConfig, source: Source, layout: SplitLayout, scratch: Path
-) -> Vocabulary:
+def _count_table(counting: _Counting, index: int) -> int:
+    config, source, layout, scratch = counting.config, counting.source, counting.layout, counting.scratch
     name = table_name(index)
     limits = config.limits_of(name)
     assert limits.freq_threshold is not None
-    kept = scratch / "work" / "vocab" / f"{name}.npz"
-    if kept.exists():
-        with kept.open("rb") as stream:
-            raw_ids, counts = read_arrays(stream, ("raw_ids", "counts"))
-        return Vocabulary(raw_ids=raw_ids, counts=counts)
+    finished = lookup_path(scratch, name)  # is written last
+    if finished.exists():
+        return 1 + len(open_lookup(finished).rows)
     counter = RawIdCounter()
     columns = [table_name(column) for column, table in enumerate(source.table_of_column) if table == index]
     for chunk_index, chunk in enumerate(layout.chunks):
@@ -324,10 +329,8 @@ def _count_table(
         }
     )
     write_parquet(frame.to_arrow(), scratch / "vocab" / f"{name}.parquet")
-    write_lookup(lookup_path(scratch, name), vocabulary.lookup())
-    with write_atomically(kept) as path, path.open("wb") as stream:
-        np.savez(stream, raw_ids=vocabulary.raw_ids, counts=vocabulary.counts)
-    return vocabulary
+    write_lookup(finished, vocabulary.lookup())
+    return vocabulary.num_rows
 
 
 def _write_raw_ids(raw_ids: np.ndarray, source: Source, texts: pl.DataFrame, table: str) -> pl.Series:
@@ -346,13 +349,14 @@ def _write_raw_ids(raw_ids: np.ndarray, source: Source, texts: pl.DataFrame, tab
     return found.select(pl.coalesce("text", "written")).to_series()
 
 
-def _learn_dense(config: PreprocessConfig, source: Source, layout: SplitLayout, workers: int) -> DenseEncoding:
+def _learn_dense(config: PreprocessConfig, source: Source, layout: SplitLayout, team: _Team) -> DenseEncoding:
     return learn_dense_encoding(
         layout,
         source.num_dense,
         transform=config.dense_transform,
         missing_flags=config.missing_flags,
-        workers=workers,
+        workers=team.workers,
+        engine=team.engine,
     )
 
 
@@ -371,10 +375,8 @@ def _learn_past(
     source: Source,
     layout: SplitLayout,
     positives: int,
-    *,
     folder: Path,
-    workers: int,
-    progress: Progress,
+    team: _Team,
 ) -> PastEncoding | None:
     features = _find_past_features(config, source)
     if features is None:
@@ -385,8 +387,9 @@ def _learn_past(
         transform=config.dense_transform,
         positives=positives,
         folder=folder,
-        workers=workers,
-        progress=progress,
+        workers=team.workers,
+        progress=team.progress,
+        engine=team.engine,
     )
 
 
@@ -408,41 +411,42 @@ def _buckets(config: PreprocessConfig, source: Source) -> list[int]:
 # --- pass 3: encode ------------------------------------------------------------------------------------------
 
 
-def _encode(
-    encoder: SampleEncoder,
-    totals: dict[str, int],
-    samples_per_part: int,
-    *,
-    out_dir: Path,
-    workers: int,
-    progress: Progress,
-) -> None:
+@dataclass(frozen=True, slots=True)
+class _Encoding:
+    """What it takes to encode a part."""
+
+    encoder: SampleEncoder
+    out_dir: Path
+
+
+def _encode(encoding: _Encoding, totals: dict[str, int], samples_per_part: int, team: _Team) -> None:
     parts = [
         (code, number, first, min(first + samples_per_part, totals[name]))
         for code, name in enumerate(SPLITS)
         for number, first in enumerate(range(0, totals[name], samples_per_part))
     ]
-
-    def write_part(part: tuple[int, int, int, int]) -> int:
-        code, number, first, stop = part
-        path = out_dir / SPLITS[code] / f"part-{number:05d}.parquet"
-        if not path.exists():
-            write_parquet(encoder.encode(code, first, stop), path)
-        return stop - first
-
-    with progress.task("encode", sum(totals.values()), "samples") as advance:
-        for done in in_order(write_part, parts, workers):
+    with team.progress.task("encode", sum(totals.values()), "samples") as advance:
+        for done in team.engine.in_order(_write_part, parts, context=encoding, workers=team.workers):
             advance(done, "")
+
+
+def _write_part(encoding: _Encoding, part: tuple[int, int, int, int]) -> int:
+    """Write the samples first..stop-1 of a split, where that is not done yet; returns how many these are."""
+    code, number, first, stop = part
+    path = encoding.out_dir / SPLITS[code] / f"part-{number:05d}.parquet"
+    if not path.exists():
+        write_parquet(encoding.encoder.encode(code, first, stop), path)
+    return stop - first
 
 
 # --- helpers -------------------------------------------------------------------------------------------------
 
 
-def _find_padding(source: Source, vocabularies: Sequence[Vocabulary]) -> dict[str, int] | None:
+def _find_padding(source: Source, folder: Path) -> dict[str, int] | None:
     """Tables with a row that stands for padding, and that row."""
     padding = np.array([MISSING_ID])
-    found = {table_name(index): int(vocabularies[index].lookup()(padding)[0]) for index in source.padded_tables}
-    return found or None
+    names = [table_name(index) for index in source.padded_tables]
+    return {name: int(open_lookup(lookup_path(folder, name))(padding)[0]) for name in names} or None
 
 
 def _sum_up_lists(chunks: Sequence[ParsedChunk]) -> dict[str, ListFigures] | None:

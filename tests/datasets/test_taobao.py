@@ -20,6 +20,7 @@ from slipstream.datasets import parsing, taobao
 from slipstream.datasets.parsing import ParsedFiles, parse_files
 from slipstream.datasets.taobao import TaobaoSource, read_events
 from slipstream.errors import ConfigError, DataError
+from slipstream.ops.parallel import Threads
 from slipstream.ops.split import latest_seventh
 from slipstream.pipeline import run_pipeline
 from slipstream.progress import Silent
@@ -137,6 +138,7 @@ def parse_log(files: list[Path], folder: Path, *, chunk_bytes: int = 1 << 20) ->
         max_reject_ratio=0.01,
         workers=2,
         progress=Silent(),
+        engine=Threads(),
     )
 
 
