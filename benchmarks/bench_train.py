@@ -16,8 +16,9 @@ fed with.
     fae, slipstream, baseline, cached    rows brought by the look-ahead
     in-place S             rows read by the device itself, a share S of them hot; on a CPU only a model of that
     host-look-ahead S      what the host does for a GPU at that share of hot rows, and no step: batches, cold rows
-    host-in-place S        found, gathered and written back; or, in place, batches packed for one copy. Its core-ms a
-                           step are what a GPU asks of the host, its steps/s the most it can be kept busy with
+    host-in-place S        found, gathered and written back; or, in place, batches packed for one copy; or windows of
+    host-windows S         samples brought in bulk, and their order. Its core-ms a step are what a GPU asks of the host,
+                           its steps/s the most it can be kept busy with
 
 `floor` is the least time that memory traffic and FLOP of a step allow, on devices whose rates are known here. What the
 figures do not show: quality, which exact modes share to the bit (tests) and skipping changes (`slipstream compare`).
@@ -53,6 +54,7 @@ from slipstream.embedding.tiers.lookahead import LookAhead, StagedBatch
 from slipstream.embedding.tiers.mapped import map_to_device
 from slipstream.embedding.tiers.placement import CachedRows, Placement, StagingHalves
 from slipstream.embedding.tiers.rows import TieredRows
+from slipstream.embedding.tiers.sample_ring import SampleRing
 from slipstream.embedding.tiers.transfer import RowMover
 from slipstream.io.samples import Samples, read_shard, write_shard
 from slipstream.models.dlrm import DLRM
@@ -81,18 +83,21 @@ CONFIGS = {
 CONTENDERS = [
     "input", "ceiling", "plain", "torchrec", "resident", "baseline",
     "fae 0.001", "fae 0.01", "fae 0.1", "cached 0.001", "cached 0.01", "cached 0.1",
-    "slipstream 0.001", "slipstream 0.01", "slipstream 0.1", "host-look-ahead 0.01", "host-in-place 0.01",
+    "slipstream 0.001", "slipstream 0.01", "slipstream 0.1",
+    "host-look-ahead 0.01", "host-in-place 0.01", "host-windows 0.01",
 ]  # fmt: skip
 CUDA_CONTENDERS = [
     "input", "ceiling", "plain", "plain-host", "resident", "baseline", "in-place 0",
     "fae 0.001", "fae 0.01", "fae 0.1", "in-place 0.001", "in-place 0.01", "in-place 0.1", "in-place 1",
-    "cached 0.01", "host-look-ahead 0.01", "host-in-place 0.01",
+    "cached 0.01", "host-look-ahead 0.01", "host-in-place 0.01", "host-windows 0.01",
 ]  # fmt: skip
 NUM_DENSE = 13
 RATES = {"H100": (3.35e12, 495e12, 64e9), "H200": (4.8e12, 495e12, 64e9)}
 """Bytes/s of memory, FLOP/s of tf32 products without sparsity, bytes/s of the bus each way, as NVIDIA has them."""
 ON_DEVICE = {"input", "ceiling", "plain", "plain-host", "torchrec", "resident"}
 """Contenders that know no hot rows."""
+ON_HOST = {"host-look-ahead", "host-in-place", "host-windows"}
+"""Contenders that do what the host does for a GPU, and no step."""
 NUM_LOADERS = 8
 SAMPLES_PER_SHARD = 1 << 16
 Pass = Callable[[], dict[str, float]]
@@ -283,12 +288,35 @@ def make_step(case: Case, model: torch.nn.Module, rows: TieredRows) -> TrainStep
         "precision": args.precision,
         "kernels": args.kernels,
     }
-    if case.name in ("input", "host-look-ahead", "host-in-place"):
+    if case.name in ("input", *ON_HOST):
         return NoStep(**options)
     if rows.device.type == "cpu":
         return (CeilingStep if case.name == "ceiling" else TrainStep)(**options)
     options |= {"batch_size": args.batch, "num_dense": NUM_DENSE, "num_tables": len(case.table_of)}
     return (FixedShapeCeilingStep if case.name == "ceiling" else FixedShapeStep)(**options)
+
+
+class NoReads(SampleRing):
+    """What a host that has a GPU does of a ring: it brings windows and lays out rounds."""
+
+    def read_slots(self, slots: torch.Tensor, *, ahead: int) -> None:
+        """Leave it to the device."""
+
+
+def make_ring(case: Case, rows: TieredRows) -> SampleRing:
+    """Give room for all samples twice, as where two rounds take from all windows of an epoch each."""
+    num_samples, batch_size = len(case.samples), case.args.batch
+    kind = NoReads if case.name in ON_HOST else SampleRing
+    return kind(
+        num_samples=2 * num_samples,
+        most_samples=num_samples + 2 * batch_size,
+        batch_size=batch_size,
+        num_dense=NUM_DENSE,
+        num_columns=len(case.table_of),
+        num_rows=rows.num_rows,
+        num_hot=rows.num_hot,
+        device=rows.device,
+    )
 
 
 def make_engine(case: Case, device: torch.device) -> Pass:
@@ -299,7 +327,7 @@ def make_engine(case: Case, device: torch.device) -> Pass:
     num_hot = {"baseline": 0, "cached": 0}.get(case.name, case.num_hot)
     lookups = args.batch * len(case.table_of)
     most_distinct = sum(min(args.batch, part.stop - part.start) for part in case.table_of)
-    is_in_place = case.name in ("in-place", "host-in-place")
+    is_in_place = case.name in ("in-place", "host-in-place", "host-windows")
     half = most_distinct if is_in_place else max(lookups, min(16 * lookups, 1 << 19))
     num_staged = 2 * min(half, case.num_rows - num_hot)
     if case.name == "cached":
@@ -320,7 +348,7 @@ def make_engine(case: Case, device: torch.device) -> Pass:
     step = make_step(case, model, rows)
     shards = keep_shards(case) if case.name == "input" else None
     if is_in_place:
-        plan = NoPlan if case.name == "host-in-place" else BatchPlan
+        plan = NoPlan if case.name in ON_HOST else BatchPlan
         if device.type == "cuda" and case.name == "in-place":
             from slipstream.embedding.tiers.triton_plan import TritonPlan as plan  # needs Triton
         lookahead: Runner = InPlace(
@@ -333,6 +361,8 @@ def make_engine(case: Case, device: torch.device) -> Pass:
         )
         if case.name == "host-in-place":
             lookahead._mover = PackedBatches(rows)
+        elif case.name == "host-windows" or device.type == "cuda":
+            lookahead.keep_samples(make_ring(case, rows))
     else:
         lookahead = LookAhead(
             rows,

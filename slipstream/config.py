@@ -238,6 +238,11 @@ class TrainConfig:
     cold_path: str = speed_only("")
     """Folder on a fast local disk for a cold tier larger than memory: its rows, with their optimizer state, are mapped
     from a file there, which has no name and is gone with the run. The same model, to the bit. Empty: in memory."""
+    shuffle_on: Literal["auto", "device", "host"] = speed_only("auto")
+    """Where samples are put in their order: on the `device`, to which they are copied in the windows they are shuffled
+    in, so that batches cost the host nothing, or on the `host`, which sends every batch. The same order, and the same
+    results; `auto` is `device` where a GPU reads cold rows in place and has room for the windows of two rounds, at most
+    10 million samples."""
     weight_decay: float = 0.0
     """L2 penalty on the dense layers' weights."""
     order: Literal["interleaved", "mixed"] = "interleaved"
@@ -302,6 +307,11 @@ class TrainConfig:
             raise ConfigError(
                 "`train.cold_access` = 'in_place' does not go with mode `cached`, whose cache the host keeps",
                 hint="set train.cold_access to 'auto' or 'look_ahead', or choose another train.mode",
+            )
+        if self.shuffle_on == "device" and self.cold_access != "in_place":
+            raise ConfigError(
+                "`train.shuffle_on` = 'device' goes with rows that the device reads in place",
+                hint="set train.cold_access to 'in_place', or train.shuffle_on to 'auto' or 'host'",
             )
 
     def _check_cold_path(self) -> None:

@@ -15,7 +15,7 @@ from slipstream.training.skipping.registry import CRITERIA
 
 _NOT_OF_THE_LOOP = (
     *("lr_warmup", "lr_decay", "order", "chunk_batches", "staging_rows", "log_every", "average", "cold_access"),
-    *("positive_weight", "validate_steps", "patience"),
+    *("shuffle_on", "positive_weight", "validate_steps", "patience"),
     *("checkpoint_minutes", "checkpoint_steps"),
 )
 """Keys of `[train]`: constant learning rate; no look-ahead, reports, mean of weights or checkpoints."""

@@ -6,6 +6,7 @@ take, puts it together here, so that what is forecast and what trains are made b
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -24,16 +25,18 @@ from slipstream.distributed.rows import ShardedRows
 from slipstream.embedding.tiers.in_place import InPlace, Runner
 from slipstream.embedding.tiers.lookahead import Batch, LookAhead
 from slipstream.embedding.tiers.on_disk import DiskRows
-from slipstream.errors import ConfigError
+from slipstream.embedding.tiers.sample_ring import SampleRing
+from slipstream.errors import CapacityError, ConfigError
 from slipstream.io.figures import TableFigures
 from slipstream.io.processors import usable_cores
 from slipstream.ops.learning_rate import learning_rate
 from slipstream.options import pick
 from slipstream.training.assemble import Assembly, Settings, assemble
-from slipstream.training.device import resolve_device
+from slipstream.training.device import fitting_the_device, resolve_device
 from slipstream.training.footprint import assemble_weightless
 from slipstream.training.loop import StepReport, Trainer
-from slipstream.training.order.schedule import Schedule, default_segment_steps
+from slipstream.training.order.schedule import Schedule, default_segment_steps, most_in_windows
+from slipstream.training.order.shards import WINDOW_SAMPLES
 from slipstream.training.representations import TableSpec
 from slipstream.training.skipping.criterion import SkipRule
 from slipstream.training.skipping.skipper import Skipper
@@ -41,6 +44,7 @@ from slipstream.training.slot_layout import SlotLayout
 from slipstream.training.threads import choose_threads, step_flop
 from slipstream.training.validation import Validation
 
+_log = logging.getLogger(__name__)
 ROUND_SAMPLES = 1_000_000
 """Most samples of a round."""
 
@@ -189,6 +193,8 @@ def make_trainer(
         most_steps: Steps after which training ends; None for none.
     """
     train = config.train
+    runner = _make_runner(train, parts)
+    _keep_samples(config, parts, runner, num_train=num_train)
     schedule = Schedule(
         epochs=train.epochs,
         batch_size=train.batch_size,
@@ -203,7 +209,7 @@ def make_trainer(
     )
     return Trainer(
         step=parts.step,
-        lookahead=_make_runner(train, parts),
+        lookahead=runner,
         lr_schedule=partial(learning_rate, lr=train.lr, warmup=train.lr_warmup, decay=train.lr_decay),
         skipper=Skipper(skip_rule_of(config, parts), columns=parts.columns),
         schedule=schedule,
@@ -231,6 +237,42 @@ def _make_runner(train: TrainConfig, parts: Assembly) -> Runner:
     # who waits for a disk takes no time from the computation, on a CPU either
     in_thread = True if isinstance(parts.rows, DiskRows) else None
     return LookAhead(parts.rows, parts.placement, in_thread=in_thread, **options)
+
+
+def _keep_samples(config: PipelineConfig, parts: Assembly, runner: Runner, *, num_train: int) -> None:
+    """Have the device take batches from windows of samples, where that is asked for or a GPU has room for them.
+
+    Raises:
+        CapacityError: It was asked for, and there is no room.
+    """
+    train, layout = config.train, parts.layout
+    if not isinstance(runner, InPlace) or train.shuffle_on == "host":
+        return
+    if train.shuffle_on == "auto" and not parts.on_cuda:
+        return
+    window_samples = max(WINDOW_SAMPLES, config.segregate.samples_per_shard)
+    num_samples = most_in_windows(num_train, round_samples=ROUND_SAMPLES, window_samples=window_samples)
+    try:
+        with fitting_the_device(f"windows of {num_samples:,} samples"):
+            ring = SampleRing(
+                num_samples=num_samples,
+                most_samples=min(num_train, ROUND_SAMPLES) + 2 * train.batch_size,
+                batch_size=train.batch_size,
+                num_dense=parts.num_dense,
+                num_columns=len(layout.column_tables),
+                num_rows=parts.rows.num_rows,
+                num_hot=parts.rows.num_hot,
+                device=parts.rows.device,
+                columns=parts.columns,
+                padding=parts.representations.padded,
+                slot_type=torch.int32 if layout.num_slots < 2**31 else torch.int64,
+            )
+    except CapacityError as exc:
+        if train.shuffle_on == "device":
+            raise CapacityError(str(exc), hint="set train.shuffle_on to 'host' or 'auto'") from exc
+        _log.warning(f"the host shuffles samples: {exc}")
+        return
+    runner.keep_samples(ring)
 
 
 def skip_rule_of(config: PipelineConfig, parts: Assembly) -> SkipRule:

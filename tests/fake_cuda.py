@@ -13,6 +13,7 @@ whatever the timing of today.
     pinned_bytes       of every allocation of page-locked memory
     pageable_copies    copies between the device and ordinary memory; the host waits for these
     spins              waits for events that do not let the thread sleep
+    launches           operations given to the device one by one, not by a graph
 
 A graph is captured without effect and replayed by running its operations again: `fake_graphs`.
 """
@@ -56,6 +57,7 @@ class FakeCuda:
         self.pinned_bytes: list[int] = []
         self.pageable_copies: list[str] = []
         self.spins: list[str] = []
+        self.launches: list[str] = []
         self.capture_modes: list[str] = []
         self.num_replays = 0
         self.on_capture: Callable[[], None] = lambda: None
@@ -223,6 +225,8 @@ class FakeCuda:
                 return func(*args, **kwargs)
             if (capture := self.own_capture()) is not None:
                 return capture.record(func, args, kwargs)
+            if not func.is_view:
+                self.launches.append(name)
             return self.run_on_stream(func, args, kwargs)
 
     def run_on_stream(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

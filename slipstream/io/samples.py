@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from slipstream.errors import ArtifactError
 from slipstream.io.artifacts import write_atomically
 from slipstream.ops.npz import read_arrays
+from slipstream.ops.picks import Picks, Window, join
 from slipstream.schema import LABEL
 
 
@@ -36,6 +37,14 @@ class Samples:
     def followed_by(self, other: Samples) -> Samples:
         """Give these samples, then the others."""
         return concat_samples([self, other])
+
+    def weighted(self, weights: np.ndarray | None) -> Samples:
+        """Give the same samples with other weights. Shape (n,), float32."""
+        return replace(self, weights=weights)
+
+    def picks(self) -> Picks:
+        """Give their numbers within a window."""
+        return Picks.all_of(Window([(self.X_int, self.X_cat, self.y)]), self.weights)
 
     def take(self, picked: np.ndarray | slice) -> Samples:
         """Give some of the samples.
@@ -62,10 +71,73 @@ class Samples:
         return Samples(X_int=change(self.X_int), X_cat=change(self.X_cat), y=change(self.y), weights=weights)
 
 
+class PickedSamples(Samples):
+    """Samples that are numbers within windows; their arrays are copied from there when they are asked for.
+
+    Args:
+        picks: The numbers.
+    """
+
+    __slots__ = ("_arrays", "_picks")
+    _arrays: dict[str, np.ndarray]
+    _picks: Picks
+
+    def __init__(self, picks: Picks) -> None:
+        object.__setattr__(self, "_picks", picks)
+        object.__setattr__(self, "_arrays", {})
+
+    @property
+    def X_int(self) -> np.ndarray:
+        """As of `Samples`, kept once it was asked for."""
+        return self._gather("dense")
+
+    @property
+    def X_cat(self) -> np.ndarray:
+        """As of `Samples`, kept once it was asked for."""
+        return self._gather("slots")
+
+    @property
+    def y(self) -> np.ndarray:
+        """As of `Samples`, kept once it was asked for."""
+        return self._gather("labels")
+
+    @property
+    def weights(self) -> np.ndarray | None:
+        """As of `Samples`."""
+        return self._picks.weights
+
+    def __len__(self) -> int:
+        """Count the samples."""
+        return len(self._picks)
+
+    def take(self, picked: np.ndarray | slice) -> Samples:
+        """Give some of the samples; no value is copied."""
+        return PickedSamples(self._picks.take(picked))
+
+    def weighted(self, weights: np.ndarray | None) -> Samples:
+        """Give the same samples with other weights."""
+        return PickedSamples(replace(self._picks, weights=weights))
+
+    def picks(self) -> Picks:
+        """Give their numbers."""
+        return self._picks
+
+    def on_their_own(self) -> Samples:
+        """Give the samples with arrays of their own, so that their windows can go."""
+        return Samples(X_int=self.X_int, X_cat=self.X_cat, y=self.y, weights=self.weights)
+
+    def _gather(self, field: str) -> np.ndarray:
+        if field not in self._arrays:
+            self._arrays[field] = self._picks.gather(field)
+        return self._arrays[field]
+
+
 def concat_samples(pieces: Sequence[Samples]) -> Samples:
-    """Give samples of all pieces, in order; at least one piece."""
+    """Give samples of all pieces, in order; at least one piece. Numbers stay numbers."""
     if len(pieces) == 1:
         return pieces[0]
+    if any(isinstance(piece, PickedSamples) for piece in pieces):
+        return PickedSamples(join([piece.picks() for piece in pieces]))
     return Samples(
         X_int=np.concatenate([piece.X_int for piece in pieces]),
         X_cat=np.concatenate([piece.X_cat for piece in pieces]),

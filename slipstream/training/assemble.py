@@ -99,6 +99,8 @@ class Assembly:
     step: TrainStep
     padding_slots: np.ndarray | None
     """Hot slots that stand for no id; None for none. int64."""
+    on_cuda: bool
+    """Whether it is for a GPU."""
 
     @property
     def columns(self) -> np.ndarray | None:
@@ -160,6 +162,7 @@ def assemble(
         model=model,
         step=step,
         padding_slots=find_padding(layout, padding_rows),
+        on_cuda=device.type == "cuda",
     )
 
 

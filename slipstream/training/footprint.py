@@ -46,7 +46,7 @@ class Footprint:
 
     device: dict[str, int]
     """`hot rows` and their `optimizer state` (with what a mean over steps keeps of them),
-    `staging`, `staleness`, `layers`, `finding rows`, `scales and cores`."""
+    `staging`, `staleness`, `layers`, `finding rows`, `samples`, `scales and cores`."""
     host: dict[str, int]
     """`cold rows` and their `optimizer state`, `slots`, `skipping`, `moving rows`."""
     disk: dict[str, int]
@@ -147,6 +147,7 @@ def assemble_weightless(
         model=model,
         step=make_step(settings, model, rows, representations, num_dense=num_dense, on_cuda=on_cuda),
         padding_slots=find_padding(layout, padding_rows),
+        on_cuda=on_cuda,
     )
 
 
@@ -174,10 +175,14 @@ def weigh(trainer: Trainer, *, on_cuda: bool = False) -> Footprint:
     if step.tracker is not None:
         device["staleness"] = seen.add(step.tracker)
     device["layers"] = seen.add(step)
+    num_rings = 1
     if isinstance(trainer.lookahead, InPlace):
         device["finding rows"] = seen.add(trainer.lookahead.plans)
+        if (ring := trainer.lookahead.ring) is not None:
+            device["samples"] = seen.add(ring.tensors())
+            num_rings += 1
     host["skipping"] = seen.add(trainer.skipper)
-    host["moving rows"] = seen.add(trainer.lookahead) + (NUM_SLABS * SLAB_BYTES if on_cuda else 0)
+    host["moving rows"] = seen.add(trainer.lookahead) + (num_rings * NUM_SLABS * SLAB_BYTES if on_cuda else 0)
     return Footprint(
         device={name: size for name, size in device.items() if size},
         host={name: size for name, size in host.items() if size},

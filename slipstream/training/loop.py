@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from slipstream.embedding.tiers.in_place import Runner
+from slipstream.embedding.tiers.in_place import InPlace, Runner
 from slipstream.embedding.tiers.lookahead import Batch, StagedBatch
 from slipstream.embedding.tiers.placement import StagingOverflowError
 from slipstream.errors import CapacityError, TrainingError
@@ -163,7 +163,8 @@ class Trainer:
         """
         self._started, self._cpu_started = time.perf_counter(), time.process_time()
         self.step.model.train()
-        preparer = RoundPreparer(self._schedule, self.skipper, score=self._score, position=self.position)
+        ring = self.lookahead.ring if isinstance(self.lookahead, InPlace) else None
+        preparer = RoundPreparer(self._schedule, self.skipper, score=self._score, position=self.position, ring=ring)
         self._preparer = preparer
         with closing(preparer.run(open_streams)) as rounds:
             asked = time.perf_counter()

@@ -85,7 +85,7 @@ class TrainStep:
         self.model, self.rows, self.dense_optimizer = model, rows, dense_optimizer
         self._eps, self._precision, self._deterministic = eps, precision, deterministic
         self._rule = rows.rule(eps=eps)
-        self._lr = torch.zeros((), device=rows.device)
+        self._lr, self._lr_there = torch.zeros((), device=rows.device), 0.0
         # a tensor, so that a captured step counts on; float64 counts 2⁵³ steps
         self._num_steps = torch.zeros((), dtype=torch.float64, device=rows.device)
         # in float64 a sum of float32 losses is exact, wherever checkpoints cut it
@@ -145,7 +145,9 @@ class TrainStep:
         return total
 
     def _begin(self, lr: float) -> None:
-        self._lr.fill_(lr)
+        if lr != self._lr_there:
+            self._lr.fill_(lr)
+            self._lr_there = lr
         self.representations.begin_step(lr)
 
     def _compute(self, batch: StagedBatch) -> None:
@@ -324,6 +326,9 @@ class FixedShapeStep(TrainStep):
         # rows in place take turns between two halves of the buffer: a graph for each
         kind = (batch.weights is not None, is_watched, self.is_averaging, batch.in_place)
         key = (len(batch), batch.divisor, *kind)
+        if batch.in_place is not None and batch.in_place.samples is not None:
+            # the step itself fills the batch's memory, which is always the same
+            return self._variants.setdefault(key, _Variant(batch=batch))
         if key not in self._variants:
             self._variants[key] = _Variant(batch=self._first_of_static(batch))
         static = self._variants[key].batch

@@ -61,6 +61,7 @@ NOTHING_SKIPPED: list[dict[str, Any]] = [
 ]
 ADAM: dict[str, Any] = {"train__optimizer": "adam", "train__lr": 0.003}
 IN_PLACE: dict[str, Any] = {"train__mode": "baseline", "train__cold_access": "in_place"}
+SHUFFLED_THERE = IN_PLACE | {"train__shuffle_on": "device"}
 AVERAGED: dict[str, Any] = {"train__average": 0.4}
 
 
@@ -73,8 +74,8 @@ AVERAGED: dict[str, Any] = {"train__average": 0.4}
         *((held, ADAM, place) for held in ("dense", "mixed") for place in (RESIDENT, BASELINE, RANK)),
         ("dense", ADAM, NOTHING_SKIPPED[2]),
         *((held, AVERAGED, place) for held in ("dense", "mixed") for place in (RESIDENT, BASELINE, LFU)),
-        *((held, {}, IN_PLACE) for held in ("dense", "mixed")),
-        *(("dense", options, IN_PLACE) for options in (ADAM, AVERAGED)),
+        *(("dense", options, IN_PLACE) for options in ({}, ADAM)),
+        *((held, options, SHUFFLED_THERE) for held, options in (("mixed", {}), ("dense", AVERAGED))),
     ],
     ids=lambda value: (
         value if isinstance(value, str) else " ".join(f"{k.split('__')[1]}={v}" for k, v in value.items()) or "plain"

@@ -22,7 +22,9 @@ from slipstream.embedding.tiers.mapped import map_to_device
 from slipstream.embedding.tiers.pinned import NUM_SLABS, SLAB_BYTES
 from slipstream.embedding.tiers.placement import StagingHalves
 from slipstream.embedding.tiers.rows import TieredRows
+from slipstream.embedding.tiers.sample_ring import PickedBatch, SampleRing
 from slipstream.models.dlrm import DLRM
+from slipstream.ops.picks import Picks, Window
 from slipstream.training import step as step_module
 from slipstream.training.dense_optimizer import DenseOptimizer
 from slipstream.training.representations import Representations
@@ -179,6 +181,40 @@ def test_rows_in_place_take_one_graph_for_each_half_and_no_other_launch(fake_cud
     in_place(step.rows).run(map(make_batch, range(20)), partial(step, lr=0.1))
     assert fake_cuda.capture_modes == ["thread_local"] * 2
     assert fake_cuda.num_replays == 20 - 2 * step_module._EAGER_STEPS
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_samples_on_the_device_leave_no_launch_but_the_graph_s(weighted: bool, fake_cuda: FakeCuda):
+    step = make_step(FixedShapeStep, CUDA)
+    runner, launches = in_place(step.rows), []
+    batches = [make_batch(number, weighted=weighted) for number in range(20)]
+    window = Window([(batch.dense, batch.slots, batch.labels) for batch in batches])
+    whole = Picks.all_of(window, None if not weighted else np.concatenate([batch.weights for batch in batches]))
+    ring = SampleRing(
+        num_samples=len(window),
+        most_samples=len(window),
+        batch_size=BATCH,
+        num_dense=DENSE,
+        num_columns=TABLES,
+        num_rows=NUM_ROWS,
+        num_hot=NUM_HOT,
+        device=CUDA,
+    )
+    runner.keep_samples(ring)
+    ring.bring([whole])
+    picked = [PickedBatch(whole.take(slice(at, at + BATCH)), is_hot=False) for at in range(0, len(window), BATCH)]
+    runner.run(iter(picked), partial(step, lr=0.1), between_chunks=lambda: launches.append(len(fake_cuda.launches)))
+    assert fake_cuda.capture_modes == ["thread_local"] * 2
+    assert fake_cuda.num_replays == 20 - 2 * step_module._EAGER_STEPS
+    # from the eighth batch on there is a graph for either half
+    assert len(set(launches[8:])) == 1 and launches[2] > launches[1]
+
+    plain = make_step(TrainStep, torch.device("cpu"))
+    lookahead = look_ahead(plain.rows)
+    lookahead.run(iter(batches), partial(plain, lr=0.1))
+    lookahead.flush()
+    runner.flush()
+    torch.testing.assert_close(results_of(step), results_of(plain), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("what", ["begin", "end"])

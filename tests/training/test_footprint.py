@@ -14,6 +14,7 @@ from strategies import tiny_config
 from trained import HELD
 
 from slipstream.config import PipelineConfig
+from slipstream.embedding.tiers.pinned import NUM_SLABS, SLAB_BYTES
 from slipstream.io.figures import TableFigures
 from slipstream.options import pick
 from slipstream.training.assemble import Settings
@@ -85,6 +86,7 @@ CASES: dict[str, dict[str, Any]] = {
     "cached, lfu": {"train__mode": "cached", "train__cache_ratio": 0.4, "train__cache_policy": "lfu"},
     "averaged": {"train__mode": "fae", "train__average": 0.2},
     "in a file": {"train__mode": "fae", "train__average": 0.2, "train__cold_path": tempfile.gettempdir()},
+    "samples there": {"train__mode": "fae", "train__cold_access": "in_place", "train__shuffle_on": "device"},
     "int4": {"train__mode": "fae", "tables": HELD["int4"]},
     "mixed": {"train__mode": "fae", "tables": {**HELD["mixed"], "overrides": {}}},
     "dcnv2": {"train__mode": "fae", "model": {"name": "dcnv2", "embedding_dim": 4}},
@@ -101,13 +103,17 @@ def test_it_is_to_the_byte_what_a_trainer_holds(name: str):
     assert bool(told.disk) == (name == "in a file") == ("cold rows" not in told.host)
 
 
-def test_it_is_to_the_byte_what_a_trainer_holds_on_a_gpu(cuda: torch.device):
-    config = tiny_config(train__mode="slipstream", train__device="cuda")
+@pytest.mark.parametrize("cold_access", ["look_ahead", "in_place"])
+def test_it_is_to_the_byte_what_a_trainer_holds_on_a_gpu(cold_access: str, cuda: torch.device):
+    config = tiny_config(train__mode="slipstream", train__device="cuda", train__cold_access=cold_access)
     real = make(config, device=cuda.type)
     told = weigh(make(config, device="meta", on_cuda=True), on_cuda=True)
     found = weigh(real)
     assert told.device == found.device
     assert told.host == found.host
+    if cold_access == "in_place":  # the windows of two rounds: here all samples twice, and what goes along
+        assert told.device["samples"] > 2 * NUM_TRAIN * 4 * (4 + 6 + 1)
+        assert told.host["moving rows"] >= 2 * NUM_SLABS * SLAB_BYTES
 
 
 @pytest.mark.parametrize("weighted", [False, True])

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -199,6 +200,19 @@ class BatchPlan:
         return (self.distinct >= self._rows.num_hot) & (self.distinct < self._rows.num_rows)
 
 
+class OnDevice(Protocol):
+    """Samples that are on the device, in the order of batches."""
+
+    def read(self) -> None:
+        """Fill the memory that the batch at work is read from."""
+
+    def read_slots(self, slots: Tensor, *, ahead: int) -> None:
+        """Write the slots of the batch that is so many ahead of the one at work."""
+
+    def advance(self) -> None:
+        """Have the next batch at work."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class RowsInPlace:
     """The rows of a batch at work, and what is to be done beside it for the batch that follows."""
@@ -209,9 +223,13 @@ class RowsInPlace:
     """Computes beside the batch; None where there are no streams."""
     num_columns: int
     """Lookups of each sample."""
+    samples: OnDevice | None = None
+    """Where the device itself takes its samples from; None where the host sends every batch."""
 
     def begin(self) -> None:
         """Begin to read ahead; before the batch reads anything."""
+        if self.samples is not None:
+            self.samples.read()
         if self.side is None:
             self._read_ahead()
             return
@@ -225,8 +243,12 @@ class RowsInPlace:
             torch.cuda.current_stream(self.plan.slots.device).wait_stream(self.side)
         self.plan.write_back()
         self.following.take_over(self.plan)
+        if self.samples is not None:
+            self.samples.advance()
 
     def _read_ahead(self) -> None:
+        if self.samples is not None:
+            self.samples.read_slots(self.following.slots, ahead=1)
         self.following.find(self.plan)
         self.following.fetch()
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +32,7 @@ from slipstream.embedding.tiers.frozen import FrozenTiers
 from slipstream.embedding.tiers.lookahead import Batch, LookAhead, StagedBatch, tierless_slots
 from slipstream.embedding.tiers.padding import PaddedColumns
 from slipstream.embedding.tiers.rows import TieredRows
+from slipstream.embedding.tiers.sample_ring import SampleRing
 from slipstream.embedding.tiers.transfer import RowMover
 
 _NONE = np.empty(0, np.int64)
@@ -87,6 +88,8 @@ class InPlace:
         )
         self.padding: PaddedColumns | None = None
         """Columns that may hold padding, which counts as no lookup."""
+        self.ring: SampleRing | None = None
+        """Where the device keeps samples; None where the host sends every batch."""
         self._mover = RowMover(rows)
         self._frozen: FrozenTiers | None = None
         self._before = {"lookups": 0, "cold_lookups": 0, "bytes_to_device": 0, "bytes_to_host": 0}
@@ -94,6 +97,15 @@ class InPlace:
         """Seconds that whoever called `run` spent on sending batches."""
         self.compute_seconds = 0.0
         """Seconds it spent in `step`."""
+
+    def keep_samples(self, ring: SampleRing) -> None:
+        """Have the device take its samples from a ring from now on, to which their windows are brought."""
+        self.ring = ring
+        self._turns = tuple(replace(turn, samples=ring) for turn in self._turns)
+        for turn in self._turns:
+            if turn.side is not None:
+                for tensor in ring.tensors():
+                    tensor.record_stream(turn.side)
 
     @property
     def lookups(self) -> int:
@@ -132,15 +144,24 @@ class InPlace:
         began = time.perf_counter()
         self._mover.mark_computed()
         turn, other = self._turns
+        if self.ring is not None:
+            known = list(batches)
+            if known:
+                self.ring.lay_out(known, self._mover)
+            batches = iter(known)
         now, following = self._send(batches), self._send(batches)
         if now is None:
             return
         other.plan.clear()
-        self._load(turn.plan, now)
+        if self.ring is None:
+            self._load(turn.plan, now)
+        else:
+            self.ring.read_slots(turn.plan.slots, ahead=0)
         turn.plan.find(other.plan)
         turn.plan.fetch()
         while now is not None:
-            self._load(other.plan, following)
+            if self.ring is None:
+                self._load(other.plan, following)
             self.move_seconds += time.perf_counter() - began
             between_chunks()
             began = time.perf_counter()
@@ -171,6 +192,9 @@ class InPlace:
     def _counted(self) -> dict[str, int]:
         of_plans = [plan.counted() for plan in self.plans]
         lookups, cold_lookups, num_fetched, num_written = (sum(pair) for pair in zip(*of_plans, strict=True))
+        if self.ring is not None:
+            num_padding, num_cold_padding = self.ring.padding_counted()
+            lookups, cold_lookups = lookups - num_padding, cold_lookups - num_cold_padding
         row_bytes = self._rows.row_bytes
         counted = (lookups, cold_lookups, num_fetched * row_bytes, num_written * row_bytes)
         return {name: before + now for (name, before), now in zip(self._before.items(), counted, strict=True)}
@@ -179,6 +203,8 @@ class InPlace:
         """Go on counting from a checkpoint."""
         for plan in self.plans:
             plan.forget_counts()
+        if self.ring is not None:
+            self.ring.forget_counts()
         self._before = {name: int(counters[name]) for name in self._before}
         self.move_seconds = counters.get("move_seconds", 0.0)
         self.compute_seconds = counters.get("compute_seconds", 0.0)
@@ -212,6 +238,8 @@ class InPlace:
         batch = next(batches, None)
         if batch is None:
             return None
+        if self.ring is not None:
+            return _Sent(batch, {}, None)
         arrays = {"slots": self._slots(batch), "dense": batch.dense, "labels": batch.labels}
         if batch.weights is not None:
             arrays["weights"] = batch.weights
@@ -241,6 +269,8 @@ class InPlace:
         plan.load(sent.tensors["slots"])
 
     def _stage(self, sent: _Sent, turn: RowsInPlace) -> StagedBatch:
+        if self.ring is not None:
+            return self.ring.stage(sent.batch, turn)
         tensors = sent.tensors
         return StagedBatch(
             dense=tensors["dense"],

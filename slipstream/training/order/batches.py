@@ -6,12 +6,12 @@ What does not fill a batch waits for the next round.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import numpy as np
 
 from slipstream.embedding.tiers.lookahead import Batch
-from slipstream.io.samples import Samples, concat_samples
+from slipstream.embedding.tiers.sample_ring import PickedBatch
+from slipstream.io.samples import PickedSamples, Samples, concat_samples
 
 
 class BatchMaker:
@@ -74,7 +74,9 @@ class BatchMaker:
         whole = self._weigh(stacked.take(slice(0, stop)))
         batches = cut_batches(whole, batch_size=size, is_hot=kind == "hot", divisor=divisor)
         if stop < len(stacked):
-            self.waiting[kind] = stacked.take(slice(stop, None))
+            rest = stacked.take(slice(stop, None))
+            # few samples, and they may wait for long: a window must not be kept for them
+            self.waiting[kind] = rest.on_their_own() if isinstance(rest, PickedSamples) else rest
         return batches
 
     def _weigh(self, samples: Samples) -> Samples:
@@ -82,12 +84,14 @@ class BatchMaker:
         if self._positive_weight == 1:
             return samples
         weights = np.where(samples.y > 0.5, np.float32(self._positive_weight), np.float32(1))
-        return replace(samples, weights=weights if samples.weights is None else weights * samples.weights)
+        return samples.weighted(weights if samples.weights is None else weights * samples.weights)
 
 
 def cut_batches(samples: Samples, *, batch_size: int, is_hot: bool, divisor: int | None = None) -> list[Batch]:
     """Give samples in batches, in order; the last may be shorter. `divisor` is that of `Batch`."""
     pieces = (samples.take(slice(at, at + batch_size)) for at in range(0, len(samples), batch_size))
+    if isinstance(samples, PickedSamples):
+        return [PickedBatch(piece.picks(), is_hot=is_hot, divisor=divisor) for piece in pieces]
     return [
         Batch(
             dense=piece.X_int, slots=piece.X_cat, labels=piece.y, is_hot=is_hot, weights=piece.weights, divisor=divisor

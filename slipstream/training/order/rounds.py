@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from slipstream.embedding.tiers.lookahead import Batch
+from slipstream.embedding.tiers.sample_ring import SampleRing
 from slipstream.io.samples import Samples
 from slipstream.training.order.batches import BatchMaker
 from slipstream.training.order.schedule import Schedule
@@ -124,10 +125,19 @@ class RoundPreparer:
         skipper: Leaves samples out.
         score: The model's predictions, for a rule that asks for them.
         position: Where to begin; what it has picked is not decided again.
+        ring: Where the device keeps samples, to which windows are brought a round ahead; None for nowhere.
     """
 
-    def __init__(self, schedule: Schedule, skipper: Skipper, *, score: Scorer, position: Position) -> None:
-        self._schedule, self._skipper, self._score = schedule, skipper, score
+    def __init__(
+        self,
+        schedule: Schedule,
+        skipper: Skipper,
+        *,
+        score: Scorer,
+        position: Position,
+        ring: SampleRing | None = None,
+    ) -> None:
+        self._schedule, self._skipper, self._score, self._ring = schedule, skipper, score, ring
         self._start = position.epoch, position.round_index
         self._known = [picked for picked in (position.picked, position.picked_ahead) if picked is not None]
         self._maker = BatchMaker(
@@ -147,16 +157,28 @@ class RoundPreparer:
             return
         # one worker: what it is given later may count on what it was given before
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="rounds") as thread:
-            taken = thread.submit(_take, task)
+            taken = self._begin_to_take(thread, task)
             while task is not None:
                 prepared = self._prepare(task, taken) if self._ahead is None else self._ahead.result()
                 task = next(tasks, None)
                 self._ahead = None
                 if task is not None:
-                    taken = thread.submit(_take, task)
+                    taken = self._begin_to_take(thread, task)
                     if self._skipper.decides_ahead(begins_segment=task.begins_segment):
                         self._ahead = thread.submit(self._prepare, task, taken)
                 yield prepared
+
+    def _begin_to_take(self, thread: ThreadPoolExecutor, task: _Task) -> Future[Taken]:
+        """Take the samples of a round by the thread, while the one before it trains; the one before that is over."""
+        if self._ring is not None:
+            self._ring.mark_computed()
+        return thread.submit(self._take, task)
+
+    def _take(self, task: _Task) -> Taken:
+        hot, cold = task.streams["hot"].take(task.part.num_hot), task.streams["cold"].take(task.part.num_cold)
+        if self._ring is not None:
+            self._ring.bring([group.picks() for group in (hot, cold) if group is not None])
+        return hot, cold
 
     def wait(self) -> Picked | None:
         """Wait until no round is being prepared; returns what was picked of the next one, if it is."""
@@ -170,6 +192,8 @@ class RoundPreparer:
         schedule = self._schedule
         for epoch in range(self._start[0], schedule.epochs):
             streams = open_streams(epoch)
+            for stream in streams.values():
+                stream.gives_picks = self._ring is not None
             num_hot, num_cold = streams["hot"].remaining, streams["cold"].remaining
             parts = plan_rounds(
                 num_hot,
@@ -238,7 +262,3 @@ class RoundPreparer:
         if task.begins_segment and not is_first and not self._skipper.criterion.watches_rows:
             self._skipper.start()
         return self._skipper.select(hot, cold, rng=rng, score=self._score)
-
-
-def _take(task: _Task) -> Taken:
-    return task.streams["hot"].take(task.part.num_hot), task.streams["cold"].take(task.part.num_cold)

@@ -30,6 +30,21 @@ class Schedule:
     """Draws the order of batches and what is dropped."""
 
 
+def most_in_windows(num_samples: int, *, round_samples: int, window_samples: int) -> int:
+    """Count the samples of all windows that two rounds in a row can take from, at most.
+
+    A group's windows follow one another, so those that overlap a range of its samples reach beyond it by less than a
+    window on either side; and two rounds belong to no more than two epochs.
+
+    Args:
+        num_samples: Of an epoch.
+        round_samples: Most samples of a round.
+        window_samples: Most samples of a window.
+    """
+    of_groups = min(num_samples, 2 * window_samples)  # the largest window of hot samples, and that of cold ones
+    return min(2 * num_samples, 2 * round_samples + 2 * of_groups)
+
+
 def default_segment_steps(num_samples: int, batch_size: int) -> int:
     """Give steps per segment that make seven segments an epoch: one window, then six re-checks."""
     return max(1, math.ceil(num_samples / batch_size / 7))

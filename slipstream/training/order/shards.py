@@ -16,7 +16,7 @@ from slipstream.training.order.rounds import OpenStreams
 from slipstream.training.order.stream import SampleStream
 from slipstream.training.slot_layout import SlotLayout
 
-_WINDOW_SAMPLES = 2_000_000
+WINDOW_SAMPLES = 2_000_000
 """Samples shuffled together."""
 _NUM_LOADERS = 8
 """Threads that read shards."""
@@ -64,7 +64,7 @@ class Shards:
             [loader(path) for path in paths],
             [min(per_shard, total - index * per_shard) for index in range(len(paths))],
             seed=(seed, epoch, len(group)),
-            window_samples=_WINDOW_SAMPLES,
+            window_samples=WINDOW_SAMPLES,
             workers=workers,
         )
 

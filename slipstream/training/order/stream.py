@@ -7,7 +7,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from slipstream.io.samples import Samples, concat_samples
+from slipstream.io.samples import PickedSamples, Samples, concat_samples
+from slipstream.ops.picks import Picks, Window
 
 
 class SampleStream:
@@ -43,6 +44,8 @@ class SampleStream:
         self._passed = 0
         self.remaining = int(sum(sizes))
         """Samples not yet taken."""
+        self.gives_picks = False
+        """Whether samples come as numbers within their windows, in the same order; set before any is taken."""
 
     def skip(self, count: int) -> None:
         """Pass over the next `count` samples before any is taken, and begin to load what comes after them.
@@ -101,5 +104,10 @@ class SampleStream:
             return
 
     def _shuffle(self, shards: list[Future[Samples]]) -> Samples:
-        samples = concat_samples([shard.result() for shard in shards])
+        loaded = [shard.result() for shard in shards]
+        if self.gives_picks:
+            picks = Picks.all_of(Window([(samples.X_int, samples.X_cat, samples.y) for samples in loaded]))
+            self._rng.shuffle(picks.numbers)  # draws what a permutation draws, and ends in its order
+            return PickedSamples(picks)
+        samples = concat_samples(loaded)
         return samples.take(self._rng.permutation(len(samples)))

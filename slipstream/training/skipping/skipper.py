@@ -36,7 +36,7 @@ class Selection:
         kept = samples if self.keep.all() else samples.take(self.keep)
         if self.weights is None:
             return kept
-        return Samples(X_int=kept.X_int, X_cat=kept.X_cat, y=kept.y, weights=self.weights)
+        return kept.weighted(self.weights)
 
 
 class Skipper:

@@ -13,7 +13,6 @@ import pytest
 from strategies import make_samples
 
 from slipstream.io.samples import Samples
-from slipstream.training.order import rounds as rounds_module
 from slipstream.training.order.rounds import OpenStreams, Position, PreparedRound, RoundPreparer
 from slipstream.training.order.schedule import Schedule
 from slipstream.training.order.stream import SampleStream
@@ -140,7 +139,7 @@ def test_samples_are_taken_while_the_round_before_trains_also_where_the_decision
     name: str, open_streams: OpenStreams, monkeypatch: pytest.MonkeyPatch
 ):
     taken = [Event() for _ in range(16)]
-    monkeypatch.setattr(rounds_module, "_take", telling(rounds_module._take, taken))
+    monkeypatch.setattr(RoundPreparer, "_take", telling(RoundPreparer._take, taken))
     skipper = Skipper(RULES[name])
     preparer = RoundPreparer(SCHEDULE, skipper, score=score, position=Position())
     with closing(preparer.run(open_streams)) as rounds:
