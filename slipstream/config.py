@@ -308,11 +308,6 @@ class TrainConfig:
                 "`train.cold_access` = 'in_place' does not go with mode `cached`, whose cache the host keeps",
                 hint="set train.cold_access to 'auto' or 'look_ahead', or choose another train.mode",
             )
-        if self.shuffle_on == "device" and self.cold_access != "in_place":
-            raise ConfigError(
-                "`train.shuffle_on` = 'device' goes with rows that the device reads in place",
-                hint="set train.cold_access to 'in_place', or train.shuffle_on to 'auto' or 'host'",
-            )
 
     def _check_cold_path(self) -> None:
         for key, value, why in (

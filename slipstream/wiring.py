@@ -244,12 +244,18 @@ def _keep_samples(config: PipelineConfig, parts: Assembly, runner: Runner, *, nu
 
     Raises:
         CapacityError: It was asked for, and there is no room.
+        ConfigError: It was asked for, and the host brings cold rows.
     """
     train, layout = config.train, parts.layout
-    if not isinstance(runner, InPlace) or train.shuffle_on == "host":
+    if train.shuffle_on == "host" or (train.shuffle_on == "auto" and not parts.on_cuda):
         return
-    if train.shuffle_on == "auto" and not parts.on_cuda:
-        return
+    if not isinstance(runner, InPlace):
+        if train.shuffle_on == "auto":
+            return
+        raise ConfigError(
+            "`train.shuffle_on` is device, and the device does not read cold rows in place",
+            hint="set train.cold_access to 'in_place', or train.shuffle_on to 'auto' or 'host'",
+        )
     window_samples = max(WINDOW_SAMPLES, config.segregate.samples_per_shard)
     num_samples = most_in_windows(num_train, round_samples=ROUND_SAMPLES, window_samples=window_samples)
     try:
