@@ -9,13 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
 
 from slipstream.errors import ConfigError
 from slipstream.serving.encoder import Encoder
-from slipstream.serving.model import ServedModel
+
+if TYPE_CHECKING:
+    from slipstream.serving.loading import PendingModel
+    from slipstream.serving.model import ServedModel
 
 _SAID_BY_THE_SOURCE = ("source", "max_ind_range", "history_length", "points_per_user", "layout")
 """What decides how lines become numbers, before any vocabulary is asked."""
@@ -31,7 +35,7 @@ class Ensemble:
         ConfigError: Two of them read lines of different formats.
     """
 
-    def __init__(self, models: Sequence[ServedModel]) -> None:
+    def __init__(self, models: Sequence[ServedModel | PendingModel]) -> None:
         if not models:
             raise ValueError("expected at least one model, found none")
         self.models = list(models)
@@ -65,6 +69,9 @@ class Ensemble:
         Returns:
             Shape (M, n), float32.
         """
+        # before they are encoded: Python that comes and goes would hold up the thread that loads a network
+        for model in self.models:
+            model.wait()
         predicted = np.empty((len(self.models), parsed.height), np.float32)
         encoder, encoded = None, None
         for index, model in enumerate(self.models):
@@ -82,5 +89,7 @@ class Ensemble:
 
 def average(predicted_Mn: np.ndarray) -> np.ndarray:
     """Average the models' probabilities; those of a single one stay what they are. Shape (n,), float32."""
+    if len(predicted_Mn) == 1:
+        return predicted_Mn[0]
     mean: np.ndarray = predicted_Mn.mean(axis=0, dtype=np.float64).astype(np.float32)
     return mean

@@ -28,7 +28,7 @@ from slipstream.datasets.source import OWNER, GroupingSource, ParsedBlock
 from slipstream.errors import DataError
 from slipstream.io.artifacts import write_atomically, write_json
 from slipstream.io.processors import usable_cores
-from slipstream.io.raw import STDIN, RawBlock, raw_size, read_blocks
+from slipstream.io.raw import RawBlock, raw_size, read_blocks
 from slipstream.ops.parallel import in_order
 from slipstream.progress import Progress
 from slipstream.serving.ensemble import Ensemble, average
@@ -55,7 +55,7 @@ class GroupScorer:
     Args:
         models: One or more.
         source: Theirs.
-        files: Raw files, in order; all of them are one log.
+        files: Raw files, in order, that can be read twice; all of them are one log.
         folder: Where to keep what is between lines and their probabilities.
         keep: Columns to pass on.
         block_bytes: Text parsed at once.
@@ -63,7 +63,7 @@ class GroupScorer:
 
     Raises:
         ConfigError: A column to keep is none of the source's.
-        DataError: A file is no text, or is standard input, which can be read but once.
+        DataError: A file is no text.
     """
 
     def __init__(
@@ -77,12 +77,6 @@ class GroupScorer:
         block_bytes: int,
         progress: Progress,
     ) -> None:
-        if STDIN in files:
-            raise DataError(
-                f"source `{models.encoder.encoding.source}` makes samples of several lines, so lines are read twice, "
-                "which standard input cannot be",
-                hint="put them in a file",
-            )
         self._models, self._source, self._folder = models, source, folder
         self._block_bytes, self._progress = block_bytes, progress
         self._kept = KeptFields(models.encoder, keep)

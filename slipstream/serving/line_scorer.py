@@ -60,27 +60,22 @@ class LineScorer:
         labelled = labelled_text(self._source, block.data, is_labelled=is_labelled)
         parsed = self._source.parse(labelled)
         predicted = self._models.predict_each(parsed.samples)
-        is_sample = np.ones(parsed.num_lines, bool)
-        is_sample[parsed.rejected_lines] = False
-        # where each line's sample stands among the samples; anything where it has none
-        places = pl.Series(np.cumsum(is_sample) - 1).set(pl.Series(~is_sample), None)
+        spread = _Spread(parsed.num_lines, parsed.rejected_lines)
         reasons = pl.Series([None], dtype=pl.String).new_from_index(0, parsed.num_lines)
         if parsed.rejected_lines.size:
             own = labelled.split(b"\n")
             why = [self._source.explain(own[at].removesuffix(b"\r")) for at in parsed.rejected_lines.tolist()]
             reasons = reasons.scatter(parsed.rejected_lines, why)
-        labels = parsed.samples.get_column(LABEL) if is_labelled else pl.Series([None], dtype=pl.UInt8)
-
-        def by_line(probabilities: np.ndarray) -> pl.Series:
-            return pl.Series(probabilities).gather(places) if len(probabilities) else _nulls(places)
-
-        each = {own_column(at): by_line(one) for at, one in enumerate(predicted)} if len(predicted) > 1 else {}
+        labels = parsed.samples.get_column(LABEL) if is_labelled else pl.Series([], dtype=pl.UInt8)
+        each = (
+            {own_column(at): spread(pl.Series(one)) for at, one in enumerate(predicted)} if len(predicted) > 1 else {}
+        )
         lines = pl.DataFrame(
             {
-                "probability": by_line(average(predicted)),
+                "probability": spread(pl.Series(average(predicted))),
                 "reason": reasons,
-                "_label": labels.gather(places) if is_labelled and len(labels) else _nulls(places, pl.UInt8),
-                **(each if is_labelled else {}),
+                "_label": spread(labels),
+                **(each if is_labelled and len(each) > 1 else {}),
             }
         )
         kept = self._kept.of(labelled, without=None if is_labelled else self._source.label_field)
@@ -121,8 +116,27 @@ def own_column(index: int) -> str:
     return f"_model_{index}"
 
 
-def _nulls(like: pl.Series, dtype: type[pl.DataType] = pl.Float32) -> pl.Series:
-    return pl.Series([None], dtype=dtype).new_from_index(0, len(like))
+class _Spread:
+    """Gives lines what their samples have.
+
+    Args:
+        num_lines: Lines of a block.
+        rejected_lines: Those that are no samples.
+    """
+
+    def __init__(self, num_lines: int, rejected_lines: np.ndarray) -> None:
+        self._num_lines, self._places = num_lines, None
+        if rejected_lines.size:
+            is_sample = np.ones(num_lines, bool)
+            is_sample[rejected_lines] = False
+            # where each line's sample stands among the samples; anything where it has none
+            self._places = pl.Series(np.cumsum(is_sample) - 1).set(pl.Series(~is_sample), None)
+
+    def __call__(self, values: pl.Series) -> pl.Series:
+        """Spread the values of samples over lines, null where a line is none; no values are nulls for all."""
+        if not len(values):
+            return pl.Series([None], dtype=values.dtype).new_from_index(0, self._num_lines)
+        return values if self._places is None else values.gather(self._places)
 
 
 def _find_field(name: str, field_names: Mapping[str, str]) -> str:

@@ -1,7 +1,7 @@
 """Scored lines on their way to one file: parts that survive a kill, then Parquet, CSV or JSON lines.
 
 .<name>.partial/key.json              what is being scored; parts of anything else are thrown away
-.<name>.partial/00000-000000.parquet  the lines of one block
+.<name>.partial/00000-000000.parquet  the lines of one block, without `file` and `line`, which its number tells
 .<name>.partial/00000-000000.json     written last: the block is whole
 
 One row for each line, in order: `file`, `line` (from 1), `probability` (null where the line is no sample), `reason`
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from slipstream.errors import ConfigError
 from slipstream.io.artifacts import write_atomically, write_json
 
 _EMPTY = pl.DataFrame(schema={"file": pl.String, "line": pl.Int64, "probability": pl.Float32, "reason": pl.String})
+_PARTS = 2
+"""Version of what parts hold."""
 FORMATS = {".parquet": "Parquet", ".csv": "CSV", ".jsonl": "JSON lines", ".ndjson": "JSON lines"}
 """What the end of a file's name says of its format."""
 
@@ -48,23 +50,25 @@ class ScoreFile:
     Args:
         path: The file; its suffix decides the format.
         key: What is being scored: parts that were left by another key are removed.
+        files: Names of the files whose lines are scored.
 
     Raises:
         ConfigError: The suffix names no format.
     """
 
-    def __init__(self, path: Path, *, key: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, *, key: Mapping[str, Any], files: Sequence[str]) -> None:
         if path.suffix not in FORMATS:
             raise ConfigError(
                 f"expected --out to end in one of {', '.join(FORMATS)}, found `{path.name}`",
                 hint="the end of the name decides the format",
             )
-        self.path = path
+        self.path, self._files = path, list(files)
+        key = {**key, "parts": _PARTS}
         self._folder = path.with_name(f".{path.name}.partial")
         known = self._folder / "key.json"
-        if known.exists() and json.loads(known.read_text(encoding="utf-8")) != dict(key):
+        if known.exists() and json.loads(known.read_text(encoding="utf-8")) != key:
             shutil.rmtree(self._folder)
-        write_json(known, dict(key))
+        write_json(known, key)
 
     @property
     def work(self) -> Path:
@@ -78,19 +82,16 @@ class ScoreFile:
             blocks.append(ScoredBlock(**json.loads(path.read_text(encoding="utf-8"))))
         return blocks
 
-    def add(self, block: ScoredBlock, lines: pl.DataFrame, *, file: str, first_line: int) -> None:
+    def add(self, block: ScoredBlock, lines: pl.DataFrame) -> None:
         """Keep the scored lines of a block.
 
         Args:
             block: Its figures.
             lines: One row a line; columns that begin with `_` do not get into the file.
-            file: Name of the lines' file.
-            first_line: Number of the first, from 1.
         """
         stem = self._stem(block.file_index, block.block_index)
-        lines = number_lines(lines, file=file, first_line=first_line)
         with write_atomically(stem.with_suffix(".parquet")) as path:
-            lines.write_parquet(path, compression="zstd", statistics=False)
+            lines.write_parquet(path, compression="lz4", statistics=False)
         write_json(stem.with_suffix(".json"), asdict(block))
 
     def read(self, columns: list[str]) -> Iterator[pl.DataFrame]:
@@ -109,8 +110,8 @@ class ScoreFile:
 
     def _join_parquet(self, path: Path) -> None:
         writer = None
-        for part in self._parts():
-            table = without_hidden(pl.read_parquet(part)).to_arrow()
+        for lines in self._numbered():
+            table = lines.to_arrow()
             writer = writer or pq.ParquetWriter(path, table.schema, compression="zstd")
             writer.write_table(table)
         if writer is None:
@@ -120,12 +121,19 @@ class ScoreFile:
 
     def _join_text(self, path: Path) -> None:
         with path.open("wb") as stream:
-            for number, part in enumerate(self._parts()):
-                lines = without_hidden(pl.read_parquet(part))
+            for number, lines in enumerate(self._numbered()):
                 if FORMATS[self.path.suffix] == "CSV":
                     lines.write_csv(stream, include_header=number == 0)
                 else:
                     lines.write_ndjson(stream)
+
+    def _numbered(self) -> Iterator[pl.DataFrame]:
+        """Lines of the parts, in order, as the file has them."""
+        next_line = [1] * len(self._files)
+        for part in self._parts():
+            lines, index = without_hidden(pl.read_parquet(part)), int(part.stem.partition("-")[0])
+            yield number_lines(lines, file=self._files[index], first_line=next_line[index])
+            next_line[index] += lines.height
 
     def _parts(self) -> list[Path]:
         return sorted(self._folder.glob("*.parquet"))

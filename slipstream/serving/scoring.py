@@ -16,8 +16,8 @@ from slipstream.serving.group_scorer import GroupScorer
 from slipstream.serving.line_scorer import LineScorer
 from slipstream.serving.score_file import number_lines, without_hidden
 
-BLOCK_BYTES = 8 << 20
-"""Text scored at once; memory grows with it."""
+BLOCK_BYTES = 4 << 20
+"""Text scored at once; memory grows with it, and so does how long one thread is alone with the last block."""
 
 
 def make_scorer(
@@ -41,7 +41,7 @@ def make_scorer(
 
     Raises:
         ConfigError: A column to keep is none of the source's.
-        DataError: Lines of the source have to be read twice and cannot be, or a file is no text.
+        DataError: Lines of the source are brought together, and a file is no text.
     """
     source = models.encoder.source
     if not isinstance(source, GroupingSource):

@@ -4,38 +4,40 @@ Reads   a model's folder    weights, vocabularies, transforms: all it takes; of 
         raw files           what preprocess reads, and standard input as `-`; with or without labels
 Writes  one file            Parquet, CSV or JSON lines by its suffix: one row for every line, in order
 Keeps   the probabilities that training predicted for the same lines, to the bit on a CPU
-Costs   one pass over the text, two where a sample takes several lines, with 40 bytes of disk a line meanwhile; memory
-        for the stored tables and the blocks in flight, 4 bytes a line for metrics
+Costs   one pass over the text, two where a sample takes several lines, with 40 bytes of disk a line meanwhile, and
+        standard input compressed; memory for the stored tables and the blocks in flight, 4 bytes a line for metrics
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from slipstream.datasets.source import GroupingSource
 from slipstream.io.artifacts import hash_file
 from slipstream.io.model_folder import FILES
 from slipstream.io.processors import usable_cores
 from slipstream.io.raw import STDIN, RawBlock, find_raw_files, fingerprint_raw, raw_size, read_blocks
+from slipstream.io.spool import spooled
 from slipstream.ops.metrics import QualityCounter
 from slipstream.ops.parallel import in_order
 from slipstream.progress import Progress
 from slipstream.serving.ensemble import Ensemble
 from slipstream.serving.group_scorer import GroupScorer
 from slipstream.serving.line_scorer import LineScorer, ScoredLines, own_column
-from slipstream.serving.model import ServedModel
+from slipstream.serving.loading import read_meanwhile
 from slipstream.serving.score_file import ScoredBlock, ScoreFile
 from slipstream.serving.scoring import BLOCK_BYTES, make_scorer
-from slipstream.training.threads import torch_threads
 
 _BLOCK_BYTES = BLOCK_BYTES
 
 
 def run(
-    models: Sequence[ServedModel],
+    models: Sequence[Path],
     *,
     raw: Sequence[str],
     out: Path,
@@ -45,7 +47,7 @@ def run(
     """Score the lines of raw files; goes on where a killed run of the same files and models stopped.
 
     Args:
-        models: One, or several whose probabilities are averaged.
+        models: Folder of one, or of several whose probabilities are averaged.
         raw: Paths, globs, addresses, or `-` for standard input.
         out: File to write; its suffix decides the format.
         keep: Columns of a line to pass on, by the names of the source.
@@ -56,28 +58,28 @@ def run(
         `accuracy`. Of several models also `models`, a list: `folder` of each, and with labels its own `quality`.
 
     Raises:
+        ArtifactError: A folder holds no whole model.
         ConfigError: A column to keep is not there, the suffix of `out` names no format, or two models read lines of
             different formats.
-        DataError: A file cannot be read, or has to be read twice and is standard input.
+        DataError: A file cannot be read.
     """
-    files = find_raw_files(raw, named_by="--raw", stdin=True)
-    ensemble = Ensemble(models)
-    scores = ScoreFile(out, key=_key(ensemble, files, keep))
-    # without a size nobody knows how much of standard input is left
-    total = None if STDIN in files else sum(map(raw_size, files))
-    with torch_threads(1):
+    named = find_raw_files(raw, named_by="--raw", stdin=True)
+    with read_meanwhile(models) as pending, ExitStack() as spool:
+        ensemble, files = Ensemble(pending), named
+        if isinstance(ensemble.encoder.source, GroupingSource):
+            files = spool.enter_context(spooled(named, beside=out, progress=progress))
+        scores = ScoreFile(out, key=_key(ensemble, files, keep), files=named)
         scorer = make_scorer(
             ensemble, files=files, folder=scores.work, keep=keep, block_bytes=_BLOCK_BYTES, progress=progress
         )
-    with (
-        progress.task("write" if isinstance(scorer, GroupScorer) else "score", total, "B") as advance,
-        torch_threads(1),
-    ):
-        blocks = [
-            block
-            for index, file in enumerate(files)
-            for block in _score_file(scorer, scores, file, file_index=index, advance=advance)
-        ]
+        # without a size nobody knows how much of standard input is left
+        total = None if STDIN in files else sum(map(raw_size, files))
+        with progress.task("write" if isinstance(scorer, GroupScorer) else "score", total, "B") as advance:
+            blocks = [
+                block
+                for index, file in enumerate(files)
+                for block in _score_file(scorer, scores, file, file_index=index, advance=advance)
+            ]
     lines, samples = sum(block.num_lines for block in blocks), sum(block.num_samples for block in blocks)
     counts: dict[str, Any] = {"output": str(out), "lines": lines, "samples": samples, "rejected": lines - samples}
     is_measured = samples > 0 and all(block.is_labelled for block in blocks)
@@ -120,7 +122,7 @@ def _score_file(
             is_labelled=is_labelled,
             end=block.end,
         )
-        scores.add(whole, scored.lines, file=file, first_line=num_lines + 1)
+        scores.add(whole, scored.lines)
         num_lines += whole.num_lines
         advance(block.stored - read, f"{num_lines:,} lines")
         read = block.stored

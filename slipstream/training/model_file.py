@@ -128,25 +128,34 @@ class StoredTables:
     """The tables of a model file, ready to predict from.
 
     Args:
-        columns: Rows of each column's table, by row number: (n,) int64 -> (n, D).
+        columns: Each column's table: fp32 rows (N, D), or what gives rows by number, (n,) int64 -> (n, D).
         nbytes: Bytes of all tables.
         bags: Columns whose rows are pooled; None for none.
     """
 
     def __init__(
-        self, columns: Sequence[Callable[[Tensor], Tensor]], nbytes: int, bags: StoredBags | None = None
+        self, columns: Sequence[Tensor | Callable[[Tensor], Tensor]], nbytes: int, bags: StoredBags | None = None
     ) -> None:
         self._columns, self.nbytes, self._bags = list(columns), nbytes, bags
+        self._dense = [table for table in self._columns if isinstance(table, Tensor)]
 
     def look_up(self, rows_BC: Tensor) -> Tensor:
         """Rows that a batch looks up, by row number; those of bags pooled. Shape (B, C), int64 -> (B, F, D)."""
-        columns = zip(self._columns, rows_BC.unbind(1), strict=True)
-        looked_up = torch.stack([table(rows) for table, rows in columns], dim=1)
+        if len(self._dense) == len(self._columns) > 0:
+            # each table writes its own part of one block; turned, that is what stacking the parts would have to copy
+            looked_up_CBD = torch.empty(len(self._dense), len(rows_BC), self._dense[0].shape[1])
+            for part, table, rows in zip(looked_up_CBD, self._dense, rows_BC.unbind(1), strict=True):
+                torch.index_select(table, 0, rows, out=part)
+            looked_up = looked_up_CBD.transpose(0, 1)
+        else:
+            columns = enumerate(rows_BC.unbind(1))
+            looked_up = torch.stack([self.look_up_column(column, rows) for column, rows in columns], dim=1)
         return looked_up if self._bags is None else self._bags.pool(looked_up, rows_BC)
 
     def look_up_column(self, column: int, rows: Tensor) -> Tensor:
         """Rows of one column's table. Shape (n,), int64 -> (n, D)."""
-        return self._columns[column](rows)
+        table = self._columns[column]
+        return table.index_select(0, rows) if isinstance(table, Tensor) else table(rows)
 
 
 def load_model(folder: Path) -> tuple[nn.Module, StoredTables]:
@@ -252,10 +261,13 @@ def _use_packed_linears(model: nn.Module, bits: int) -> None:
 
 def _read_table(
     tensors: Mapping[str, Tensor], name: str, held: str, num_rows: int, embedding_dim: int
-) -> Callable[[Tensor], Tensor]:
+) -> Tensor | Callable[[Tensor], Tensor]:
     if held == "dense":
         table = tensors[f"tables.{name}"]
-        return lambda rows: table.index_select(0, rows)
+        if table.shape != (num_rows, embedding_dim) or table.dtype != torch.float32:
+            found = f"{tuple(table.shape)} {table.dtype}"
+            raise ValueError(f"expected table {name} of shape {num_rows, embedding_dim}, fp32, found {found}")
+        return table
     if held == "tt":
         bag = _read_cores(tensors, name, num_rows, embedding_dim)
         return lambda rows: bag(rows.unsqueeze(1))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -173,6 +175,33 @@ def test_a_killed_run_goes_on_from_what_it_has(trained, tmp_path: Path, monkeypa
     assert not list((tmp_path / "killed").glob(".*"))
 
 
+def test_standard_input_is_kept_until_it_is_read_twice(trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    result, log = trained
+    out = tmp_path / "scores.parquet"
+
+    def score_stdin(lines: list[bytes]) -> pl.DataFrame:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n".join(lines))))
+        score_lines([result.model], raw=["-"], out=out, keep=["item"])
+        return pl.read_parquet(out)
+
+    class Killed(BaseException):
+        pass
+
+    def die(self):
+        assert [path.name for path in tmp_path.glob("*stdin*")] == [".scores.parquet.stdin-0.zst"]
+        raise Killed
+
+    with monkeypatch.context() as dying:
+        dying.setattr(group_scorer.GroupScorer, "_place", die)
+        with pytest.raises(Killed):
+            score_stdin(log[::-1][:50])  # what it leaves is of other lines
+    found = score_stdin(log)
+    assert found["file"].unique().to_list() == ["-"]
+    expected, _ = score(result.model, tmp_path / "file", log, keep=["item"])
+    assert found.drop("file").equals(expected.drop("file"))
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
 def test_python_gives_the_same_and_says_what_cannot_be(trained, tmp_path: Path):
     result, log = trained
     lines, _ = score(result.model, tmp_path, log)
@@ -180,8 +209,6 @@ def test_python_gives_the_same_and_says_what_cannot_be(trained, tmp_path: Path):
     assert model.score(tmp_path / "log_0.csv")["probability"].equals(lines["probability"])
     with pytest.raises(DataError, match="reads text only, found columns"):
         model.score(pl.DataFrame({"user": [1]}))
-    with pytest.raises(DataError, match="which standard input cannot be"):
-        score_lines([result.model], raw=["-"], out=tmp_path / "x.parquet")
     with pytest.raises(ConfigError, match="found `shoe_size`"):
         score_lines([result.model], raw=[str(tmp_path / "log_0.csv")], out=tmp_path / "x.parquet", keep=["shoe_size"])
     empty, counts = score(result.model, tmp_path / "empty", [])

@@ -56,6 +56,10 @@ def test_a_folder_without_a_whole_model_is_refused(tiny_runs: Path, tmp_path: Pa
     (tmp_path / "model.json").write_text(json.dumps(description | {"top_mlp": [9, 1]}))
     with pytest.raises(ArtifactError, match="expected a whole model"):
         load_model(tmp_path)
+    tables = {name: rows + 1 for name, rows in description["tables"].items()}
+    (tmp_path / "model.json").write_text(json.dumps(description | {"tables": tables}))
+    with pytest.raises(ArtifactError, match=r"expected table cat_0 of shape \(\d+, \d+\), fp32, found"):
+        load_model(tmp_path)
     del description["representations"]
     (tmp_path / "model.json").write_text(json.dumps(description))
     with pytest.raises(ArtifactError, match="older form"):
