@@ -17,7 +17,7 @@ SMALL_bench_preprocess := --rows 20000 --slow-rows 2000
 SMALL_bench_quality := --rows 4000 --seeds 1 --pipeline tiny --set dataset.source=criteo
 SMALL_bench_quantized := --rows 20000 --batch 256 --steps 4 --rounds 1 --tables 4
 SMALL_bench_scaling := --samples 8000 --batch 256 --rounds 1
-SMALL_bench_score := --rows 20000
+SMALL_bench_score := --rows 20000 --rounds 1
 SMALL_bench_serve := --rows 5000 --samples 500 --calls 5
 SMALL_bench_size := --rounds 1 --budgets 10% --set dataset.num_samples=4000
 SMALL_bench_tables := --seeds 1 --steps 20 --set dataset.num_samples=5000
