@@ -89,7 +89,7 @@ class Ensemble:
 
 def average(predicted_Mn: np.ndarray) -> np.ndarray:
     """Average the models' probabilities; those of a single one stay what they are. Shape (n,), float32."""
-    if len(predicted_Mn) == 1:
-        return predicted_Mn[0]
-    mean: np.ndarray = predicted_Mn.mean(axis=0, dtype=np.float64).astype(np.float32)
+    mean: np.ndarray = predicted_Mn[0]
+    if len(predicted_Mn) > 1:
+        mean = predicted_Mn.mean(axis=0, dtype=np.float64).astype(np.float32)
     return mean
