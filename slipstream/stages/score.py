@@ -22,7 +22,6 @@ from slipstream.io.artifacts import hash_file
 from slipstream.io.model_folder import FILES
 from slipstream.io.processors import usable_cores
 from slipstream.io.raw import STDIN, RawBlock, find_raw_files, fingerprint_raw, raw_size, read_blocks
-from slipstream.io.spool import spooled
 from slipstream.ops.metrics import QualityCounter
 from slipstream.ops.parallel import in_order
 from slipstream.progress import Progress
@@ -32,6 +31,7 @@ from slipstream.serving.line_scorer import LineScorer, ScoredLines, own_column
 from slipstream.serving.loading import read_meanwhile
 from slipstream.serving.score_file import ScoredBlock, ScoreFile
 from slipstream.serving.scoring import BLOCK_BYTES, make_scorer
+from slipstream.serving.spool import spooled
 
 _BLOCK_BYTES = BLOCK_BYTES
 
