@@ -141,6 +141,9 @@ class TablesConfig:
     """Inner ranks of `tt` tables; one more core than ranks."""
     quantize_linears: int = 0
     """Bits of the dense layers' weights, 8 or 4, one scale per output; 0 leaves them fp32."""
+    quantize_biases: bool = later(False)
+    """Round the dense layers' biases too, to the grid of their weights, as DQRM does; with `quantize_linears`. It saves
+    next to nothing, and a bias larger than every weight of its output is cut off: for comparison with DQRM."""
     rules: tuple[TableRule, ...] = ()
     """Choices by size: `[[tables.rules]]`, each with `min_rows`."""
     overrides: Mapping[str, TableChoice] = field(default_factory=dict)
@@ -150,6 +153,12 @@ class TablesConfig:
         """Check ranges."""
         _check_table_options(self.period, self.tt_ranks)
         require(self.quantize_linears in (0, 4, 8), "tables.quantize_linears", "0, 4 or 8", self.quantize_linears)
+        if self.quantize_biases and not self.quantize_linears:
+            raise ConfigError(
+                "`tables.quantize_biases` rounds biases to the grid of weights that `tables.quantize_linears` = 0 "
+                "leaves fp32",
+                hint="set tables.quantize_linears to 8 or 4, or leave tables.quantize_biases out",
+            )
 
     @property
     def used(self) -> set[str]:

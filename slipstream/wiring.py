@@ -129,6 +129,7 @@ def put_together(
         counts=counts,
         network=config.model,
         linear_bits=config.tables.quantize_linears,
+        quantize_biases=config.tables.quantize_biases,
         num_dense=figures.num_dense,
         seed=config.train_seed,
         device=device,
@@ -164,6 +165,7 @@ def put_together_weightless(
         counts=counts,
         network=config.model,
         linear_bits=config.tables.quantize_linears,
+        quantize_biases=config.tables.quantize_biases,
         num_dense=figures.num_dense,
         on_cuda=on_cuda,
     )

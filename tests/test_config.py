@@ -342,6 +342,7 @@ OTHER_VALUES: dict[str, dict[str, Any]] = {
     "model.name": {"model": {"name": "tbsm", "embedding_dim": 4, "bottom_mlp": [8, 4], "top_mlp": [8, 1]}},
     "tables.tt_ranks": {"tables__tt_ranks": [2, 2]},
     "tables.quantize_linears": {"tables__quantize_linears": 8},
+    "tables.quantize_biases": {"tables__quantize_linears": 8, "tables__quantize_biases": True},
     "tables.rules": {"tables__rules": [{"min_rows": 100, "representation": "int8"}]},
     "tables.overrides": {"tables__overrides": {"cat_1": {"representation": "int4"}}},
     "train.seed": {"train__seed": 5},
@@ -516,6 +517,7 @@ def test_the_largest_rule_that_fits_holds_and_overrides_win():
         ({"tables": {"overrides": {"cat_1": {"representation": 4}}}}, "cat_1.representation` must be one of"),
         ({"tables": {"tt_ranks": []}}, "one to three ranks"),
         ({"tables": {"quantize_linears": 3}}, "must be 0, 4 or 8"),
+        ({"tables": {"quantize_biases": True}}, "`tables.quantize_linears` = 0 leaves fp32"),
         (
             {"tables": {"representation": "int4"}, "model__embedding_dim": 3, "model__bottom_mlp": [3]},
             "`model.embedding_dim` must make rows of a multiple of 2 values for int4 tables",
@@ -559,6 +561,9 @@ def test_a_section_that_says_nothing_keeps_what_is_trained(tmp_path: Path):
     assert fingerprint() == fingerprint(tables={"period": 9, "rules": [{"min_rows": 5, "representation": "dense"}]})
     assert fingerprint() != fingerprint(tables={"representation": "int4"})
     assert fingerprint() != fingerprint(tables={"quantize_linears": 8})
+    assert fingerprint(tables={"quantize_linears": 8}) == fingerprint(
+        tables={"quantize_linears": 8, "quantize_biases": False}
+    )
 
 
 def test_rules_are_written_as_arrays_of_tables(tmp_path: Path):

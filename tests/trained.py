@@ -30,6 +30,7 @@ HELD: dict[str, dict[str, Any]] = {
         "representation": "int4",
         "period": 7,
         "quantize_linears": 8,
+        "quantize_biases": True,
         "rules": [
             {"min_rows": 2, "representation": "int8"},
             {"min_rows": 470, "representation": "tt", "tt_ranks": [3]},

@@ -422,6 +422,7 @@ def _save(config: PipelineConfig, parts: Assembly, processed: Artifact, out: Pat
         "tables": {name: len(slots) for name, slots in layout.slot_maps.items()},
         "column_tables": layout.column_tables,
         "quantize_linears": config.tables.quantize_linears,
+        **({"quantize_biases": True} if config.tables.quantize_biases else {}),
         "encoding": describe_encoding(processed).to_json(),
         **to_dict(config.model),
     }

@@ -118,6 +118,7 @@ def assemble(
     counts: np.ndarray,
     network: Model,
     linear_bits: int,
+    quantize_biases: bool = False,
     num_dense: int,
     seed: int,
     device: torch.device,
@@ -134,6 +135,7 @@ def assemble(
         counts: Access counts per global row, which mode `cached` ranks by. Shape (V,), int64.
         network: Builds the model, and says how wide its rows are and how they start.
         linear_bits: Bits of the dense layers' weights; 0 leaves them fp32.
+        quantize_biases: Whether biases are rounded with them.
         num_dense: Dense columns.
         seed: Of initial weights.
         device: Where to train.
@@ -150,7 +152,7 @@ def assemble(
     with fitting_the_device("the dense layers"):
         model = network.build(num_dense=num_dense, num_columns=representations.pooling.num_fields).to(device)
         if linear_bits:
-            quantize_linears(model, linear_bits)
+            quantize_linears(model, linear_bits, quantize_bias=quantize_biases)
     with fitting_the_device(f"what a step over {settings.batch_size:,} samples keeps"):
         step = make_step(settings, model, rows, representations, num_dense=num_dense, sums=sums)
     return Assembly(

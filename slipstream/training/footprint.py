@@ -113,6 +113,7 @@ def assemble_weightless(
     counts: np.ndarray,
     network: Model,
     linear_bits: int,
+    quantize_biases: bool = False,
     num_dense: int,
     on_cuda: bool,
 ) -> Assembly:
@@ -127,6 +128,7 @@ def assemble_weightless(
         counts: As there.
         network: As there.
         linear_bits: As there.
+        quantize_biases: As there.
         num_dense: As there.
         on_cuda: Whether the step is the one that a GPU gets.
     """
@@ -137,7 +139,7 @@ def assemble_weightless(
     representations = represent(settings, specs, layout, rows, seed=0, bags=bags, padding_rows=padding_rows)
     model = network.build(num_dense=num_dense, num_columns=representations.pooling.num_fields).to(META)
     if linear_bits:
-        quantize_linears(model, linear_bits)
+        quantize_linears(model, linear_bits, quantize_bias=quantize_biases)
     return Assembly(
         layout=layout,
         num_dense=num_dense,

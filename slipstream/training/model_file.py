@@ -8,6 +8,7 @@ A model stores its tables by name in row order, whatever was hot, so it is the s
                         tables.cat_2.core_0 (p, r, q, r'), ...               tensor-train cores
                         dense.bottom.0.weight, ...                           fp32 layers
                         dense.bottom.0.packed, .scale, .bias                 layers on few bits
+                                               .packed_bias                  where the bias is too
     model.json          architecture, table sizes, how each table is held
 
 Tables are written a part at a time, from wherever their rows live, since they may be larger than memory. Rows on few
@@ -186,7 +187,7 @@ def load_model(folder: Path) -> tuple[nn.Module, StoredTables]:
         }
         dense = {name.removeprefix("dense."): value for name, value in tensors.items() if name.startswith("dense.")}
         if bits := description.get("quantize_linears", 0):
-            _use_packed_linears(network, bits)
+            _use_packed_linears(network, bits, quantize_bias=description.get("quantize_biases", False))
         network.load_state_dict(dense)
         columns = StoredTables([tables[name] for name in column_tables], nbytes, bags)
     except (ConfigError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError) as exc:
@@ -246,16 +247,19 @@ def _dense_tensors(model: nn.Module) -> dict[str, Tensor]:
     tensors = {f"dense.{name}": value.cpu() for name, value in model.state_dict().items()}
     for name, layer in model.named_modules():
         if isinstance(layer, QuantizedLinear):
-            del tensors[f"dense.{name}.weight"]
+            for parameter in ("weight", "bias"):
+                tensors.pop(f"dense.{name}.{parameter}", None)
             tensors |= {f"dense.{name}.{key}": value.cpu() for key, value in layer.pack().state_dict().items()}
     return tensors
 
 
-def _use_packed_linears(model: nn.Module, bits: int) -> None:
+def _use_packed_linears(model: nn.Module, bits: int, *, quantize_bias: bool) -> None:
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear):
             parent, _, attribute = name.rpartition(".")
-            packed = PackedLinear(layer.in_features, layer.out_features, layer.bias is not None, bits=bits)
+            packed = PackedLinear(
+                layer.in_features, layer.out_features, layer.bias is not None, bits=bits, quantize_bias=quantize_bias
+            )
             setattr(model.get_submodule(parent), attribute, packed)
 
 

@@ -33,6 +33,7 @@ KINDS = {
     "every": {
         "tables.representation": "int4",
         "tables.quantize_linears": 4,
+        "tables.quantize_biases": "true",
         "tables.overrides.cat_0.representation": "dense",
         "tables.overrides.cat_1.representation": "int8",
         "tables.overrides.cat_25.representation": "tt",

@@ -1,6 +1,6 @@
 """Linear layers that are trained on, and stored on, a few bits.
 
-Source: DQRM (Zhou et al. 2024); its integer bias and activations are left out.
+Source: DQRM (Zhou et al. 2024); its activations on few bits are left out.
 """
 
 from collections.abc import Collection, Mapping
@@ -37,10 +37,13 @@ def _check_grid(bits: int, scale_per: str) -> None:
 class QuantizedLinear(nn.Linear):
     """An `nn.Linear` whose weight is rounded to the grid at every forward.
 
-    One scale per output channel or for the whole matrix, exact at every call, in training and evaluation. The
-    bias stays float: it is a vector, and rounding it gains nothing. Straight-through gradients reach the
-    float weight, which any torch optimizer updates. NaN weights are not refused here (that would make a GPU
-    wait at each step): they give NaN outputs, and `pack` refuses them.
+    One scale per output channel or for the whole matrix, exact at every call, in training and evaluation.
+    Straight-through gradients reach the float weight, which any torch optimizer updates. NaN weights are not
+    refused here (that would make a GPU wait at each step): they give NaN outputs, and `pack` refuses them.
+
+    The bias stays float unless asked for: it is a vector, and rounding it saves next to nothing. Rounded, it goes
+    to the grid of the weights, as DQRM has it, so that the sum is one of integers; a bias beyond the largest
+    weight of its channel then saturates.
 
     Args:
         in_features: Width of the input.
@@ -48,13 +51,14 @@ class QuantizedLinear(nn.Linear):
         bias: Whether to add a bias.
         bits: 16, 8, 4 or 2.
         scale_per: "channel" (one per output) or "matrix".
+        quantize_bias: Whether the bias is rounded too, to the grid of the weights.
         device: Where to put the parameters.
         dtype: float32 or float64.
 
     Raises:
         ValueError: An option is not in its set.
 
-    Source: DQRM section 3, the linear layers; its integer bias and activations are left out.
+    Source: DQRM section 3 and its released code, the linear layers; its activations on few bits are left out.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class QuantizedLinear(nn.Linear):
         *,
         bits: int = 4,
         scale_per: LinearScale = "channel",
+        quantize_bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -72,15 +77,19 @@ class QuantizedLinear(nn.Linear):
         super().__init__(in_features, out_features, bias, device=device, dtype=float_dtype(dtype))
         self.bits = bits
         self.scale_per = scale_per
+        self.quantize_bias = quantize_bias
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, *, bits: int = 4, scale_per: LinearScale = "channel") -> "QuantizedLinear":
+    def from_linear(
+        cls, linear: nn.Linear, *, bits: int = 4, scale_per: LinearScale = "channel", quantize_bias: bool = False
+    ) -> "QuantizedLinear":
         """Wrap the parameters of a linear layer, without copying them.
 
         Args:
             linear: The layer; its parameters are shared.
             bits: 16, 8, 4 or 2.
             scale_per: "channel" or "matrix".
+            quantize_bias: Whether the bias is rounded too.
 
         Returns:
             A layer in the same training mode.
@@ -94,6 +103,7 @@ class QuantizedLinear(nn.Linear):
             linear.bias is not None,
             bits=bits,
             scale_per=scale_per,
+            quantize_bias=quantize_bias,
             device="meta",
             dtype=linear.weight.dtype,
         )
@@ -115,16 +125,19 @@ class QuantizedLinear(nn.Linear):
         Returns:
             Shape (..., out_features).
         """
-        return F.linear(input, fake_quantize_rows(self.weight, self._scale(), self.bits), self.bias)
+        scale, bias = self._scale(), self.bias
+        if self.quantize_bias and bias is not None:
+            bias = fake_quantize_rows(bias, scale, self.bits)
+        return F.linear(input, fake_quantize_rows(self.weight, scale, self.bits), bias)
 
     def pack(self) -> "PackedLinear":
         """Keep only the integers.
 
         Returns:
-            A layer with a copy of the bias, whose outputs equal those of this one to the bit.
+            A layer whose outputs equal those of this one to the bit; a bias that is not rounded is copied.
 
         Raises:
-            ValueError: A weight is not finite.
+            ValueError: A weight, or a bias to be rounded, is not finite.
         """
         weight = self.weight.detach()
         check_finite(weight, "weights")
@@ -134,14 +147,16 @@ class QuantizedLinear(nn.Linear):
             self.bias is not None,
             bits=self.bits,
             scale_per=self.scale_per,
+            quantize_bias=self.quantize_bias,
             device=weight.device,
             dtype=weight.dtype,
         )
         scale = self._scale()
-        q = quantize(weight, scale, self.bits)
-        packed.packed.copy_(pack(F.pad(q, (0, -self.in_features % values_per_byte(self.bits))), self.bits))
+        packed.packed.copy_(_pack_padded(quantize(weight, scale, self.bits), self.bits))
         packed.scale.copy_(scale)
-        if packed.bias is not None:
+        if packed.packed_bias is not None:
+            packed.packed_bias.copy_(_pack_padded(quantize(self.bias.detach(), scale, self.bits), self.bits))
+        elif packed.bias is not None:
             packed.bias.copy_(self.bias.detach())
         return packed
 
@@ -151,7 +166,8 @@ class QuantizedLinear(nn.Linear):
         Returns:
             The line of nn.Linear, bits and scale.
         """
-        return f"{super().extra_repr()}, bits={self.bits}, scale_per={self.scale_per}"
+        line = f"{super().extra_repr()}, bits={self.bits}, scale_per={self.scale_per}"
+        return f"{line}, quantize_bias=True" if self.quantize_bias else line
 
 
 class PackedLinear(nn.Module):
@@ -164,9 +180,10 @@ class PackedLinear(nn.Module):
     Args:
         in_features: Width of the input.
         out_features: Width of the output.
-        bias: Whether there is a bias (float).
+        bias: Whether there is a bias.
         bits: 16, 8, 4 or 2.
         scale_per: "channel" or "matrix".
+        quantize_bias: Whether the bias is stored on the same bits, and not in float.
         device: Where to put it.
         dtype: float32 or float64, of the output.
 
@@ -177,6 +194,7 @@ class PackedLinear(nn.Module):
     packed: Tensor
     scale: Tensor
     bias: Tensor | None
+    packed_bias: Tensor | None
 
     def __init__(
         self,
@@ -186,6 +204,7 @@ class PackedLinear(nn.Module):
         *,
         bits: int = 4,
         scale_per: LinearScale = "channel",
+        quantize_bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -195,12 +214,17 @@ class PackedLinear(nn.Module):
         self.out_features = out_features
         self.bits = bits
         self.dtype = float_dtype(dtype)
-        columns = -(-in_features // values_per_byte(bits))
         scales = (out_features,) if scale_per == "channel" else ()
-        packed = torch.zeros(out_features, columns, dtype=storage_dtype(bits), device=device)
-        self.register_buffer("packed", packed)
+
+        def on_bits(*shape: int) -> Tensor:
+            *rows, columns = shape
+            return torch.zeros(*rows, -(-columns // values_per_byte(bits)), dtype=storage_dtype(bits), device=device)
+
+        floats = torch.zeros(out_features, dtype=self.dtype, device=device) if bias and not quantize_bias else None
+        self.register_buffer("packed", on_bits(out_features, in_features))
         self.register_buffer("scale", torch.ones(scales, dtype=torch.float32, device=device))
-        self.register_buffer("bias", torch.zeros(out_features, dtype=self.dtype, device=device) if bias else None)
+        self.register_buffer("bias", floats)
+        self.register_buffer("packed_bias", on_bits(out_features) if bias and quantize_bias else None)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (the name is that of nn.Linear)
         """Unpack the weight, multiply and add the bias.
@@ -211,20 +235,28 @@ class PackedLinear(nn.Module):
         Returns:
             Shape (..., out_features).
         """
-        return F.linear(input, self._weight(), self.bias)
+        return F.linear(input, self._weight(), self._bias())
 
     def to_float(self) -> nn.Linear:
         """Give the plain layer that computes the same."""
-        bias = self.bias is not None
-        layer = nn.Linear(self.in_features, self.out_features, bias, device=self.packed.device, dtype=self.dtype)
+        bias = self._bias()
+        layer = nn.Linear(
+            self.in_features, self.out_features, bias is not None, device=self.packed.device, dtype=self.dtype
+        )
         with torch.no_grad():
             layer.weight.copy_(self._weight())
-            if self.bias is not None:
-                layer.bias.copy_(self.bias)
+            if bias is not None:
+                layer.bias.copy_(bias)
         return layer.requires_grad_(False)
 
     def _weight(self) -> Tensor:
         q = unpack(self.packed, self.bits)[:, : self.in_features]
+        return dequantize(q, self.scale.to(torch.float32), self.dtype)
+
+    def _bias(self) -> Tensor | None:
+        if self.packed_bias is None:
+            return self.bias
+        q = unpack(self.packed_bias, self.bits)[: self.out_features]
         return dequantize(q, self.scale.to(torch.float32), self.dtype)
 
     def memory_bytes(self) -> int:
@@ -240,11 +272,17 @@ class PackedLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+def _pack_padded(q: Tensor, bits: int) -> Tensor:
+    """Pack integers, filling up the last byte of each row with zeros. Shape (..., n)."""
+    return pack(F.pad(q, (0, -q.shape[-1] % values_per_byte(bits))), bits)
+
+
 def quantize_linears(
     module: nn.Module,
     bits: int = 4,
     *,
     scale_per: LinearScale = "channel",
+    quantize_bias: bool = False,
     skip: Collection[str] = (),
 ) -> list[str]:
     """Put a `QuantizedLinear` in the place of every `nn.Linear` inside a module.
@@ -257,6 +295,7 @@ def quantize_linears(
         module: Changed in place.
         bits: 16, 8, 4 or 2.
         scale_per: "channel" or "matrix".
+        quantize_bias: Whether biases are rounded too, to the grids of their weights.
         skip: Names, as `named_modules` gives them, of layers to leave in float.
 
     Returns:
@@ -281,7 +320,9 @@ def quantize_linears(
         if name in skip:
             continue
         if linear not in replaced:
-            replaced[linear] = QuantizedLinear.from_linear(linear, bits=bits, scale_per=scale_per)
+            replaced[linear] = QuantizedLinear.from_linear(
+                linear, bits=bits, scale_per=scale_per, quantize_bias=quantize_bias
+            )
         parent, _, attribute = name.rpartition(".")
         setattr(module.get_submodule(parent), attribute, replaced[linear])
     return [name for name in found if name not in skip]
