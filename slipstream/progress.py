@@ -1,9 +1,17 @@
 """How stages say how far they are, without knowing who listens."""
 
+from __future__ import annotations
+
+import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import NamedTuple, Protocol
+
+_FARTHEST_APART = 1.4
+"""How often the faster of two paces may go into the slower one; their geometric mean is then off by a factor of less than 1.19."""
+_FEWEST_MARKS = 3
+"""Results to wait for: of one or two nobody can tell how regular they are."""
 
 
 class Progress(Protocol):
@@ -48,6 +56,11 @@ class Silent:
 class Pace:
     """How far a task is, and how long it will take.
 
+    Two paces are known: that since the task was opened is too slow where it has to start up first, or where several
+    workers begin together and all of their first results are still under way; that since the first result is too fast
+    where workers deliver together. The true one is between, so nothing is said until the two are near each other, and
+    then their geometric mean. A short task with a long start may end before.
+
     Args:
         total: Units in all, None where nobody knows.
         done: Units that an earlier run finished.
@@ -56,37 +69,56 @@ class Pace:
 
     def __init__(self, total: int | None, *, done: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
         self._total, self._before, self._clock = total, done, clock
-        self._done, self._started = done, clock()
-        self._first: tuple[int, float] | None = None
-        """What was done after the first advance, and when that was."""
+        self._opened = clock()
+        self._first = self._last = _Mark(done, self._opened)
+        self._num_marks = 0
 
     def advance(self, units: int) -> None:
         """Count units done."""
-        self._done += units
-        if units and self._first is None:
-            self._first = self._done, self._clock()
+        if not units:
+            return
+        self._last = _Mark(self._last.done + units, self._clock())
+        self._num_marks += 1
+        if self._num_marks == 1:
+            self._first = self._last
 
     @property
     def done(self) -> int:
         """Units done, those of an earlier run included."""
-        return self._done
+        return self._last.done
 
     @property
     def share(self) -> float | None:
         """Units done over all, None where that is unknown."""
-        return min(self._done / self._total, 1.0) if self._total else None
+        return min(self.done / self._total, 1.0) if self._total else None
 
     def seconds_left(self) -> float | None:
-        """Seconds until the end, None before anything is done.
-
-        The pace since the task was opened is too slow: several workers begin together, and the first result takes as
-        long as their next ones. The pace since that result is too fast by as much. Their mean is taken.
-        """
-        here = self._done - self._before
-        if not self._total or here <= 0 or self._first is None:
+        """Seconds until the end, None while that cannot be told."""
+        if not self._total or self._num_marks < _FEWEST_MARKS:
             return None
-        now, (first_done, first_time) = self._clock(), self._first
-        seconds_per_unit = (now - self._started) / here
-        if self._done > first_done:
-            seconds_per_unit = (seconds_per_unit + (now - first_time) / (self._done - first_done)) / 2
-        return seconds_per_unit * max(self._total - self._done, 0)
+        last, now = self._last, self._clock()
+        pace = self._pace(last)
+        if pace is None:
+            return None
+        left = pace * (self._total - last.done) - (now - last.seconds)
+        # a result that is late makes all slower: as if it had come just now, as large as those before
+        usual = max(1, (last.done - self._before) // self._num_marks)
+        if late := self._pace(_Mark(last.done + usual, now)):
+            left = max(left, late * (self._total - last.done - usual))
+        return max(left, 0.0)
+
+    def _pace(self, mark: _Mark) -> float | None:
+        """Seconds per unit up to a mark, None while nobody can tell."""
+        since_opened = (mark.seconds - self._opened) / (mark.done - self._before)
+        since_first = (mark.seconds - self._first.seconds) / (mark.done - self._first.done)
+        slow, fast = max(since_opened, since_first), min(since_opened, since_first)
+        return None if slow > _FARTHEST_APART * fast else math.sqrt(slow * fast)
+
+
+class _Mark(NamedTuple):
+    """A result of a task."""
+
+    done: int
+    """Units, those of an earlier run included."""
+    seconds: float
+    """When it came."""
