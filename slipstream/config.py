@@ -379,6 +379,12 @@ class PipelineConfig:
             )
         if self.train.faithful:
             check_published_order(self.train, self.skip, criterion=self.criterion)
+        if self.criterion == "stale" and self.skip_rule.movement != "net" and self.skip.alpha_per == "table":
+            raise ConfigError(
+                "`skip.alpha_per` = 'table' goes with net movement, found `skip.movement` = 'per-label', whose mean is "
+                "over the rows of all tables",
+                hint="set skip.movement to 'net', or leave skip.alpha_per out",
+            )
         if self.model.sources and self.dataset.source not in self.model.sources:
             raise ConfigError(
                 f"`model.name` = '{self.model.name}' is for source {', '.join(self.model.sources)}, "

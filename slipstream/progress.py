@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Protocol
 
 _FARTHEST_APART = 1.4
-"""How often the faster of two paces may go into the slower one; their geometric mean is then off by a factor of less than 1.19."""
+"""How often the faster of two paces may go into the slower one; their geometric mean is then off by a fifth at most."""
 _FEWEST_MARKS = 3
 """Results to wait for: of one or two nobody can tell how regular they are."""
 

@@ -40,6 +40,9 @@ class SkipConfig:
     alpha: float = 1.0
     """Share of a sample's lookups that must be stale for it to be dropped, in (0, 1]; per label, the share of its rows,
     those pulled at least, whose mean decides."""
+    alpha_per: Literal["sample", "table"] = later("sample")
+    """What α is a share of, by `net` movement: all lookups of a `sample`, or those of each `table`, all of which must
+    have as many. The published rule for TBSM, at least 4 of the 21 lookups of every table, is `table` and α = 4/21."""
     threshold: float | None = None
     """T given by hand: a row is stale when it moved by less; left out, D decides."""
     warmup_steps: int = 0

@@ -285,11 +285,21 @@ def _keep_samples(config: PipelineConfig, parts: Assembly, runner: Runner, *, nu
 
 def skip_rule_of(config: PipelineConfig, parts: Assembly) -> SkipRule:
     """Give the criterion in force, with what it has to know of the tables."""
+    rule = replace(config.skip_rule, alpha_tables=alpha_tables_of(config, parts))
     if config.skip.scorer == "model":
-        return config.skip_rule
+        return rule
     padded = parts.representations.padded
     padding = () if padded is None else tuple(sorted({*padded.slots.tolist()}))
-    return replace(config.skip_rule, num_rows=parts.layout.num_slots, num_dense=parts.num_dense, padding_slots=padding)
+    return replace(rule, num_rows=parts.layout.num_slots, num_dense=parts.num_dense, padding_slots=padding)
+
+
+def alpha_tables_of(config: PipelineConfig, parts: Assembly) -> tuple[int, ...]:
+    """Give the table of each watched column, where `skip.alpha_per` is `table`; else nothing."""
+    if config.skip.alpha_per == "sample":
+        return ()
+    layout = parts.layout
+    tables = [layout.tables.index(name) for name in layout.column_tables]
+    return tuple(tables) if parts.columns is None else tuple(tables[column] for column in parts.columns)
 
 
 def num_threads(config: PipelineConfig, parts: Assembly) -> int:

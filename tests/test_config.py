@@ -369,6 +369,7 @@ CONDITIONS: dict[str, dict[str, Any]] = {
 NEEDS: dict[str, dict[str, Any]] = {
     "train.patience": {"train__validate_steps": 5},
     "model.name": {"dataset__source": "taobao", "dataset__raw": [__file__]},  # planning reads no line of it
+    "skip.alpha_per": {"skip__movement": "net"},
 }
 """What other values of a key need; the key means something without it too."""
 
@@ -545,6 +546,13 @@ def test_what_cannot_have_cold_rows_in_a_file_is_refused_by_name(other: dict[str
 def test_batches_cannot_be_smaller_by_a_share_that_nobody_knows():
     with pytest.raises(ConfigError, match=r"`skip.keep_steps` makes batches smaller .* `skip.threshold` by hand"):
         tiny_config(skip__keep_steps=True, skip__threshold=0.1)
+
+
+def test_alpha_of_each_table_goes_with_net_movement():
+    with pytest.raises(ConfigError, match=r"goes with net movement, found `skip.movement` = 'per-label'"):
+        tiny_config(skip__alpha_per="table")
+    assert tiny_config(skip__alpha_per="table", skip__movement="net")
+    assert tiny_config(skip__alpha_per="table", skip__criterion="random")
 
 
 def test_the_floor_left_out_is_that_of_the_criterion():

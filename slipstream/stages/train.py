@@ -52,7 +52,7 @@ from slipstream.training.skipping.registry import CRITERIA
 from slipstream.training.slot_layout import SlotLayout
 from slipstream.training.threads import torch_threads
 from slipstream.training.validation import Validation
-from slipstream.wiring import choose_tables, make_trainer, num_threads, put_together
+from slipstream.wiring import alpha_tables_of, choose_tables, make_trainer, num_threads, put_together
 
 _BEST = Path("work", "best")
 """Where the best model so far is, below the scratch folder."""
@@ -318,6 +318,7 @@ def _make_faithful(config: PipelineConfig, parts: Assembly, *, num_hot: int) -> 
     rule = FaithfulRule(
         target_drop=config.skip.target_drop if CRITERIA.get(config.criterion).drops else 0.0,
         alpha=config.skip.alpha,
+        alpha_tables=alpha_tables_of(config, parts),
         first_snapshot=config.skip.warmup_steps,
         sample_size=config.skip.sample_size,
         sample_ratio=config.skip.sample_ratio,

@@ -42,6 +42,8 @@ class FaithfulRule:
     """D; 0 drops nothing, which is FAE."""
     alpha: float
     """Share of lookups that must be stale; 1 is the published count of all 26."""
+    alpha_tables: tuple[int, ...] = ()
+    """Table of each column, where every table is to have that share by itself, as published for TBSM; empty: not."""
     first_snapshot: int
     """S: hot batch before which the first snapshot is taken."""
     probe_share: float = 0.015
@@ -160,7 +162,7 @@ class FaithfulTrainer:
     def _drop(self, batches: Sequence[Batch], moved: np.ndarray, epoch: int, num_hot_samples: int) -> list[Batch]:
         rule = self._rule
         slots = np.concatenate([batch.slots for batch in batches])
-        statistic = sample_movement(moved, slots, alpha=rule.alpha)
+        statistic = sample_movement(moved, slots, alpha=rule.alpha, tables=rule.alpha_tables)
         size = max(int(rule.sample_ratio * num_hot_samples), 1) if rule.sample_ratio else rule.sample_size
         drawn = np.random.default_rng([self._seed, epoch]).choice(statistic, min(size, len(statistic)))
         self.threshold = bisect_threshold(drawn, target_drop=rule.target_drop, tolerance=rule.tolerance)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -26,7 +27,7 @@ from slipstream.pipeline import run_pipeline
 from slipstream.progress import Silent
 from slipstream.schema import MISSING_ID
 from slipstream.skip_config import SkipConfig
-from slipstream.training.skipping.staleness import sample_movement
+from slipstream.training.skipping.staleness import sample_movement, sample_pull
 
 LINE = b"1,2268318,2520377,pv,1511544070"
 HISTORY, POINTS = 3, 2
@@ -305,21 +306,43 @@ def test_every_mode_trains_and_padding_rows_stay_zero(log: Path, tmp_path: Path,
 def test_padding_is_neither_stale_nor_changing(log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: str):
     seen: list[np.ndarray] = []
 
-    def judge(movement: np.ndarray, slots: np.ndarray, *, alpha: float) -> np.ndarray:
+    def judge(movement: np.ndarray, slots: np.ndarray, *, alpha: float, tables: Sequence[int]) -> np.ndarray:
         seen.append(movement)
-        return sample_movement(movement, slots, alpha=alpha)
+        assert list(tables) == [0, *(1, 2) * (slots.shape[1] // 2)], "the user, then item and category step by step"
+        return sample_movement(movement, slots, alpha=alpha, tables=tables)
 
     module = "slipstream.training." + {"faithful": "faithful", "loop": "skipping.criteria.stale"}[order]
     monkeypatch.setattr(f"{module}.sample_movement", judge)
     config = taobao_config(log, mode="slipstream")
     config = replace(config, segregate=replace(config.segregate, hot_budget="90%"))
     train = replace(config.train, faithful=order == "faithful")
-    done = run_pipeline(replace(config, train=train, skip=SkipConfig(movement="net", alpha=0.8)), tmp_path)
+    skip = SkipConfig(movement="net", alpha=0.8, alpha_per="table")
+    done = run_pipeline(replace(config, train=train, skip=skip), tmp_path)
     padding = done.counts("preprocess")["padding_rows"]
     with np.load(done.stages["segregate"].artifact.path / "slots.npz", allow_pickle=False) as slot_maps:
         expected = sorted(int(slot_maps[name][row]) for name, row in padding.items())
     assert expected[-1] < len(seen[0]), "padding is hot"
     assert all(np.flatnonzero(np.isnan(movement)).tolist() == expected for movement in seen)
+
+
+def test_per_label_nothing_is_known_of_padding(log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen: list[np.ndarray] = []
+
+    def judge(pulls: np.ndarray, slots: np.ndarray, labels: np.ndarray, *, alpha: float) -> np.ndarray:
+        seen.append(pulls)
+        return sample_pull(pulls, slots, labels, alpha=alpha)
+
+    monkeypatch.setattr("slipstream.training.skipping.criteria.stale.sample_pull", judge)
+    config = taobao_config(log, mode="slipstream")
+    config = replace(config, segregate=replace(config.segregate, hot_budget="90%"), skip=SkipConfig())
+    done = run_pipeline(config, tmp_path)
+    padding = done.counts("preprocess")["padding_rows"]
+    with np.load(done.stages["segregate"].artifact.path / "slots.npz", allow_pickle=False) as slot_maps:
+        slots = [int(slot_maps[name][row]) for name, row in padding.items()]
+    for pulls in seen:
+        assert not pulls[:, slots].any(), "a mean is over known rows alone"
+        assert np.count_nonzero(pulls) > pulls.size / 10
+    assert seen
 
 
 def test_modes_end_with_the_same_model(log: Path, tmp_path: Path):

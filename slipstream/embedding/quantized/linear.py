@@ -125,7 +125,8 @@ class QuantizedLinear(nn.Linear):
         Returns:
             Shape (..., out_features).
         """
-        scale, bias = self._scale(), self.bias
+        scale = self._scale()
+        bias: Tensor | None = self.bias
         if self.quantize_bias and bias is not None:
             bias = fake_quantize_rows(bias, scale, self.bits)
         return F.linear(input, fake_quantize_rows(self.weight, scale, self.bits), bias)

@@ -41,6 +41,8 @@ class SkipRule:
     """What `stale` measures."""
     alpha: float = 1.0
     """Share of lookups that must be stale; per label, of those that the mean is over."""
+    alpha_tables: tuple[int, ...] = ()
+    """Table of each watched column, where every table is to have that share by itself; empty: all taken together."""
     threshold: float | None = None
     """T by hand for `stale`; None finds it from D."""
     sample_size: int = 65_536

@@ -11,9 +11,10 @@ Two measures of a row in a window of training:
 A row that was not looked up moved by nothing, which says nothing: it is untouched, not stale.
 
 By net movement a hot sample is dropped when at least a share α of its lookups are stale, that is when the ⌈α·T⌉-th
-smallest movement among its rows is below the threshold, lookups of padding left out. So the threshold for a target
-drop D is the D-quantile of that statistic: exact, in one pass, without a search. Per label the statistic is the mean
-pull of the sample's rows under its own label, over the share α of them with the least.
+smallest movement among its rows is below the threshold, lookups of padding left out; or, where each table is asked by
+itself, when that holds in every table. So the threshold for a target drop D is the D-quantile of that statistic:
+exact, in one pass, without a search. Per label the statistic is the mean pull of the sample's rows under its own
+label, over the share α of them with the least.
 
 Source of net movement: Slipstream (arXiv 2404.04270), whose code searches T by bisection and takes untouched rows for
 stale.
@@ -22,6 +23,7 @@ stale.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -67,23 +69,36 @@ def _mean_of_known(pulls: np.ndarray, alpha: float) -> np.ndarray:
     return means
 
 
-def sample_movement(movement: np.ndarray, slots: np.ndarray, *, alpha: float) -> np.ndarray:
+def sample_movement(movement: np.ndarray, slots: np.ndarray, *, alpha: float, tables: Sequence[int] = ()) -> np.ndarray:
     """Give the statistic of each hot sample by net movement: the ⌈α·T⌉-th smallest movement among its rows.
 
     Args:
         movement: Per hot row; UNTOUCHED where unknown, PADDING where no lookup counts. Shape (H,), float32.
         slots: Hot samples. Shape (n, T), integer.
         alpha: Share of lookups that must be stale, in (0, 1]; of a sample's lookups that are not padding.
+        tables: Of each column of `slots`, where each table's lookups are to have that share by themselves; a table
+            whose lookups are all padding is not asked. Empty: all lookups are taken together.
 
     Returns:
         UNTOUCHED where all lookups are padding. Shape (n,), float32. A sample is dropped when it is below the
         threshold.
     """
-    if np.isnan(movement).any():
-        return _movement_beside_padding(movement[slots], alpha)
-    num_tables = slots.shape[1]
+    if not tables:
+        return _movement_of_all(movement[slots], alpha)
+    statistic = np.full(len(slots), -np.inf, np.float32)
+    for table in set(tables):
+        moved = movement[slots[:, np.equal(tables, table)]]
+        is_asked = ~np.isnan(moved).all(axis=1)
+        np.maximum(statistic, _movement_of_all(moved, alpha), out=statistic, where=is_asked)
+    return np.where(np.isneginf(statistic), np.float32(UNTOUCHED), statistic)
+
+
+def _movement_of_all(moved: np.ndarray, alpha: float) -> np.ndarray:
+    """Give the statistic over all lookups of each sample. Shape (n, T) to (n,)."""
+    if np.isnan(moved).any():
+        return _movement_beside_padding(moved, alpha)
+    num_tables = moved.shape[1]
     needed = math.ceil(alpha * num_tables - 1e-9)
-    moved = movement[slots]
     if needed == num_tables:
         return moved.max(axis=1)  # type: ignore[no-any-return]
     return np.partition(moved, needed - 1, axis=1)[:, needed - 1]

@@ -72,6 +72,33 @@ def test_a_short_history_is_judged_by_its_events_alone():
     assert statistic.tolist() == [2.0, 0.0, UNTOUCHED]
 
 
+@given(hot_samples(), st.sampled_from([0.01, 0.25, 0.5, 2 / 3, 1.0]), st.floats(0, 5, width=32), st.data())
+def test_asked_by_table_a_sample_is_dropped_when_every_table_has_enough_stale_lookups(drawn, alpha, threshold, data):
+    movement, slots = drawn
+    tables = data.draw(st.lists(st.integers(0, 2), min_size=slots.shape[1], max_size=slots.shape[1]))
+    statistic = sample_movement(movement, slots, alpha=alpha, tables=tables)
+    expected = []
+    for sample in movement[slots]:
+        by_table = [[m for m, of in zip(sample, tables, strict=True) if of == table and m == m] for table in {*tables}]
+        asked = [of for of in by_table if of]
+        enough = [sum(m < np.float32(threshold) for m in of) >= alpha * len(of) - 1e-9 for of in asked]
+        expected.append(bool(asked) and all(enough))
+    assert (statistic < np.float32(threshold)).tolist() == expected
+
+
+def test_four_of_twenty_one_lookups_of_every_table_are_the_published_choice_for_sequences():
+    movement = np.array([0.0, 1.0], np.float32)  # a stale row and one that moves
+    tables = [0, *(1, 2) * 21]
+    of_three, of_four = ([0, *[1] * 42] for _ in range(2))
+    for step in range(4):
+        of_three[1 + 2 * step] = of_four[1 + 2 * step] = of_four[2 + 2 * step] = 0
+        of_three[2 + 2 * step] = int(step == 3)
+    statistic = sample_movement(movement, np.array([of_three, of_four]), alpha=4 / 21, tables=tables)
+    assert (statistic < 0.5).tolist() == [False, True]
+    # taken together they would have enough between them
+    assert (sample_movement(movement, np.array([of_three]), alpha=8 / 43) < 0.5).all()
+
+
 def nearest_count(statistic: np.ndarray, wanted: int) -> int:
     """The count nearest to the one wanted over every threshold there is, by trying them all."""
     finite = sorted(set(statistic[np.isfinite(statistic)].tolist()))

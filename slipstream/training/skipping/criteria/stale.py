@@ -101,7 +101,7 @@ class NetStale(Stale):
         self, hot: Samples, slots: np.ndarray, num_drop: int, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray | None]:
         assert self._movement is not None
-        statistic = sample_movement(self._movement, slots, alpha=self.rule.alpha)
+        statistic = sample_movement(self._movement, slots, alpha=self.rule.alpha, tables=self.rule.alpha_tables)
         if self.rule.threshold is not None:
             return statistic >= self.rule.threshold, None
         if self._threshold is None:
