@@ -8,7 +8,7 @@ without the packages that do the work.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,11 @@ class StageJob:
     """Told how far the stage is."""
     ranks: Ranks | None = None
     """Who does it together, for a stage on all ranks; None for a process alone."""
+
+    def absolute(self) -> StageJob:
+        """Give the same job with paths that other processes understand, wherever they run."""
+        inputs = {name: replace(artifact, path=artifact.path.absolute()) for name, artifact in self.inputs.items()}
+        return replace(self, inputs=inputs, scratch=self.scratch.absolute())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

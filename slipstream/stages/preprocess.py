@@ -68,7 +68,7 @@ _LOOKUP_BYTES_PER_ROW = 12
 
 def run_stage(job: StageJob) -> PreprocessFigures:
     """Run as a stage of a pipeline: on what was generated, or else on raw files."""
-    dataset = job.config.dataset
+    job, dataset = job.absolute(), job.config.dataset
     if "generate" in job.inputs:
         generated = job.inputs["generate"]
         files = [str(generated.check(path)) for path in generated.files(suffix=".tsv")]
@@ -83,17 +83,16 @@ def run_stage(job: StageJob) -> PreprocessFigures:
         layout=dataset.layout,
     )
     source = SOURCES.get(dataset.source)(options)
-    scratch = job.scratch.absolute()
-    with open_engine(job.config.engine, folder=scratch, progress=job.progress) as (engine, progress):
+    with open_engine(job.config.engine, folder=job.scratch, progress=job.progress) as (engine, progress):
         return run(
             job.config.preprocess,
             source=source,
             files=files,
             seed=job.config.seed,
-            scratch=scratch,
+            scratch=job.scratch,
             progress=progress,
             negative_keep_ratio=dataset.negative_keep_ratio,
-            parsed_dir=scratch.parents[1] / PARSED / _parsed_key(job, source).fingerprint,
+            parsed_dir=job.scratch.parents[1] / PARSED / _parsed_key(job, source).fingerprint,
             engine=engine,
         )
 

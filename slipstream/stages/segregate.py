@@ -12,27 +12,26 @@ missing shard needs.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
 
 from slipstream.config import SegregateConfig
-from slipstream.io.artifacts import Artifact, write_atomically, write_json
+from slipstream.engine.choice import open_engine
+from slipstream.io.artifacts import Artifact, write_atomically
 from slipstream.io.capacity import require_disk
 from slipstream.io.counts import read_counts
 from slipstream.io.figures import PreprocessFigures, SegregateFigures
-from slipstream.io.samples import Samples, column_offsets, concat_samples, read_part, read_rows, write_shard
+from slipstream.io.samples import column_offsets, read_rows
+from slipstream.io.shards import ShardColumns, Sharding, write_shards, write_shards_apart
 from slipstream.ops.hot_set import HotSet, assign_slots, choose_hot_rows, table_offsets, take_above_threshold
-from slipstream.ops.parallel import in_order
+from slipstream.ops.parallel import Engine, Threads
 from slipstream.options import parse_budget
 from slipstream.progress import Progress
-from slipstream.schema import SHARD_GROUPS, dense_name, table_name
+from slipstream.schema import dense_name, table_name
 from slipstream.stage import StageJob, affordable_rows, row_bytes_of
 
 _WORKERS = 2
@@ -40,14 +39,17 @@ _WORKERS = 2
 
 def run_stage(job: StageJob) -> SegregateFigures:
     """Run as a stage of a pipeline."""
-    return run(
-        job.config.segregate,
-        processed=job.inputs["preprocess"],
-        counts=read_counts(job.inputs["profile"]),
-        row_bytes=row_bytes_of(job.config),
-        scratch=job.scratch,
-        progress=job.progress,
-    )
+    job = job.absolute()
+    with open_engine(job.config.engine, folder=job.scratch, progress=job.progress) as (engine, progress):
+        return run(
+            job.config.segregate,
+            processed=job.inputs["preprocess"],
+            counts=read_counts(job.inputs["profile"]),
+            row_bytes=row_bytes_of(job.config),
+            scratch=job.scratch,
+            progress=progress,
+            engine=engine,
+        )
 
 
 def run(
@@ -58,6 +60,7 @@ def run(
     row_bytes: int,
     scratch: Path,
     progress: Progress,
+    engine: Engine | None = None,
 ) -> SegregateFigures:
     """Choose the hot set under the budget and write shards.
 
@@ -68,6 +71,7 @@ def run(
         row_bytes: Accelerator bytes of one hot row, all included.
         scratch: Folder to write to.
         progress: Told how far it is.
+        engine: Who reads parts and writes shards; None for threads of this process.
 
     Returns:
         Samples of each group, hot rows, Λ, and what the hot set catches.
@@ -75,6 +79,7 @@ def run(
     Raises:
         CapacityError: The budget is below the OOV rows, or the disk has no room for the shards.
     """
+    engine = engine or Threads()
     encoded = PreprocessFigures.of(processed)
     names = [table_name(index) for index in range(len(encoded.column_tables))]
     _check_disk(encoded, num_rows=len(counts), scratch=scratch)
@@ -82,22 +87,24 @@ def run(
     kept = scratch / "work" / "hot_set.npz"
     hot_set = _load_choice(kept, len(counts))
     if hot_set is None:
-        hot_set = _choose(config, processed, counts, names, offsets, row_bytes=row_bytes, scratch=scratch)
+        hot_set = _choose(config, processed, counts, names, offsets, engine, row_bytes=row_bytes, scratch=scratch)
         _keep_choice(kept, hot_set)
     slots = assign_slots(hot_set.is_hot)
     _write_hot_set(scratch, hot_set, slots, counts, list(encoded.rows_per_table), offsets)
     dense = [dense_name(index) for index in range(encoded.num_dense)]
-    slot_maps = [slots[start:stop] for start, stop in pairwise(offsets)]
-    padding = dict(enumerate((encoded.padding_rows or {}).get(name) for name in encoded.rows_per_table))
-    columns = _Columns(
-        dense,
-        names,
-        [slot_maps[table] for table in encoded.column_tables],
-        [None if padding[table] is None else int(slot_maps[table][padding[table]]) for table in encoded.column_tables],
+    sharding = Sharding(
+        processed=processed,
+        columns=ShardColumns.of(encoded, dense, names, slots, offsets),
+        num_hot=hot_set.num_hot,
+        samples_per_shard=config.samples_per_shard,
+        scratch=scratch,
     )
-    written, hits, lookups = _write_shards(
-        config, processed, columns, hot_set.num_hot, scratch=scratch, progress=progress
-    )
+    num_samples = sum(encoded.samples.values())
+    with progress.task("write shards", num_samples, "samples") as advance:
+        if engine.shares_memory:
+            written, hits, lookups = write_shards(sharding, engine, advance)
+        else:
+            written, hits, lookups = write_shards_apart(sharding.put_down(), engine, advance)
     num_train = written["hot"] + written["cold"]
     return SegregateFigures(
         samples=written,
@@ -133,6 +140,7 @@ def _choose(
     counts: np.ndarray,
     columns: list[str],
     offsets: np.ndarray,
+    engine: Engine,
     *,
     row_bytes: int,
     scratch: Path,
@@ -143,10 +151,11 @@ def _choose(
         return take_above_threshold(counts, always_hot, access_threshold=config.access_threshold)
     num_padding = len(always_hot) - len(offsets) + 1
     num_rows = affordable_rows(config.hot_budget, len(counts), len(offsets) - 1, row_bytes, num_padding=num_padding)
-    starts = column_offsets(offsets, encoded.column_tables)
+    decoding = _Decoding(processed, columns, column_offsets(offsets, encoded.column_tables), scratch / "work" / "rows")
+    parts = processed.files("train/", ".parquet")
 
     def samples() -> Iterator[np.ndarray]:
-        for path in _hold_rows(processed, columns, starts, scratch / "work" / "rows"):
+        for path in engine.in_order(_hold_rows, parts, context=decoding, workers=_WORKERS):
             yield np.load(path, mmap_mode="r", allow_pickle=False)
 
     return choose_hot_rows(
@@ -183,16 +192,23 @@ def _doubt_budget(config: SegregateConfig, num_rows: int, row_bytes: int) -> lis
     ]
 
 
-def _hold_rows(processed: Artifact, columns: list[str], starts: np.ndarray, folder: Path) -> list[Path]:
-    """Decode the training rows, where that is not done yet; the rounds read them as mapped arrays."""
-    decoded = []
-    for part in processed.files("train/", ".parquet"):
-        path = folder / f"{part.stem}.npy"
-        if not path.exists():
-            with write_atomically(path) as partial, partial.open("wb") as stream:
-                np.save(stream, read_rows(processed.check(part), columns, starts))
-        decoded.append(path)
-    return decoded
+@dataclass(frozen=True, slots=True)
+class _Decoding:
+    """What it takes to decode rows."""
+
+    processed: Artifact
+    columns: list[str]
+    starts: np.ndarray
+    folder: Path
+
+
+def _hold_rows(decoding: _Decoding, part: Path) -> Path:
+    """Decode the rows of a training part, where that is not done yet; the rounds read them as mapped arrays."""
+    path = decoding.folder / f"{part.stem}.npy"
+    if not path.exists():
+        with write_atomically(path) as partial, partial.open("wb") as stream:
+            np.save(stream, read_rows(decoding.processed.check(part), decoding.columns, decoding.starts))
+    return path
 
 
 def _write_hot_set(
@@ -218,125 +234,3 @@ def _write_hot_set(
     maps = {name: slots[offsets[index] : offsets[index + 1]] for index, name in enumerate(tables)}
     with write_atomically(scratch / "slots.npz") as path, path.open("wb") as stream:
         np.savez(stream, **maps)  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True, slots=True)
-class _Columns:
-    """Which columns of a part become which arrays of a shard."""
-
-    dense: list[str]
-    tables: list[str]
-    slot_maps: list[np.ndarray]
-    padding_slots: list[int | None]
-    """Of each sparse column; None where it has no padding."""
-
-    def read(self, part: Path) -> Samples:
-        """Give samples of a part, `X_cat` as slots."""
-        return read_part(part, self.dense, self.tables, self.slot_maps)
-
-    def count_padding(self, samples: Samples) -> int:
-        """Count what stands in samples for no value."""
-        padded = [(at, slot) for at, slot in enumerate(self.padding_slots) if slot is not None]
-        return sum(int(np.count_nonzero(samples.X_cat[:, at] == slot)) for at, slot in padded)
-
-
-def _write_shards(
-    config: SegregateConfig,
-    processed: Artifact,
-    columns: _Columns,
-    num_hot: int,
-    *,
-    scratch: Path,
-    progress: Progress,
-) -> tuple[dict[str, int], int, int]:
-    """Write all shards; returns samples per group, training lookups that find a hot row, and all training lookups."""
-    written: dict[str, int] = {}
-    hits = lookups = 0
-    with progress.task("write shards", sum(PreprocessFigures.of(processed).samples.values()), "samples") as advance:
-        for split in ("train", "val", "test"):
-            groups = ("hot", "cold") if split == "train" else (split,)
-            writers = [_ShardWriter(scratch / group, config.samples_per_shard) for group in groups]
-            parts = processed.files(f"{split}/", ".parquet")
-            tallies = [_tally_path(scratch, part) for part in parts]
-            num_done = 0
-            while num_done < len(parts) and (tally := _finished_tally(tallies[num_done], writers)) is not None:
-                hits, lookups = hits + tally["hits"], lookups + tally["lookups"]
-                num_done += 1
-                advance(sum(tally["samples"]), "")
-            loaded = in_order(lambda part: columns.read(processed.check(part)), parts[num_done:], _WORKERS)
-            for samples, path in zip(loaded, tallies[num_done:], strict=True):
-                found = samples.X_cat < num_hot
-                is_hot = np.asarray(found.all(axis=1))
-                pieces = [samples.take(is_hot), samples.take(~is_hot)] if split == "train" else [samples]
-                for writer, piece in zip(writers, pieces, strict=True):
-                    writer.add(piece)
-                found_here = asked_here = 0
-                if split == "train":
-                    num_padding = columns.count_padding(samples)
-                    found_here, asked_here = int(np.count_nonzero(found)) - num_padding, found.size - num_padding
-                tally = {"samples": [len(piece) for piece in pieces], "hits": found_here, "lookups": asked_here}
-                write_json(path, tally)
-                hits, lookups = hits + found_here, lookups + asked_here
-                advance(len(samples), "")
-            written |= {group: writer.close() for group, writer in zip(groups, writers, strict=True)}
-    return {group: written[group] for group in SHARD_GROUPS}, hits, lookups
-
-
-def _tally_path(scratch: Path, part: Path) -> Path:
-    return scratch / "work" / "tallies" / f"{part.parent.name}-{part.stem}.json"
-
-
-def _finished_tally(path: Path, writers: Sequence[_ShardWriter]) -> dict[str, Any] | None:
-    """Say what a part gave, when every shard with its samples is there; the writers then stand behind it."""
-    if not path.exists():
-        return None
-    tally: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    pairs = list(zip(writers, tally["samples"], strict=True))
-    if not all(writer.has_next(count) for writer, count in pairs):
-        return None
-    for writer, count in pairs:
-        writer.skip(count)
-    return tally
-
-
-class _ShardWriter:
-    """Cuts a stream of samples into shards of one size; a shard that is there already is not written again."""
-
-    def __init__(self, folder: Path, samples_per_shard: int) -> None:
-        self._folder, self._size = folder, samples_per_shard
-        self._pieces: list[Samples] = []
-        self._position = 0
-
-    def add(self, samples: Samples) -> None:
-        """Append samples."""
-        start = 0
-        while start < len(samples):
-            stop = min(start + self._size - self._position % self._size, len(samples))
-            if not self._shard(self._position).exists():
-                self._pieces.append(samples.take(slice(start, stop)))
-            self._position += stop - start
-            start = stop
-            if self._position % self._size == 0:
-                self._flush(self._position - 1)
-
-    def has_next(self, count: int) -> bool:
-        """Whether every shard that the next `count` samples fall into is there."""
-        ends = (*range(self._position, self._position + count, self._size), self._position + count - 1)
-        return count == 0 or all(self._shard(position).exists() for position in ends)
-
-    def skip(self, count: int) -> None:
-        """Pass over samples whose shards are all there."""
-        self._position += count
-
-    def close(self) -> int:
-        """Write what is left; returns the number of samples in all shards."""
-        self._flush(self._position)
-        return self._position
-
-    def _flush(self, position: int) -> None:
-        if self._pieces:
-            write_shard(self._shard(position), concat_samples(self._pieces))
-        self._pieces = []
-
-    def _shard(self, position: int) -> Path:
-        return self._folder / f"part-{position // self._size:05d}.npz"

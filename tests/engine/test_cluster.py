@@ -19,15 +19,18 @@ from slipstream.datasets import parsing
 from slipstream.engine import cluster as engine_cluster
 from slipstream.engine.cluster import connect
 from slipstream.engine.options import EngineConfig
-from slipstream.errors import ConfigError, EngineError
+from slipstream.errors import ConfigError, DataError, EngineError
 from slipstream.io.artifacts import write_atomically
 from slipstream.pipeline import plan_pipeline, run_pipeline
+from slipstream.stages import preprocess, profile
 
 PREPROCESS = (
     'freq_threshold = 2\nsamples_per_part = 500\nchunk_bytes = "48KiB"\nnum_threads = 2\n'
     'dense_transform = "standard"\nmissing_flags = true\ntarget_features = ["cat_3"]\n'
     "max_reject_ratio = 0.5\n[preprocess.tables.cat_2]\nnum_buckets = 4"
 )
+SEGREGATE = 'policy = "sample-aware"\nsample_aware_rounds = 2\nhot_budget = "40%"\nsamples_per_shard = 300'
+STAGES = ("preprocess", "profile", "segregate")
 
 
 @pytest.fixture(scope="module")
@@ -60,36 +63,48 @@ def on(cluster: LocalCluster) -> list[str]:
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cluster")
-    lines = make_lines(3000)
+    lines = make_lines(2400)
     broken = [*lines[:600], b"no sample", sample_line(dense="x"), *lines[600:1500], b"\xff"]
     write_raw(folder / "log_0.tsv", broken)
     write_raw(folder / "log_1.gz", lines[1500:])
     (folder / "log_2.tsv").write_bytes(b"")
-    return write_pipeline(folder / "run.toml", folder / "log_*", preprocess=PREPROCESS)
+    return write_pipeline(folder / "run.toml", folder / "log_*", preprocess=PREPROCESS, segregate=SEGREGATE)
 
 
 @pytest.fixture(scope="module")
 def local(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What threads of one process make."""
     runs = tmp_path_factory.mktemp("local")
-    assert invoke("preprocess", pipeline, runs).exit_code == 0
+    run_pipeline(load_pipeline(pipeline), runs, stages=STAGES)
     return run_files(runs / "run")
 
 
-def test_workers_write_what_threads_write(pipeline: Path, local: dict[str, bytes], workers, tmp_path: Path):
-    result = invoke("preprocess", pipeline, tmp_path, *on(workers), "preprocess.chunk_bytes=30000")
-    assert result.exit_code == 0, result.output
+def test_workers_write_what_threads_write(
+    pipeline: Path, local: dict[str, bytes], workers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(profile, "_PARTS_PER_GROUP", 2)
+    config = load_pipeline(pipeline, [*on(workers), "preprocess.chunk_bytes=30000"])
+    run_pipeline(config, tmp_path, stages=STAGES)
     assert run_files(tmp_path / "run") == local
 
 
 def test_threads_go_on_from_what_workers_made(
     pipeline: Path, local: dict[str, bytes], workers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """The parsed chunks are the same, and stay."""
-    assert invoke("preprocess", pipeline, tmp_path, *on(workers)).exit_code == 0
+    """Parsed chunks are the same, and so are finished parts."""
+
+    def stop(*arguments: Any) -> None:
+        raise DataError("stopped before the last part")
+
+    write = parsing.ParsedFiles.write_rejects
+    monkeypatch.setattr(parsing.ParsedFiles, "write_rejects", stop)
+    assert "stopped before" in invoke("preprocess", pipeline, tmp_path, *on(workers)).output
+    monkeypatch.setattr(parsing.ParsedFiles, "write_rejects", write)
     monkeypatch.setattr(parsing, "_parse_block", lambda reading, block: pytest.fail("made again"))
-    assert invoke("preprocess", pipeline, tmp_path, force=True).exit_code == 0
-    assert run_files(tmp_path / "run") == local
+    monkeypatch.setattr(preprocess, "write_parquet", lambda table, path: pytest.fail("made again"))
+    assert invoke("preprocess", pipeline, tmp_path).exit_code == 0
+    made = run_files(tmp_path / "run")
+    assert made == {name: body for name, body in local.items() if name in made} and len(made) > 30
 
 
 def test_who_does_the_work_is_in_no_fingerprint(pipeline: Path, tmp_path: Path):
@@ -201,6 +216,8 @@ def test_a_task_is_given_to_another_worker_as_often_as_allowed(tmp_path: Path):
 def test_a_worker_killed_in_every_pass_changes_nothing(pipeline: Path, local: dict[str, bytes], tmp_path: Path):
     with start_cluster(num_workers=2, processes=True) as dying:
         killer = Killer(dying)
-        run_pipeline(load_pipeline(pipeline, on(dying)), tmp_path, stages=["preprocess"], progress=killer)
-    assert {"parse", "count", "look back", "encode"} <= set(killer.killed)
+        run_pipeline(load_pipeline(pipeline, on(dying)), tmp_path, stages=STAGES, progress=killer)
+    assert {"parse", "count", "look back", "encode", "count accesses", "hot-set curve", "write shards"} <= set(
+        killer.killed
+    )
     assert run_files(tmp_path / "run") == local

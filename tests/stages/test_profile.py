@@ -136,7 +136,7 @@ def test_no_part_outlives_its_count(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(profile, "read_rows", read_rows)
     monkeypatch.setattr(profile, "CURVE_SAMPLES", 100)
     run_to_profile(tmp_path, preprocess__samples_per_part=500)
-    assert len(read) > 5 and most_alive <= 1, "only the part before is still there"
+    assert len(read) > 5 and most_alive <= 2, "only the one that is counted and the one before it are still there"
 
 
 def test_fewer_budgets_are_measured_at_once_where_tables_are_large(monkeypatch: pytest.MonkeyPatch):

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from raw_logs import invoke, make_lines, run_files, sample_line, start, write_pipeline, write_raw
 
-from slipstream.io import artifacts
-from slipstream.stages import preprocess, segregate
+from slipstream.io import artifacts, shards
+from slipstream.stages import preprocess
 
 NUM_LINES = 8000
 _CONFIG = {
@@ -178,7 +178,7 @@ def test_a_kill_between_manifest_and_publishing_leaves_nothing_to_compute(
 
 def test_finished_parts_are_not_made_again(pipeline: Path, finished: dict[str, Path], tmp_path: Path, monkeypatch):
     written: list[str] = []
-    write_parquet, write_shard = preprocess.write_parquet, segregate.write_shard
+    write_parquet, write_shard = preprocess.write_parquet, shards.write_shard
 
     def stop_after_ten(write):
         def counted(first: object, second: object) -> None:
@@ -192,7 +192,7 @@ def test_finished_parts_are_not_made_again(pipeline: Path, finished: dict[str, P
     start_from(finished, "segregate", tmp_path / "segregate")
     for stage, module, name, write in (
         ("preprocess", preprocess, "write_parquet", write_parquet),
-        ("segregate", segregate, "write_shard", write_shard),
+        ("segregate", shards, "write_shard", write_shard),
     ):
         made: list[str] = []
         while True:
