@@ -11,6 +11,7 @@ STAMP := $(VENV)/.installed
 # Sizes that make a benchmark take seconds; one that is not listed runs at its own size.
 SMALL_bench_busy := --samples 4000 --rounds 1 --networks tiny
 SMALL_bench_cached := --rows 50000 --batch 128 --cache-ratio 0.2 --warmup-steps 4 --steps 8 --rounds 1
+SMALL_bench_cold_path := --memory 1GiB --table 8MiB --steps 4 --batch 128
 SMALL_bench_compression := --seeds 1 --ways none,int4 --set dataset.num_samples=8000
 SMALL_bench_lists := --rows 3000 --steps 3 --batch 128 --table-rows 2000 --rounds 1
 SMALL_bench_preprocess := --rows 20000 --slow-rows 2000

@@ -29,6 +29,14 @@ def require_disk(folder: Path, needed_bytes: int, *, purpose: str, hint: str) ->
         )
 
 
+def is_in_memory(folder: Path) -> bool:
+    """Whether what is written to a folder takes memory, not disk."""
+    mounts = {Path(one.mountpoint): one.fstype for one in psutil.disk_partitions(all=True)}
+    there = folder.resolve()
+    kinds = (mounts[path] for path in (there, *there.parents) if path in mounts)
+    return next(kinds, "") in ("tmpfs", "ramfs")
+
+
 def require_memory(needed_bytes: int, *, purpose: str, hint: str) -> None:
     """Refuse unless this much memory is available.
 

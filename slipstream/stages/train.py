@@ -9,6 +9,7 @@ Costs   one pass over the training shards an epoch; device memory for hot rows, 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, replace
@@ -25,7 +26,7 @@ from slipstream.distributed.ranks import ALONE, Alone, Ranks
 from slipstream.embedding.tiers.placement import CachedRows
 from slipstream.errors import ArtifactError, ConfigError, TrainingError
 from slipstream.io.artifacts import Artifact, hash_file, link_or_copy, write_atomically, write_json
-from slipstream.io.capacity import require_disk, require_memory
+from slipstream.io.capacity import is_in_memory, require_disk, require_memory
 from slipstream.io.costs import train_disk_bytes, train_memory_bytes
 from slipstream.io.counts import read_counts
 from slipstream.io.figures import PreprocessFigures, SegregateFigures, TrainFigures
@@ -54,6 +55,7 @@ from slipstream.training.threads import torch_threads
 from slipstream.training.validation import Validation
 from slipstream.wiring import alpha_tables_of, choose_tables, make_trainer, num_threads, put_together
 
+_log = logging.getLogger(__name__)
 _BEST = Path("work", "best")
 """Where the best model so far is, below the scratch folder."""
 
@@ -190,6 +192,8 @@ def _check_capacity(
     )
     if in_file:
         folder = Path(config.train.cold_path)
+        if is_in_memory(folder):
+            _log.warning(f"`train.cold_path` = '{folder}' is on tmpfs, which is memory: choose a folder on a disk")
         beside = model_bytes if _disk_of(folder) == _disk_of(scratch) else 0
         require_disk(
             folder,

@@ -61,8 +61,14 @@ def test_a_stage_that_nobody_measured_has_no_forecast(tmp_path: Path, monkeypatc
     ],
 )
 def test_a_stage_without_room_is_refused_before_it_begins(
-    stages: list[str] | None, stage: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stages: list[str] | None,
+    stage: str,
+    what: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ):
+    monkeypatch.setattr("slipstream.stages.train.is_in_memory", lambda folder: True)
     config = tiny_config(**({"train__cold_path": str(tmp_path / "disk")} if "cold_path" in stage else {}))
     if stages is None:
         run_pipeline(tiny_config(), tmp_path, stages=["preprocess", "segregate"])
@@ -73,5 +79,11 @@ def test_a_stage_without_room_is_refused_before_it_begins(
     with pytest.raises(CapacityError, match=f"^{stage} needs about .* of {what}.* 1,?000 bytes are") as caught:
         run_pipeline(config, tmp_path, stages=stages)
     assert caught.value.hint
+    assert ("is on tmpfs, which is memory" in caplog.text) == bool(config.train.cold_path)
     named = "train" if "train" in stage else stage
     assert not list((tmp_path / "tiny_test" / named).glob("[0-9a-f]*"))
+
+
+def test_a_folder_that_is_memory_is_known():
+    assert capacity.is_in_memory(Path("/dev/shm/not/there"))
+    assert not capacity.is_in_memory(Path("/proc"))
