@@ -4,10 +4,12 @@
     python benchmarks/mutants.py --count 50 --seed 3 --under slipstream/training
     python benchmarks/mutants.py --work FOLDER           go on where an earlier run in that folder stopped
     python benchmarks/mutants.py --work FOLDER --again   try what survived, with the tests as they are now
+    python benchmarks/mutants.py --work FOLDER --again --match _choose_part --also tests/stages/test_train_ranks.py
 
 One place of the code is drawn after the other, each as likely as any, then one of its changes. Tests are chosen by
 coverage: those that run the changed statement, its module's own first, then the quickest, until their time is
-`--seconds`. Each change runs in a fork of a process that has torch loaded, in a copy of the project.
+`--seconds`. Each change runs in a fork of a process that has torch loaded, in a copy of the project. What only
+processes of their own run is not seen by coverage: `--also` names tests to try beside those chosen.
 
 A change is noticed when a test fails, collection fails, or the tests take far longer than they do unchanged. Survivors
 go to a file with their difference; those that `mutants_equivalent.toml` lists with a reason count as equivalent.
@@ -78,8 +80,13 @@ def main() -> None:
     verdicts = read_verdicts(work)
     if options.again:
         verdicts = {name: verdict for name, verdict in verdicts.items() if verdict.outcome in OUTCOMES[:2]}
-    waiting = [mutant for mutant in mutants if identity(mutant, code) not in verdicts and options.match in mutant.key]
-    for number, (mutant, verdict) in enumerate(try_all(waiting, code, covered, copies, options.seconds), start=1):
+    known = read_equivalent()
+    waiting = [
+        mutant
+        for mutant in mutants
+        if identity(mutant, code) not in verdicts and options.match in mutant.key and mutant.key not in known
+    ]
+    for number, (mutant, verdict) in enumerate(try_all(waiting, code, covered, copies, options), start=1):
         verdicts[verdict.mutant] = verdict
         with (work / "verdicts.jsonl").open("a") as kept:
             kept.write(json.dumps(asdict(verdict)) + "\n")
@@ -96,6 +103,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--under", action="append", default=[], help="only files whose path starts so")
     parser.add_argument("--tests", action="append", default=[], help="only tests in files whose path starts so")
     parser.add_argument("--match", default="", help="of those drawn, try only the ones whose name contains this")
+    parser.add_argument("--also", action="append", default=[], help="tests to try on each change beside those chosen")
     parser.add_argument("--again", action="store_true", help="try what survived again")
     parser.add_argument("--seconds", type=float, default=60.0, help="of tests for one change, at most")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
@@ -128,15 +136,15 @@ def read_verdicts(work: Path) -> dict[str, Verdict]:
 
 
 def try_all(
-    mutants: Sequence[Mutant], code: str, covered: Covered, copies: list[Path], seconds: float
+    mutants: Sequence[Mutant], code: str, covered: Covered, copies: list[Path], options: argparse.Namespace
 ) -> Iterator[tuple[Mutant, Verdict]]:
     """Try every change, as many at once as there are copies of the project."""
-    chosen = {mutant: choose_tests(mutant, covered, seconds) for mutant in mutants}
+    chosen = {mutant: choose_tests(mutant, covered, options.seconds) + options.also for mutant in mutants}
     for mutant, tests in chosen.items():
         if not tests:
             yield mutant, Verdict(identity(mutant, code), "not run by any test", 0, 0.0, "")
     works = [
-        Work(mutant, _trying(mutant, tests), at_most=300 + 20 * sum(covered.seconds[test] for test in tests))
+        Work(mutant, _trying(mutant, tests), at_most=300 + 20 * sum(covered.seconds.get(test, 60.0) for test in tests))
         for mutant, tests in chosen.items()
         if tests
     ]
@@ -171,18 +179,18 @@ def _who_noticed(said: str, code: int) -> str:
 
 def report(tried: list[tuple[Mutant, Verdict | None]], work: Path, seed: int) -> None:
     """Print the counts by room, and write the survivors."""
-    known = tomllib.loads(EQUIVALENT.read_text()) if EQUIVALENT.exists() else {}
+    known = read_equivalent()
     rows: dict[str, Counter[str]] = defaultdict(Counter)
     survivors = []
     for mutant, verdict in tried:
-        if verdict is None:
+        if verdict is None and mutant.key not in known:
             continue
-        outcome = verdict.outcome
+        outcome = "equivalent" if verdict is None else verdict.outcome
         if outcome in ("survived", "not run by any test"):
             if mutant.key in known:
                 outcome = "equivalent"
             else:
-                survivors.append(f"== {outcome} after {verdict.tests} tests: {mutant.key}\n{mutant.difference()}\n")
+                survivors.append(f"== {outcome}: {mutant.key}\n{mutant.difference()}\n")
         rows[mutant.room][outcome] += 1
     kept = work / "survivors.txt"
     kept.write_text("\n".join(survivors))
@@ -193,6 +201,11 @@ def report(tried: list[tuple[Mutant, Verdict | None]], work: Path, seed: int) ->
         print(f"{room:<12}" + "".join(f"{counts[name]:>21}" for name in names) + f"{share(counts):>15.1%}")
     print(f"survivors: {kept}")
     print(json.dumps({"seed": seed, "share": round(share(total), 4), **{name: total[name] for name in names}}))
+
+
+def read_equivalent() -> dict[str, str]:
+    """Read which changes no test can notice, with the reason of each."""
+    return tomllib.loads(EQUIVALENT.read_text()) if EQUIVALENT.exists() else {}
 
 
 def share(counts: Counter[str]) -> float:

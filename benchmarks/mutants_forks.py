@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import resource
 import shutil
@@ -71,21 +72,31 @@ def _environment(root: Path) -> dict[str, str]:
 
 def make_copies(work: Path, jobs: int) -> list[Path]:
     """Copy what git lists, and compile it and its tests once; forks read that bytecode and write none."""
-    first = work / "copy0"
-    shutil.rmtree(first, ignore_errors=True)
-    for name in project_files():
-        (first / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT / name, first / name)  # with its times, which bytecode goes by
-    print("reading the tests", flush=True)
-    for done in in_forks([Work("tests", lambda copy: run_pytest(copy, ["tests"], "--collect-only"), 900.0)], [first]):
-        if done.code:
-            sys.exit(f"the tests cannot be collected: {(done.copy / SAID).read_text()[-2000:]}")
-    sys.dont_write_bytecode = True
     copies = [work / f"copy{job}" for job in range(jobs)]
+    digest = hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in project_files())).hexdigest()
+    made = work / f"copied-{digest[:12]}"
+    if not made.exists():
+        shutil.rmtree(copies[0], ignore_errors=True)
+        _copy_files(copies[0])
+        print("reading the tests", flush=True)
+        works = [Work("tests", lambda copy: run_pytest(copy, ["tests"], "--collect-only"), 900.0)]
+        for done in in_forks(works, copies[:1]):
+            if done.code:
+                sys.exit(f"the tests cannot be collected: {(done.copy / SAID).read_text()[-2000:]}")
+        made.touch()
+    sys.dont_write_bytecode = True
+    _copy_files(copies[0])  # an interrupted run leaves a change behind
     for copy in copies[1:]:
         shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(first, copy)
+        shutil.copytree(copies[0], copy, symlinks=True)
     return copies
+
+
+def _copy_files(copy: Path) -> None:
+    """With their times, which bytecode goes by."""
+    for name in project_files():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, copy / name)
 
 
 def in_forks(works: Iterable[Work[T]], copies: list[Path]) -> Iterator[Done[T]]:

@@ -295,6 +295,9 @@ def test_rows_to_keep_leave_less_room_for_batches() -> None:
     cache.admit([1, 2])
     assert cache.num_fitting([[5, 6], [7]], keep_admits=1) == 1
     assert cache.num_fitting([[5, 6], [7]]) == 2
+    cache.admit([3])
+    assert cache.num_fitting([[5, 6], [7]], keep_admits=1) == 2, "rows of the admit before may go"
+    assert cache.num_fitting([[5, 6], [7]], keep_admits=2) == 0
     with pytest.raises(ValueError, match="expected rows"):
         cache.num_fitting([[5, 6], [77]])
     check_maps(cache)

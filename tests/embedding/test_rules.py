@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from torch import Tensor
 from trained import run_on_copies
 
 from slipstream.config import build_pipeline
+from slipstream.embedding import CachedEmbeddingBag
 from slipstream.embedding.rules import OPTIMIZERS, RowOptimizer
 from slipstream.errors import ConfigError
 
@@ -135,6 +137,16 @@ def test_sparse_gradients_of_torch_lead_to_the_same_rows(
             table.grad = torch.sparse_coo_tensor(torch.tensor([rows]), gradients[at, rows], (N, D))
             reference.step()
     torch.testing.assert_close(train_lazily(name, gradients, looked_up, None)[:, :D], table.detach())
+
+
+def test_what_is_not_said_is_as_in_torch():
+    adagrad, adam = (inspect.signature(one).parameters for one in (torch.optim.Adagrad, torch.optim.Adam))
+    defaults = {name: OPTIMIZERS.get(name)() for name in ("adagrad", "rowwise_adagrad", "adam")}
+    assert defaults["adagrad"].eps == defaults["rowwise_adagrad"].eps == adagrad["eps"].default
+    assert defaults["adam"].eps == adam["eps"].default
+    assert defaults["adam"].betas == adam["betas"].default
+    of_bag = inspect.signature(CachedEmbeddingBag).parameters
+    assert (of_bag["lr"].default, of_bag["betas"].default) == (adagrad["lr"].default, adam["betas"].default)
 
 
 @pytest.mark.parametrize("name", ["adagrad", "rowwise_adagrad", "adam"])

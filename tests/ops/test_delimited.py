@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import polars as pl
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from slipstream.ops import delimited
 from slipstream.ops.delimited import read_fields
 
 # pieces that click logs hold, and pieces that break readers
@@ -92,3 +95,17 @@ def test_clean_integers_are_read_as_such():
 def test_integers_of_64_bits_are_read_as_such():
     frame, _ = read_fields(b"5000000000\tx\n-1\ty\n", separator="\t", names=["a", "b"], integers=["a"])
     assert frame["a"].to_list() == [5_000_000_000, -1] and frame["a"].dtype == pl.Int64
+
+
+def test_sound_lines_are_read_once(monkeypatch: pytest.MonkeyPatch):
+    how: list[str] = []
+    read = delimited._read
+
+    def note(*args: Any, **options: Any) -> pl.DataFrame:
+        how.append(args[3])
+        return read(*args, **options)
+
+    monkeypatch.setattr(delimited, "_read", note)
+    names = ["a", "b", "c"]
+    _, sound = read_fields(b"1,2,3\n4,5,6\n", separator=",", names=names, integers=names)
+    assert how == ["raise"] and sound.all()

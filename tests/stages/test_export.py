@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,10 @@ def test_dlrm_splits_as_we_do(tiny_runs: Path, tmp_path: Path):
         total_per_file = data["total_per_file"]
     with np.load(tmp_path / "samples_processed.npz", allow_pickle=False) as data:
         y, num_dense = data["y"], data["X_int"].shape[1]
+    for name in ("samples_day_count", "samples_processed"):
+        with zipfile.ZipFile(tmp_path / f"{name}.npz") as archive:
+            times = {member.date_time for member in archive.infolist()}
+        assert times == {(1980, 1, 1, 0, 0, 0)}, "the same bytes whenever they are written"
     assert len(total_per_file) == 7 and total_per_file.sum() == len(y) and num_dense == 13
     # what DLRM's CriteoDataset does with these files
     offset_per_file = np.array([0, *total_per_file])

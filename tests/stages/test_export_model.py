@@ -60,6 +60,8 @@ def test_the_export_leaves_alone_what_is_not_fp32(tiny_runs: Path, tmp_path: Pat
         (["{segregate}", "--out", "{out}"], "expected a trained model"),
         (["{train}", "--out", "{train}"], "there is a model in"),
         (["{out}", "--out", "{out}"], "expected a trained model"),
+        (["{train}", "--format", "pmml", "--out", "{out}"], "expected --format folder, "),
+        (["{train}", "--format", "onnx", "--quantize", "int8", "--out", "{out}"], "are two steps"),
     ],
 )
 def test_an_export_that_cannot_be_is_refused(tiny_runs: Path, tmp_path: Path, arguments: list[str], message: str):

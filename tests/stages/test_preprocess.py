@@ -27,6 +27,7 @@ from slipstream.errors import CapacityError, ConfigError, DataError
 from slipstream.io import capacity
 from slipstream.ops.vocabulary import hash_to_buckets
 from slipstream.pipeline import latest_artifact
+from slipstream.stages import preprocess
 
 NUM_LINES = 2100
 TRAIN = NUM_LINES * 6 // 7
@@ -305,6 +306,18 @@ def test_compressed_input_counts_as_what_it_unpacks_to(tmp_path: Path, lines: li
     monkeypatch.setattr(capacity.shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(CapacityError, match="of disk"):
         run_preprocess(tmp_path / "out", [path])
+
+
+def test_what_is_asked_for_follows_from_the_log_and_its_vocabulary(tmp_path: Path, log: Path, monkeypatch):
+    asked: list[int] = []
+    monkeypatch.setattr(preprocess, "require_memory", lambda need, **_: asked.append(need))
+    monkeypatch.setattr(preprocess, "require_disk", lambda _, need, **__: asked.append(need))
+    counts = run_preprocess(tmp_path / "out", [log], num_threads=2)
+    size = log.stat().st_size
+    memory, disk, lookups = asked
+    assert memory == (128 << 20) + (9 * 2 + 2) * size, "a chunk is no larger than the log"
+    assert disk == int(0.8 * size)
+    assert lookups == 12 * sum(counts["rows_per_table"].values())
 
 
 def test_too_little_memory_names_the_knobs(tmp_path: Path, log: Path, monkeypatch):

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -291,12 +292,16 @@ def test_a_resumed_run_shows_at_once_where_it_stands(
             return nullcontext(lambda done, note: told.append((label, done, note, len(steps))))
 
     with caplog.at_level("INFO", "slipstream"):
-        run_on_copies(pipeline(checkpoint_steps=0), tmp_path, progress=Watch())
+        resumed = run_on_copies(pipeline(checkpoint_steps=0), tmp_path, progress=Watch())
     label, done, note, steps_then = next(one for one in told if one[0] == "train")
     assert (label, note, steps_then) == ("train", f"from step {stopped_at}", stopped_at)
     assert stopped_at * 64 * 0.8 < done
     assert f"training goes on after step {stopped_at}" in caplog.text
-    assert sum(done for label, done, *_ in told if label == "train") <= 2 * 2000
+    trained = resumed.counts("train")
+    shown = sum(done for label, done, *_ in told if label == "train")
+    assert shown == trained["samples_seen"] + trained["samples_dropped"], "all that was trained or skipped"
+    dropped = [re.search(r"loss [0-9.]{6}  [0-9,]+ samples/s  skipped ([0-9]+)%", note) for *_, note, _ in told]
+    assert 0 < int([one for one in dropped if one][-1][1]) < 20, "of all so far"
 
 
 # --- damaged -------------------------------------------------------------------------------------------------

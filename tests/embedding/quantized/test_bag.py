@@ -164,6 +164,17 @@ def test_the_scale_of_a_large_int8_master_follows_its_updates_exactly() -> None:
             bag.apply_update(torch.tensor([row]), -bag.master_rows(torch.tensor([row])))
 
 
+def test_a_weight_whose_values_were_put_elsewhere_is_read_anew() -> None:
+    num_rows = SWEEP_ROWS_PER_STEP * 8
+    bag = QuantizedEmbeddingBag(num_rows, 2, period=1, sparse=True, _weight=torch.ones(num_rows, 2))
+    ids = torch.zeros(1, 1, dtype=torch.int64)
+    bag(ids)
+    assert bag.scale == 1 / np.float32(7)
+    bag.weight.data = torch.full((num_rows, 2), 7.0)
+    bag(ids)
+    assert bag.scale == 1
+
+
 def test_rows_of_many_steps_between_refreshes_are_read_before_they_pile_up() -> None:
     num_rows = 3 * PENDING_ROWS
     bag = QuantizedEmbeddingBag(num_rows, 2, period=50, _weight=torch.ones(num_rows, 2))

@@ -144,6 +144,7 @@ def test_rows_in_place_end_as_in_a_plain_loop_to_the_bit(
     expected = train_plainly(rows, make_batches(slots, weighted=weighted))
 
     in_place, step = make_in_place(rows, batch_size=batch_size, num_columns=num_columns), Stepper(rows)
+    assert not any(in_place.counters().values())
     batches = list(make_batches(slots, weighted=weighted))
     in_place.run(iter(batches[:cut]), step)
     in_place.run(iter(batches[cut:]), step)

@@ -127,6 +127,8 @@ def test_batched_tables_equal_separate_ones(num_tables, num_cores, mode):
         out.square().sum().backward()
         expected.square().sum().backward()
     torch.testing.assert_close(batched.full_weight(), torch.stack([bag.full_weight() for bag in separate]))
+    no_bags = batched(torch.empty(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+    assert no_bags.shape == (num_tables, 0, dim)
 
 
 # ---- whole module

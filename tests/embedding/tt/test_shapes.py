@@ -67,6 +67,8 @@ def test_a_fresh_table_has_the_stated_variance(weight_dist, ranks):
     bag = TTEmbeddingBag(num_embeddings, dim, ranks, weight_dist=weight_dist, generator=generator)
     table = bag.full_weight().detach().double()
     assert abs(float(table.mean())) < 0.05 * float(table.std())
+    stated = {"uniform": 2 / (num_embeddings + dim), "normal": 1 / num_embeddings}
+    assert entry_variance(weight_dist, num_embeddings, dim) == stated.get(weight_dist, 1 / (3 * num_embeddings))
     assert float(table.var()) == pytest.approx(entry_variance(weight_dist, num_embeddings, dim), rel=0.02)
     if weight_dist.startswith("approx"):
         # DLRM draws from U(-1/sqrt(N), 1/sqrt(N))

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from slipstream.training.skipping.staleness import PADDING, UNTOUCHED, find_threshold, sample_movement, sample_pull
@@ -108,6 +108,7 @@ def nearest_count(statistic: np.ndarray, wanted: int) -> int:
 
 
 @given(st.lists(_MOVES, min_size=1, max_size=40), st.floats(0, 0.999))
+@example([1.0, 1.25, 1.5, 2.0, 2.0, 2.0, 2.0, 3.0, 3.0, 3.0], 0.4)  # 3 are nearer to 4 than 7
 def test_the_threshold_drops_the_nearest_share_there_is(statistic: list[float], target_drop: float):
     values = np.array(statistic, np.float32)
     threshold = find_threshold(values, target_drop=target_drop)
