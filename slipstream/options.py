@@ -6,6 +6,7 @@ The schema is closed: unknown keys, wrong types and values out of range are `Con
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -134,6 +135,11 @@ def read_tree(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     return tree
 
 
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls, include_extras=True)
+
+
 def build(cls: type[_T], tree: Mapping[str, Any], prefix: str = "") -> _T:
     """Turn a parsed TOML tree into a checked dataclass.
 
@@ -145,7 +151,7 @@ def build(cls: type[_T], tree: Mapping[str, Any], prefix: str = "") -> _T:
     Raises:
         ConfigError: A key, type or value is wrong.
     """
-    hints = get_type_hints(cls, include_extras=True)
+    hints = _hints(cls)  # type: ignore[arg-type]
     specs = {spec.name: spec for spec in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in tree:
         if key not in specs:

@@ -12,6 +12,7 @@ folder never bears a published name, not even after a power cut.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -179,13 +180,16 @@ def _check_outputs(folder: Path, outputs: object) -> None:
     if not isinstance(outputs, dict):
         raise ValueError(f"expected a table of files under `outputs`, found {type(outputs).__name__}")
     inside = os.path.realpath(folder)
+    folder_of = functools.cache(os.path.realpath)  # many files share one
     for name, entry in outputs.items():
         if not isinstance(entry, dict) or type(entry.get("bytes")) is not int or type(entry.get("xxh3")) is not str:
             raise ValueError(f"expected `bytes` and `xxh3` of output `{name}`, found {entry!r}")
         parts = PurePosixPath(name).parts
         if not parts or PurePosixPath(name).is_absolute() or ".." in parts or "\0" in name:
             raise ValueError(f"output `{name}` is not inside the artifact's folder")
-        if os.path.commonpath([inside, os.path.realpath(folder / name)]) != inside:
+        file = folder / name
+        place = os.path.realpath(file) if file.is_symlink() else f"{folder_of(file.parent)}/{file.name}"
+        if os.path.commonpath([inside, place]) != inside:
             raise ValueError(f"output `{name}` is a link that leads out of the artifact's folder")
 
 
@@ -371,13 +375,15 @@ def sync(path: Path) -> None:
 
 
 def link_or_copy(source: Path, path: Path) -> None:
-    """Give a file that will not change a second name, or make a copy where the file system has no links."""
-    with write_atomically(path) as partial:
-        partial.unlink(missing_ok=True)
+    """Give a whole file that will not change a second name, or make a copy where the file system has no links."""
+    with wrap_write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
         try:
-            partial.hardlink_to(source)
+            path.hardlink_to(source)  # there at once and whole: what is whole under one name is so under the other
         except OSError:
-            shutil.copyfile(source, partial)
+            with write_atomically(path) as partial:
+                shutil.copyfile(source, partial)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -25,19 +26,24 @@ def describe_environment(environment: Mapping[str, str] = os.environ) -> dict[st
     Returns:
         Versions of slipstream, Python and `PACKAGES`; `machine`, `system`, `processor`, `cores` and `threads`.
     """
-    found = {"slipstream": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found | {
+    return {
+        "slipstream": __version__,
+        "python": platform.python_version(),
+        **{package: _version(package) for package in PACKAGES},
         "machine": platform.machine(),
         "system": platform.platform(terse=True),
         "processor": _processor(),
         "cores": str(usable_cores()),
         "threads": environment.get("OMP_NUM_THREADS", "by default"),
     }
+
+
+@cache
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _processor() -> str:

@@ -334,15 +334,15 @@ def _count_table(counting: _Counting, index: int) -> int:
 
 def _write_raw_ids(raw_ids: np.ndarray, source: Source, texts: pl.DataFrame, table: str) -> pl.Series:
     """Raw ids as the source wrote them: by themselves, or by the texts that the chunks kept."""
+    written = source.format_raw_ids(raw_ids)
+    if texts.is_empty():
+        return written
     twice = texts.filter(pl.col("raw_id").is_duplicated()).sort("raw_id", "text").get_column("text").head(2).to_list()
     if twice:
         raise DataError(
             f"two values of table `{table}`, {twice[0]!r} and {twice[1]!r}, have the same 63-bit hash",
             hint="change one of them in the raw files; they would share a row",
         )
-    written = source.format_raw_ids(raw_ids)
-    if texts.is_empty():
-        return written
     asked = pl.DataFrame({"raw_id": raw_ids, "written": written})
     found = asked.join(texts, on="raw_id", how="left", maintain_order="left")
     return found.select(pl.coalesce("text", "written")).to_series()
