@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import functools
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -7,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer.main
+import typer.testing
 from fake_cuda import FakeCuda, pretend_cuda
 from hypothesis import settings
 
@@ -17,6 +21,29 @@ if not torch.cuda.is_available():
 settings.register_profile("default_suite", deadline=None, max_examples=40, derandomize=True)
 settings.register_profile("explore", deadline=None, max_examples=500, print_blob=True)
 settings.load_profile("explore" if os.environ.get("SLIPSTREAM_EXPLORE") else "default_suite")
+
+
+def pytest_collection_finish() -> None:
+    # what is imported and collected stays to the end: the garbage collector need not walk through it again and again
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_machine() -> Iterator[None]:
+    """Leave out what costs every test time and shows nothing.
+
+    No test cuts the power, so nothing has to wait for the disk (`io/test_durability.py` judges what is synced before
+    which rename); and the command line is put together once, not for every call.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)
+        patch.setattr(typer.testing, "_get_command", functools.cache(typer.main.get_command))
+        yield
 
 
 @pytest.fixture

@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 TINY: dict[str, Any] = {
     "name": "tiny_test",
-    "dataset": {"source": "synthetic", "num_samples": 4000},
+    "dataset": {"source": "synthetic", "num_samples": 2400},
     "preprocess": {"freq_threshold": 2, "samples_per_part": 900},
     "profile": {"curve": [0.05, 0.2]},
     "segregate": {"hot_budget": "20%", "samples_per_shard": 500},
     "model": {"embedding_dim": 4, "bottom_mlp": [8, 4], "top_mlp": [8, 1]},
     "train": {"batch_size": 64, "chunk_batches": 3, "device": "cpu"},
 }
-"""A whole pipeline of a second: 4,000 samples, several parts and shards of everything."""
+"""A whole pipeline of half a second: 2,400 samples, several parts and shards of everything."""
 
 
 def tiny_tree(**overrides: Any) -> dict[str, Any]:

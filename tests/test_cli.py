@@ -62,7 +62,7 @@ def test_the_json_of_a_run_has_what_others_read(tmp_path: Path):
         assert stage["seconds"] > 0
         assert (Path(stage["output"]) / "manifest.json").exists()
     assert set(stages["preprocess"]) >= {"samples", "rejected"}
-    assert sum(stages["preprocess"]["samples"].values()) + stages["preprocess"]["rejected"] == 4000
+    assert sum(stages["preprocess"]["samples"].values()) + stages["preprocess"]["rejected"] == 2400
     segregate = stages["segregate"]
     assert set(segregate) >= {"hot_samples", "cold_samples", "hot_rows", "bytes", "lambda"}
     assert segregate["hot_samples"] + segregate["cold_samples"] == stages["preprocess"]["samples"]["train"]
@@ -173,7 +173,7 @@ def test_piped_tables_fit_columns_and_end_without_blanks(
 def test_show_is_written_for_people(run_arguments: list[object]):
     output = call_json("run", *run_arguments)["stages"]
     text = " ".join(call("show", *(stage["output"] for stage in output.values())).stdout.split())
-    assert "samples train 3,429; val 285; test 286" in text
+    assert "samples train 2,058; val 171; test 171" in text
     assert re.search(r"bytes per tier hot [0-9.]+ (B|[KM]iB);", text)
     assert re.search(r"test AUC 0\.[0-9]{4}, logloss", text)
     assert not re.search(r"[{}\[\]']|None|[0-9]\.[0-9]{6}", text), "no Python in it, no more digits than anybody reads"

@@ -51,7 +51,7 @@ def test_a_first_run_runs_everything_and_a_second_nothing(runs: Path):
 @pytest.mark.parametrize(
     ("changed", "first", "reason"),
     [
-        ({"dataset__num_samples": 4100}, "generate", "config changed: num_samples 4000 -> 4100"),
+        ({"dataset__num_samples": 2500}, "generate", "config changed: num_samples 2400 -> 2500"),
         ({"seed": 1}, "generate", "seed changed: 0 -> 1"),
         ({"preprocess__freq_threshold": 3}, "preprocess", "config changed: freq_threshold 2 -> 3"),
         ({"profile__curve": [0.1]}, "profile", "config changed: curve"),

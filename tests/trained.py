@@ -33,7 +33,7 @@ HELD: dict[str, dict[str, Any]] = {
         "quantize_biases": True,
         "rules": [
             {"min_rows": 2, "representation": "int8"},
-            {"min_rows": 470, "representation": "tt", "tt_ranks": [3]},
+            {"min_rows": 300, "representation": "tt", "tt_ranks": [3]},
         ],
         "overrides": {
             "cat_1": {"representation": "dense"},

@@ -57,13 +57,13 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> Result:
     return slipstream.run(pipeline, OPTIONS, runs=folder / "runs")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def facts(result: Result) -> Iterator[RunFacts]:
     with open_run(result.run.config, result.run.run_dir.parent, Silent()) as found:
         yield found
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def page(facts: RunFacts) -> Page:
     return run_page(facts, ["slipstream", "run", "it's"])
 

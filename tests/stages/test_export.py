@@ -208,7 +208,7 @@ def test_an_export_can_be_imported_again(tiny_runs: Path, tmp_path: Path):
     write(preprocess(tiny_runs), tmp_path, "dlrm-npz")
     config = tiny_config(name="again", dataset={"source": "dlrm_npz", "raw": [str(tmp_path / "samples_processed.npz")]})
     again = run_pipeline(config, tmp_path / "runs", stages=["preprocess"]).counts("preprocess")
-    assert again["lines"] == 4000 and again["rejected"] == 0
+    assert again["lines"] == 2400 and again["rejected"] == 0
 
 
 def test_the_command_line_exports(tiny_runs: Path, tmp_path: Path):
@@ -218,7 +218,7 @@ def test_the_command_line_exports(tiny_runs: Path, tmp_path: Path):
     assert result.exit_code == 0, result.output
     assert len(json.loads(result.stdout)["files"]) == 9
     result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 0 and "4,000 samples in 3 files" in result.stdout
+    assert result.exit_code == 0 and "2,400 samples in 3 files" in result.stdout
     result = CliRunner().invoke(app, [*arguments, "--format", "csv"])
     assert result.exit_code == 2 and "expected a format among" in result.output
 

@@ -136,23 +136,29 @@ def test_bytes_depend_neither_on_chunk_size_nor_on_threads(
     if split != "random":
         config |= {"count_features": ("cat_3",), "target_features": ("cat_25",)}
     reference = None
-    for chunk_bytes, num_threads in ((16_384, 1), (16_384, 2), (81_920, 2), (10**9, 1)):
+    for chunk_bytes, num_threads in ((32_768, 1), (32_768, 2), (10**9, 1)):
         folder = tmp_path / f"{chunk_bytes}-{num_threads}"
         run_preprocess(folder, files, seed=3, chunk_bytes=chunk_bytes, num_threads=num_threads, **config)
         reference = reference or stage_files(folder)
         assert stage_files(folder) == reference
 
 
-@pytest.mark.parametrize("name", ["log.tsv.gz", "log.tsv.zst", "LOG.TSV.GZ"])
+@pytest.mark.parametrize("name", ["log.tsv.zst", "LOG.TSV.GZ"])
 def test_compressed_files_give_the_same_bytes(tmp_path: Path, plain: dict[str, bytes], lines: list[bytes], name: str):
     packed = write_raw(tmp_path / name.lower(), lines).rename(tmp_path / name)
     run_preprocess(tmp_path / "packed", [packed], chunk_bytes=50_000)
     assert stage_files(tmp_path / "packed") == plain
 
 
-@pytest.mark.parametrize("names", ["torchrec", "criteo"])
-@pytest.mark.parametrize("ids", ["text", "integers"])
-@pytest.mark.parametrize("numbers", ["integers", "floats"])
+@pytest.mark.parametrize(  # every pair of choices
+    ("names", "ids", "numbers"),
+    [
+        ("torchrec", "text", "integers"),
+        ("torchrec", "integers", "floats"),
+        ("criteo", "text", "floats"),
+        ("criteo", "integers", "integers"),
+    ],
+)
 def test_parquet_files_give_the_same_bytes(
     tmp_path: Path, plain: dict[str, bytes], lines: list[bytes], names: str, ids: str, numbers: str
 ):

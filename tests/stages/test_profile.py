@@ -111,7 +111,7 @@ def test_the_curve_holds_its_samples_and_no_part(tmp_path: Path, profiled: RunRe
 
     monkeypatch.setattr(profile, "measure_hot_set", measure)
     monkeypatch.setattr(profile, "CURVE_SAMPLES", 100)
-    sampled = run_to_profile(tmp_path, preprocess__samples_per_part=500)
+    sampled = run_to_profile(tmp_path, preprocess__samples_per_part=300)
     num_parts = len(sampled.stages["preprocess"].artifact.files("train/", ".parquet"))
     assert num_parts > 5 and len(seen) == len(sampled.counts("profile")["curve"]), (
         "one block a point, whatever the parts"
@@ -135,7 +135,7 @@ def test_no_part_outlives_its_count(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(profile, "read_rows", read_rows)
     monkeypatch.setattr(profile, "CURVE_SAMPLES", 100)
-    run_to_profile(tmp_path, preprocess__samples_per_part=500)
+    run_to_profile(tmp_path, preprocess__samples_per_part=300)
     assert len(read) > 5 and most_alive <= 2, "only the one that is counted and the one before it are still there"
 
 

@@ -43,7 +43,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "tables": {"representation": "int4", "rules": [{"min_rows": 300, "representation": "tt"}]},
     },
 }
-SMALL: dict[str, Any] = {"dataset": {"source": "synthetic", "num_samples": 2000}, "train__precision": "fp32"}
+SMALL: dict[str, Any] = {"dataset": {"source": "synthetic", "num_samples": 1400}, "train__precision": "fp32"}
 
 
 @pytest.mark.parametrize(
@@ -112,10 +112,10 @@ def refuse_for_room(runs: Path, **train: Any) -> None:
 @pytest.mark.parametrize("cold_access", ["in_place", "look_ahead"])
 @pytest.mark.parametrize("limit_bytes", [2_000, 600_000])
 def test_a_device_without_room_is_said_with_what_to_lower(
-    limit_bytes: int, cold_access: str, fake_cuda: FakeCuda, tiny_runs: Path
+    limit_bytes: int, cold_access: str, fake_cuda: FakeCuda, tmp_path: Path
 ):
     fake_cuda.limit_bytes = limit_bytes
-    refuse_for_room(tiny_runs, train__mode="fae", train__cold_access=cold_access)
+    refuse_for_room(tmp_path, train__mode="fae", train__cold_access=cold_access)
 
 
 def test_a_batch_that_no_device_has_room_for_is_said_with_what_to_lower(real_cuda: torch.device, tmp_path: Path):

@@ -203,10 +203,10 @@ def test_a_scale_is_exact_before_and_after_training():
 
 
 def test_cores_take_the_place_of_rows(tiny_runs: Path):
-    tables = {"rules": [{"min_rows": 470, "representation": "tt", "tt_ranks": [3]}]}
+    tables = {"rules": [{"min_rows": 300, "representation": "tt", "tt_ranks": [3]}]}
     dense, cores = (train(tiny_runs, train__mode="fae", tables=chosen) for chosen in ({}, tables))
     sizes = dense.counts("segregate")["tables"]
-    gone = sum(size for size in sizes.values() if size >= 470)
+    gone = sum(size for size in sizes.values() if size >= 300)
     assert gone
     before, after = (result.counts("train")["bytes_per_tier"] for result in (dense, cores))
     assert "tt" not in before
@@ -217,7 +217,7 @@ def test_cores_take_the_place_of_rows(tiny_runs: Path):
     stored = sum(tensor.nbytes for tensor in held)
     # Adagrad keeps as much again for cores, and slots are renumbered
     assert after["tt"] == 2 * stored + 4 * sum(sizes.values())
-    assert not any(f"tables.{name}" in tensors for name, size in sizes.items() if size >= 470)
+    assert not any(f"tables.{name}" in tensors for name, size in sizes.items() if size >= 300)
 
 
 def test_cores_learn(tiny_runs: Path):

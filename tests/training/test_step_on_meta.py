@@ -125,6 +125,8 @@ def _autocast_on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_step_waits_for_the_device_or_copies_from_the_host(optimizer: str, tables: str):
     options = product([False, True], ["fp32", "bf16"], [None, "net", "per-label"], [0, 8])
     for weighted, precision, movement, bits in options:
+        if (weighted + (precision == "bf16") + (bits == 8)) % 2:
+            continue  # half of them: any two choices of these three meet, with every movement
         operations = record_step(
             optimizer,
             weighted=weighted,

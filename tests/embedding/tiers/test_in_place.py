@@ -187,7 +187,7 @@ def train(mode: str, device: torch.device, *, read_beside: bool = True) -> Any:
     """Several runs; a checkpoint is read block by block between the steps of the second, and the rest evaluated."""
     rows = make_rows(NUM_ROWS, HOT_ROWS[mode], BATCH * COLUMNS, optimizer="rowwise_adagrad", device=device)
     in_place, step = make_in_place(rows, batch_size=BATCH, num_columns=COLUMNS), Stepper(rows)
-    batches = list(make_batches(draw_slots(24), weighted=True))
+    batches = list(make_batches(draw_slots(16), weighted=True))
     read: list[Any] = []
     readers: list[Iterator[np.ndarray]] = []
 
@@ -201,12 +201,12 @@ def train(mode: str, device: torch.device, *, read_beside: bool = True) -> Any:
         for reader in readers:
             read.append(next(reader, None))
 
-    in_place.run(iter(batches[:6]), step)
-    in_place.run(iter(batches[6:20]), step, between_chunks=checkpoint)
+    in_place.run(iter(batches[:4]), step)
+    in_place.run(iter(batches[4:13]), step, between_chunks=checkpoint)
     in_place.thaw()
     in_place.flush()
     read.append([rows.cold.clone(), *everything_of(rows)])
-    in_place.run(iter(batches[20:]), step)
+    in_place.run(iter(batches[13:]), step)
     in_place.flush()
     counted = {name: count for name, count in in_place.counters().items() if not name.endswith("seconds")}
     return [everything_of(rows), counted, read]

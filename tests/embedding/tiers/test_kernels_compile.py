@@ -36,16 +36,14 @@ triton.runtime.driver.set_active(Driver())
 JITFunction.run = only_compile
 from slipstream.embedding.rules import OPTIMIZERS
 from slipstream.embedding.tiers import kernels
-for dim in (3, 128):
+for dim, dtype, weights in ((3, torch.int32, None), (128, torch.int64, torch.ones(20))):
     buffer, state, gradients = torch.zeros(50, dim), torch.zeros(50), torch.zeros(20, dim)
-    for dtype in (torch.int32, torch.int64):
-        kernels.gather_rows(buffer, torch.arange(20), torch.zeros(30, dtype=dtype))
+    kernels.gather_rows(buffer, torch.arange(20), torch.zeros(30, dtype=dtype))
     for rule in (each() for each in map(OPTIMIZERS.get, OPTIMIZERS.names()) if each.has_kernel):
-        for weights in (None, torch.ones(20)):
-            kernels.update_rows(
-                rule, buffer, [state] if rule.state else [], torch.arange(20), gradients,
-                lr=torch.tensor(0.1), sample_weights=weights, first_spare=40,
-            )
+        kernels.update_rows(
+            rule, buffer, [state] if rule.state else [], torch.arange(20), gradients,
+            lr=torch.tensor(0.1), sample_weights=weights, first_spare=40,
+        )
 from slipstream.embedding.tiers import finding_kernels, summing_kernels, triton_plan
 from slipstream.embedding.tiers.rows import TieredRows
 for dim, rules in ((3, ["rowwise_adagrad"]), (128, OPTIMIZERS.names())):

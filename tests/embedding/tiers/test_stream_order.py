@@ -24,7 +24,7 @@ from slipstream.embedding.tiers.placement import CachedRows, Placement, StagingH
 from slipstream.embedding.tiers.rows import TieredRows
 from slipstream.embedding.tiers.transfer import RowMover
 
-NUM_ROWS, DIM, BATCH, TABLES, NUM_BATCHES = 300, 4, 8, 3, 24
+NUM_ROWS, DIM, BATCH, TABLES, NUM_BATCHES = 300, 4, 8, 3, 15
 STAGED = 2 * 4 * BATCH * TABLES
 MODES = ["resident", "slipstream", "baseline", "rank", "lfu", "on disk"]
 

@@ -21,7 +21,7 @@ from slipstream.embedding.tiers.rows import TieredRows
 from slipstream.embedding.tiers.triton_plan import TritonPlan
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, not interpreted")
-DIM, LOOKUPS, NUM_HOT, NUM_ROWS = 128, 512, 20, 2000
+DIM, LOOKUPS, NUM_HOT, NUM_ROWS = 128, 256, 20, 2000
 VIEWS = {"view", "slice", "expand", "detach", "unsqueeze", "select", "alias", "empty", "new_empty", "as_strided"}
 RADIX_PASSES = 4
 """Over the keys, eight bits each, and the order that goes along."""
