@@ -424,6 +424,7 @@ def make_step(
         eps=settings.eps,
         weight_decay=settings.weight_decay,
         at_once=on_cuda,
+        fused=settings.kernels_on(on_cuda=on_cuda, have_rule=True) == "triton",
     )
     options: dict[str, Any] = {
         "model": model,

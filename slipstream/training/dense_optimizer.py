@@ -7,6 +7,8 @@ graph can replay it while they change.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +27,7 @@ class DenseOptimizer:
         at_once: Whether the rule sees all gradients in one tensor, which spares launches and calls, or parameter by
             parameter, which spares a copy; to the bit the same. None: at once, but for a rule without state on a CPU,
             where there is nothing to spare.
+        fused: Whether one Triton kernel moves all parameters at once; on a GPU, or a forecast of one.
     """
 
     def __init__(
@@ -35,12 +38,16 @@ class DenseOptimizer:
         eps: float,
         weight_decay: float = 0.0,
         at_once: bool | None = None,
+        fused: bool = False,
     ) -> None:
         self._parameters: list[Tensor] = list(parameters)
         self._weight_decay = weight_decay
         self._rule = OPTIMIZERS.get(optimizer).elementwise()(eps=eps)
         is_worth_a_copy = bool(self._rule.state) or self._parameters[0].device.type != "cpu"
         self._at_once = is_worth_a_copy if at_once is None else at_once
+        self._fused: Any = None
+        if fused:  # needs Triton, which only a GPU brings along
+            self._fused = import_module("slipstream.training.dense_kernels").FusedUpdate(self._parameters, self._rule)
         self._sizes = [parameter.numel() for parameter in self._parameters]
         self._kept = [self._parameters[0].new_zeros(sum(self._sizes)) for _ in self._rule.state]
         by_name = [self._split(kept) for kept in self._kept]
@@ -61,6 +68,11 @@ class DenseOptimizer:
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         if len(gradients) != len(self._parameters):
             raise ValueError("expected a gradient for every parameter; call backward first")
+        if self._fused is not None and lr.device.type != "meta":  # a forecast launches nothing
+            together = torch.cat([gradient.reshape(-1) for gradient in gradients])
+            beside = {"num_steps": num_steps, "sample_weight": sample_weight, "weight_decay": self._weight_decay}
+            self._fused(together, self._kept, lr=lr, **beside)
+            return
         if self._weight_decay:
             torch._foreach_add_(gradients, self._parameters, alpha=self._weight_decay)
         if self._at_once:

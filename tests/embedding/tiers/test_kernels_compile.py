@@ -66,7 +66,17 @@ for dim, rules in ((3, ["rowwise_adagrad"]), (128, OPTIMIZERS.names())):
         )
         plans[0].write_back()
         plans[1].take_over(plans[0])
-launched = [value for part in (kernels, finding_kernels, summing_kernels) for value in vars(part).values()]
+from slipstream.training import dense_kernels
+for rule in ("sgd", "adagrad", "adam"):
+    layers = [torch.zeros(3, 700), torch.zeros(5)]
+    update = dense_kernels.FusedUpdate(layers, OPTIMIZERS.get(rule)())
+    for weight, decay in ((None, 0.0), (torch.ones(()), 0.1)):
+        update(
+            torch.zeros(2105), [torch.zeros(2105)] * len(OPTIMIZERS.get(rule).state), lr=torch.tensor(0.1),
+            num_steps=torch.ones((), dtype=torch.float64), sample_weight=weight, weight_decay=decay,
+        )
+parts = (kernels, finding_kernels, summing_kernels, dense_kernels)
+launched = [value for part in parts for value in vars(part).values()]
 helpers = {"_sum_run"}  # called by kernels
 every = sorted({each.__name__ for each in launched if isinstance(each, JITFunction)} - helpers)
 print(json.dumps({"compiled": compiled, "every": every}))
