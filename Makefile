@@ -60,8 +60,8 @@ mutants: $(STAMP) ## change the code on purpose, 400 times, and see whether a te
 test-gpu: setup ## run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
-cluster-demo: setup ## train `tiny` on two ranks of this machine; nothing of it runs on
-	$(BIN)/torchrun --standalone --nproc-per-node 2 -m slipstream run tiny --runs $(RUNS)/cluster-demo
+cluster-demo: setup ## run `tiny` on two workers and two ranks of this machine; nothing of it runs on
+	$(BIN)/python examples/cluster_demo.py tiny --runs $(RUNS)/cluster-demo
 
 lint: setup ## check code style
 	$(BIN)/ruff check .

@@ -38,7 +38,7 @@ from slipstream.io.artifacts import (
     scratch_dir,
 )
 from slipstream.io.capacity import peak_memory
-from slipstream.io.locks import InUseError, hold_artifact
+from slipstream.io.locks import InUseError, hold_artifact, require_held
 from slipstream.options import to_dict
 from slipstream.progress import Progress, Silent
 from slipstream.stage import StageJob
@@ -188,15 +188,17 @@ class Run:
             return StageResult(
                 stage=plan.stage, status="skipped", reason=plan.reason, seconds=0.0, artifact=plan.artifact
             )
-        with hold_artifact(find_place(self.run_dir, plan.key)):
+        with hold_artifact(find_place(self.run_dir, plan.key)) as claim:
             if forced:
                 remove_artifact(self.run_dir, plan.key)
             elif (published := find_artifact(self.run_dir, plan.key)) is not None:
                 reason = "up to date: another process has just made it"
                 return StageResult(stage=plan.stage, status="skipped", reason=reason, seconds=0.0, artifact=published)
-            return self._run_stage(plan, result, progress, reason="forced" if forced else plan.reason)
+            return self._run_stage(plan, result, progress, claim, reason="forced" if forced else plan.reason)
 
-    def _run_stage(self, plan: StagePlan, result: RunResult, progress: Progress, *, reason: str) -> StageResult:
+    def _run_stage(
+        self, plan: StagePlan, result: RunResult, progress: Progress, claim: Path, *, reason: str
+    ) -> StageResult:
         started = time.perf_counter()
         stage = self.stages[plan.stage]
         job = StageJob(
@@ -206,11 +208,13 @@ class Run:
             scratch=scratch_dir(self.run_dir, plan.key),
             progress=progress,
             ranks=self._ranks if stage.on_all_ranks else None,
+            claim=claim,
         )
         if job.ranks is not None:
             job.ranks.tell(_describe_job(job))
         figures = stage.run(job)
         seconds = time.perf_counter() - started
+        require_held(claim)
         artifact = publish(self.run_dir, plan.key, figures.to_json(), seconds=seconds, peak_bytes=peak_memory())
         return StageResult(stage=plan.stage, status="ran", reason=reason, seconds=seconds, artifact=artifact)
 

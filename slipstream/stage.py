@@ -40,11 +40,14 @@ class StageJob:
     """Told how far the stage is."""
     ranks: Ranks | None = None
     """Who does it together, for a stage on all ranks; None for a process alone."""
+    claim: Path | None = None
+    """File that is there as long as this process holds the artifact; None on ranks that only help."""
 
     def absolute(self) -> StageJob:
         """Give the same job with paths that other processes understand, wherever they run."""
         inputs = {name: replace(artifact, path=artifact.path.absolute()) for name, artifact in self.inputs.items()}
-        return replace(self, inputs=inputs, scratch=self.scratch.absolute())
+        claim = None if self.claim is None else self.claim.absolute()
+        return replace(self, inputs=inputs, scratch=self.scratch.absolute(), claim=claim)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

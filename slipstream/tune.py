@@ -21,8 +21,9 @@ import xxhash
 
 from slipstream.config import PipelineConfig, build_pipeline
 from slipstream.errors import ConfigError, TrainingError
-from slipstream.io.artifacts import discard, hold, scratch_dir
+from slipstream.io.artifacts import discard, scratch_dir
 from slipstream.io.figures import TrainFigures
+from slipstream.io.locks import hold
 from slipstream.options import read_tree, to_toml
 from slipstream.pipeline import Run, run_pipeline
 from slipstream.progress import Progress

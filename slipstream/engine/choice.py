@@ -12,12 +12,15 @@ from slipstream.progress import Progress
 
 
 @contextmanager
-def open_engine(config: EngineConfig, *, folder: Path, progress: Progress) -> Iterator[tuple[Engine, Progress]]:
+def open_engine(
+    config: EngineConfig, folder: Path, claim: Path | None, progress: Progress
+) -> Iterator[tuple[Engine, Progress]]:
     """Get ready who works on the tasks of a stage.
 
     Args:
         config: Section `engine`.
         folder: Of the stage, which workers on other machines must see.
+        claim: File that is there as long as this process holds the stage's artifact; None where nobody says.
         progress: Told how far the stage is.
 
     Yields:
@@ -33,7 +36,7 @@ def open_engine(config: EngineConfig, *, folder: Path, progress: Progress) -> It
     from slipstream.engine.cluster import connect
 
     with connect(config, folder) as (cluster, dashboard):
-        yield cluster, _WithDashboard(progress, dashboard)
+        yield cluster.holding(claim) if claim else cluster, _WithDashboard(progress, dashboard)
 
 
 class _WithDashboard:

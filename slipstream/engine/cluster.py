@@ -10,7 +10,7 @@ import contextlib
 import functools
 import json
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, wait
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -44,12 +44,15 @@ class Cluster:
         client: Connected to the scheduler.
         config: Section `engine`.
         address: Of the scheduler.
+        claims: Files that are there as long as this process holds what the tasks write to.
     """
 
     shares_memory = False
 
-    def __init__(self, client: distributed.Client, config: EngineConfig, address: str) -> None:
-        self._client, self._config, self._address = client, config, address
+    def __init__(
+        self, client: distributed.Client, config: EngineConfig, address: str, claims: Sequence[Path] = ()
+    ) -> None:
+        self._client, self._config, self._address, self._claims = client, config, address, tuple(claims)
         # of the exceptions that a task raises none goes away by itself, so `retries` of Dask, which is for those, is 0
         self._pool = client.get_executor(pure=False, retries=0)
 
@@ -67,7 +70,7 @@ class Cluster:
             EngineError: The scheduler is gone, or a task lost more workers than `engine.retries` allows.
             SlipstreamError: Whatever `work` raises on a worker.
         """
-        name = work.__name__.strip("_")
+        name, claims = work.__name__.strip("_"), self._claims
 
         @functools.cache
         def share() -> distributed.Future[_Context]:
@@ -76,13 +79,17 @@ class Cluster:
 
         def begin(task: _Task) -> Future[_Done]:
             key = f"{name}-{uuid.uuid4().hex}"
-            future: Future[_Done] = self._pool.submit(_attempt, work, share(), task, key=key)
+            future: Future[_Done] = self._pool.submit(_attempt, work, share(), task, claims, key=key)
             return future
 
         def end(task: _Task, future: Future[_Done]) -> _Done:
             return self._wait_for(name, lambda: begin(task), future)
 
         yield from work_in_order(begin, tasks, ahead=_AHEAD, end=end)
+
+    def holding(self, claim: Path) -> Cluster:
+        """Give the same workers; they write only while a file is there: see `attempt`."""
+        return Cluster(self._client, self._config, self._address, (*self._claims, claim.absolute()))
 
     def _wait_for(self, name: str, begin_again: Callable[[], Future[_Done]], future: Future[_Done]) -> _Done:
         """Give the result of a task; where its workers were lost, that of another attempt."""
@@ -223,9 +230,9 @@ def _give(context: _Context) -> _Context:
     return context
 
 
-def _attempt(work: Callable[[_Context, _Task], _Done], context: _Context, task: _Task) -> _Done:
+def _attempt(work: Callable[[_Context, _Task], _Done], context: _Context, task: _Task, claims: Sequence[Path]) -> _Done:
     """Work on a task where others may be at it too: a worker that was given up may not be dead."""
-    with attempt():
+    with attempt(claims):
         return work(context, task)
 
 

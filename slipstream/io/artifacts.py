@@ -23,7 +23,6 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import filelock
 import xxhash
 
 from slipstream import __version__
@@ -314,16 +313,29 @@ def parsed_folders(run_dir: Path) -> list[Path]:
     return sorted((run_dir / PARSED).glob("[0-9a-f]*"))
 
 
-_attempt: ContextVar[str] = ContextVar("attempt", default="")
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    """Who writes files here, where others may be writing the same ones."""
+
+    suffix: str = ""
+    claims: tuple[Path, ...] = ()
+
+
+_alone = _Attempt()
+_attempt: ContextVar[_Attempt] = ContextVar("attempt", default=_alone)
 
 
 @contextlib.contextmanager
-def attempt() -> Iterator[None]:
+def attempt(claims: Sequence[Path] = ()) -> Iterator[None]:
     """Write under names of one's own inside the block, as others may be writing the same files at the same time.
 
     Whichever gets a file its real name last, it is whole.
+
+    Args:
+        claims: Of the process that asked for the work. Where one is gone, so is the process, or it stopped waiting:
+            another may be at work with other settings, and no file gets its real name any more.
     """
-    token = _attempt.set(f".{uuid.uuid4().hex}")
+    token = _attempt.set(_Attempt(f".{uuid.uuid4().hex}", tuple(claims)))
     try:
         yield
     finally:
@@ -332,7 +344,21 @@ def attempt() -> Iterator[None]:
 
 def _partial_name(path: Path) -> Path:
     """Give the hidden name of a file that is being written."""
-    return path.with_name(f".{path.name}{_attempt.get()}.tmp")
+    return path.with_name(f".{path.name}{_attempt.get().suffix}.tmp")
+
+
+def _reveal(partial: Path, path: Path) -> None:
+    """Give a written file its real name, as soon as its content is on disk."""
+    sync(partial)
+    for claim in _attempt.get().claims:
+        try:
+            claim.open("rb").close()  # asks the server, where a look at the name may be answered by a cache
+        except FileNotFoundError:
+            partial.unlink(missing_ok=True)
+            raise ArtifactError(
+                f"`{path}` was not written: who asked for it no longer holds the folder", hint="nobody waits for it"
+            ) from None
+    partial.replace(path)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -341,8 +367,7 @@ def write_json(path: Path, value: object) -> None:
     with wrap_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-        sync(partial)
-        partial.replace(path)
+        _reveal(partial, path)
 
 
 @contextlib.contextmanager
@@ -361,8 +386,7 @@ def write_atomically(path: Path, *, needed_bytes: int = 0) -> Iterator[Path]:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-        sync(partial)
-        partial.replace(path)
+        _reveal(partial, path)
 
 
 def sync(path: Path) -> None:
@@ -407,16 +431,3 @@ def _show_free(path: Path) -> str:
         with contextlib.suppress(OSError):
             return f"{show_bytes(shutil.disk_usage(folder).free)} are free"
     return "nobody knows what is free"
-
-
-@contextlib.contextmanager
-def hold(folder: Path) -> Iterator[None]:
-    """Work in a folder alone: wait until no other process does."""
-    with wrap_write_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(folder / ".lock")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()

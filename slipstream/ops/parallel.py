@@ -6,6 +6,7 @@ import collections
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 _Context = TypeVar("_Context")
@@ -43,6 +44,10 @@ class Engine(Protocol):
         """
         ...
 
+    def holding(self, claim: Path) -> Engine:
+        """Give the same engine; what it makes counts only while a file is there, which this process removes."""
+        ...
+
 
 class Threads:
     """Threads of this process: they suffice, since polars, pyarrow and numpy release the interpreter lock."""
@@ -59,6 +64,10 @@ class Threads:
     ) -> Iterator[_Done]:
         """Work on up to `workers` tasks at once: see `Engine.in_order`."""
         return in_order(functools.partial(work, context), tasks, workers)
+
+    def holding(self, claim: Path) -> Engine:
+        """Give itself: its tasks end with this process."""
+        return self
 
 
 def in_order(work: Callable[[_Task], _Done], tasks: Iterable[_Task], workers: int) -> Iterator[_Done]:

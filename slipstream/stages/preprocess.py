@@ -33,9 +33,10 @@ from slipstream.datasets.registry import SOURCES
 from slipstream.datasets.source import ColumnarSource, GroupingSource, Source, SourceOptions
 from slipstream.engine.choice import open_engine
 from slipstream.errors import ConfigError, DataError
-from slipstream.io.artifacts import PARSED, StageKey, hold
+from slipstream.io.artifacts import PARSED, StageKey
 from slipstream.io.capacity import require_disk, require_memory
 from slipstream.io.figures import ListFigures, PreprocessFigures
+from slipstream.io.locks import hold
 from slipstream.io.lookups import lookup_path, open_lookup, write_lookup
 from slipstream.io.parsed import FORMAT as PARSED_FORMAT
 from slipstream.io.parsed import ParsedChunk, dictionary_of
@@ -83,7 +84,7 @@ def run_stage(job: StageJob) -> PreprocessFigures:
         layout=dataset.layout,
     )
     source = SOURCES.get(dataset.source)(options)
-    with open_engine(job.config.engine, folder=job.scratch, progress=job.progress) as (engine, progress):
+    with open_engine(job.config.engine, job.scratch, job.claim, job.progress) as (engine, progress):
         return run(
             job.config.preprocess,
             source=source,
@@ -193,7 +194,7 @@ class _Team:
 
 
 def _parse(config: PreprocessConfig, source: Source, files: Sequence[str], folder: Path, team: _Team) -> ParsedFiles:
-    with hold(folder):
+    with hold(folder) as claim:
         return parse_files(
             source,
             files=files,
@@ -202,7 +203,7 @@ def _parse(config: PreprocessConfig, source: Source, files: Sequence[str], folde
             max_reject_ratio=config.max_reject_ratio,
             workers=team.workers,
             progress=team.progress,
-            engine=team.engine,
+            engine=team.engine.holding(claim),
         )
 
 

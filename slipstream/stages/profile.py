@@ -51,7 +51,7 @@ _PARTS_PER_GROUP = 16
 def run_stage(job: StageJob) -> ProfileFigures:
     """Run as a stage of a pipeline."""
     job = job.absolute()
-    with open_engine(job.config.engine, folder=job.scratch, progress=job.progress) as (engine, progress):
+    with open_engine(job.config.engine, job.scratch, job.claim, job.progress) as (engine, progress):
         return run(
             job.config.profile,
             processed=job.inputs["preprocess"],

@@ -40,7 +40,7 @@ _WORKERS = 2
 def run_stage(job: StageJob) -> SegregateFigures:
     """Run as a stage of a pipeline."""
     job = job.absolute()
-    with open_engine(job.config.engine, folder=job.scratch, progress=job.progress) as (engine, progress):
+    with open_engine(job.config.engine, job.scratch, job.claim, job.progress) as (engine, progress):
         return run(
             job.config.segregate,
             processed=job.inputs["preprocess"],

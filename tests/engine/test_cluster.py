@@ -19,7 +19,7 @@ from slipstream.datasets import parsing
 from slipstream.engine import cluster as engine_cluster
 from slipstream.engine.cluster import connect
 from slipstream.engine.options import EngineConfig
-from slipstream.errors import ConfigError, DataError, EngineError
+from slipstream.errors import ArtifactError, ConfigError, DataError, EngineError
 from slipstream.io.artifacts import write_atomically
 from slipstream.pipeline import plan_pipeline, run_pipeline
 from slipstream.stages import preprocess, profile
@@ -198,6 +198,18 @@ def test_a_scheduler_that_goes_is_an_error_and_leaves_whole_files(tmp_path: Path
             list(results)
     assert "what is finished is kept" in str(caught.value.hint)
     assert {path.read_text() for path in tmp_path.glob("part-*")} == {"whole"}
+
+
+def test_workers_of_a_process_that_let_go_write_nothing(workers, tmp_path: Path):
+    claim = tmp_path / "claim"
+    claim.touch()
+    with connect(config_of(workers), tmp_path) as (cluster, _):
+        held = cluster.holding(claim)
+        assert list(held.in_order(write_slowly, [0], context=tmp_path, workers=1)) == [None]
+        claim.unlink()
+        with pytest.raises(ArtifactError, match="part-1` was not written"):
+            list(held.in_order(write_slowly, [1], context=tmp_path, workers=1))
+    assert [path.name for path in tmp_path.iterdir()] == ["part-0"]
 
 
 @pytest.mark.slow

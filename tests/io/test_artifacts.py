@@ -15,6 +15,7 @@ from slipstream.errors import ArtifactError, CapacityError
 from slipstream.io.artifacts import (
     StageKey,
     add_output,
+    attempt,
     find_artifact,
     hash_file,
     leftovers,
@@ -298,3 +299,26 @@ def test_a_kill_before_the_manifest_leaves_the_artifact_as_it_was(tmp_path: Path
         add_output(artifact, "note.json", 1)
     assert (artifact.path / "manifest.json").read_bytes() == manifest
     assert open_artifact(artifact.path).find_altered() == []
+
+
+def test_attempts_at_one_file_do_not_get_in_each_others_way(tmp_path: Path):
+    with attempt(), write_atomically(tmp_path / "part") as first:
+        first.write_text("first")
+        with attempt():
+            write_json(tmp_path / "part", "second")
+        assert json.loads((tmp_path / "part").read_text()) == "second"
+    assert (tmp_path / "part").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["part"]
+
+
+def test_an_attempt_that_nobody_waits_for_writes_nothing(tmp_path: Path):
+    claims = [tmp_path / "claim-0", tmp_path / "claim-1"]
+    for claim in claims:
+        claim.touch()
+    with attempt(claims):
+        write_json(tmp_path / "before", 1)
+        claims[1].unlink()
+        with pytest.raises(ArtifactError, match="no longer holds the folder"):
+            write_json(tmp_path / "after", 2)
+    write_json(tmp_path / "alone", 3)
+    assert {path.name for path in tmp_path.iterdir()} == {"claim-0", "before", "alone"}
