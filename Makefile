@@ -14,6 +14,7 @@ SMALL_bench_cached := --rows 50000 --batch 128 --cache-ratio 0.2 --warmup-steps 
 SMALL_bench_cold_path := --memory 1GiB --table 8MiB --steps 4 --batch 128
 SMALL_bench_compression := --seeds 1 --ways none,int4 --set dataset.num_samples=8000
 SMALL_bench_lists := --rows 3000 --steps 3 --batch 128 --table-rows 2000 --rounds 1
+SMALL_bench_memory := --samples 4000,8000
 SMALL_bench_preprocess := --rows 20000 --slow-rows 2000
 SMALL_bench_quality := --rows 4000 --seeds 1 --pipeline tiny --set dataset.source=criteo
 SMALL_bench_quantized := --rows 20000 --batch 256 --steps 4 --rounds 1 --tables 4

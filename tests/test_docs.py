@@ -130,6 +130,17 @@ def test_every_relative_link_leads_to_a_file(page: str) -> None:
     assert missing == []
 
 
+def test_every_test_that_holds_a_fault_exists() -> None:
+    page = (ROOT / "docs/faults.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page)
+    lines = [
+        line for line in page.splitlines() if line.startswith("| ") and not line.startswith(("| fault", "| change"))
+    ]
+    assert len(named) == len(lines), "a test beside every fault"
+    for file, name in named:
+        assert re.search(rf"^(async )?def {name}\(", (ROOT / file).read_text(encoding="utf-8"), re.M), f"{file}::{name}"
+
+
 def test_every_file_that_a_run_publishes_is_described(tmp_path: Path) -> None:
     page = (ROOT / "slipstream/io/README.md").read_text(encoding="utf-8")
     overrides = ["dataset.num_samples=2000", "segregate.hot_budget=50%", "train.log_every=1"]

@@ -229,6 +229,19 @@ def test_only_the_command_line_prints_or_exits(path: Path):
             assert "Exit" not in ast.unparse(node.exc), ast.unparse(node.exc)
 
 
+@pytest.mark.parametrize("folder", ["slipstream", "benchmarks", "docs", "examples", "tests"])
+def test_nothing_that_is_read_can_run_code(folder: str):
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.keyword) and node.arg in ("allow_pickle", "weights_only"):
+                assert ast.unparse(node) == "allow_pickle=False", f"{path}:{node.lineno}"
+            if isinstance(node, ast.Attribute):
+                assert ast.unparse(node) != "torch.load", f"{path}:{node.lineno}"
+            if folder != "tests" and isinstance(node, ast.Import | ast.ImportFrom):
+                names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [one.name for one in node.names]
+                assert not {"pickle", "dill", "joblib", "shelve", "marshal"} & set(names), f"{path}:{node.lineno}"
+
+
 @of_every_module
 def test_every_module_says_what_it_is(path: Path):
     assert ast.get_docstring(parse(path)) or path.name == "__main__.py"

@@ -15,13 +15,18 @@ _CGROUP_USED = Path("/sys/fs/cgroup/memory.current")
 
 
 def require_disk(folder: Path, needed_bytes: int, *, purpose: str, hint: str) -> None:
-    """Refuse unless the disk of a folder, which need not be there yet, has this much free.
+    """Refuse unless a folder's disk has this much free.
+
+    Args:
+        folder: Where; it need not be there yet.
+        needed_bytes: How much.
+        purpose: What needs it.
+        hint: What to do.
 
     Raises:
         CapacityError: It has not; the message says what was asked and what there is.
     """
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free
+    free = shutil.disk_usage(_nearest(folder)).free
     if needed_bytes > free:
         raise CapacityError(
             f"{purpose} needs about {show_bytes(needed_bytes)} of disk at `{folder}`, and {show_bytes(free)} are free",
@@ -35,6 +40,16 @@ def is_in_memory(folder: Path) -> bool:
     there = folder.resolve()
     kinds = (mounts[path] for path in (there, *there.parents) if path in mounts)
     return next(kinds, "") in ("tmpfs", "ramfs")
+
+
+def on_same_disk(path: Path, other: Path) -> bool:
+    """Whether a file at one path could have a second name at the other."""
+    return _nearest(path).stat().st_dev == _nearest(other).stat().st_dev
+
+
+def _nearest(path: Path) -> Path:
+    """Give the path, or the first folder above it that is there."""
+    return next(there for there in (path.absolute(), *path.absolute().parents) if there.exists())
 
 
 def require_memory(needed_bytes: int, *, purpose: str, hint: str) -> None:
@@ -59,6 +74,11 @@ def available_memory() -> int:
     except (OSError, ValueError):
         return available
     return min(available, max(limit - used, 0))
+
+
+def written_bytes(folder: Path) -> int:
+    """Bytes of the files below a folder: what an interrupted stage need not write again."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def peak_memory() -> int:

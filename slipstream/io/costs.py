@@ -12,8 +12,8 @@ TEXT_BYTES_PER_SAMPLE = 243
 """Of Criteo's line format."""
 _ROWS_PER_SAMPLE = 0.241
 _CHECKPOINTS = 2
-_WINDOW_SAMPLES = 8_000_000
-"""Of hot and of cold samples, the window in use and the one that is loading."""
+_WINDOW_SAMPLES = 6_000_000
+"""Of hot and of cold samples: the window that is loading, what is left of the one in use, and shards on their way."""
 _ROUND_SAMPLES = 2_000_000
 """The round that trains and the next."""
 
@@ -27,13 +27,15 @@ class Cost:
     """The most while it works."""
     memory_bytes: float
     """Of the process."""
+    memory_bytes_per_row: float = 0.0
+    """For every row of the tables beyond those measured."""
 
 
 COSTS = {
     "generate": Cost(seconds=4, disk_bytes=0.25e9, memory_bytes=0.3e9),
-    "preprocess": Cost(seconds=4, disk_bytes=0.15e9, memory_bytes=0.6e9),
-    "profile": Cost(seconds=5, disk_bytes=0.001e9, memory_bytes=0.5e9),
-    "segregate": Cost(seconds=1, disk_bytes=0.16e9, memory_bytes=0.8e9),
+    "preprocess": Cost(seconds=4, disk_bytes=0.15e9, memory_bytes=0.6e9, memory_bytes_per_row=66),
+    "profile": Cost(seconds=5, disk_bytes=0.001e9, memory_bytes=0.5e9, memory_bytes_per_row=60),
+    "segregate": Cost(seconds=1, disk_bytes=0.16e9, memory_bytes=0.8e9, memory_bytes_per_row=60),
     "train": Cost(seconds=17, disk_bytes=0.02e9, memory_bytes=1.3e9),
 }
 """By stage; training is of one epoch, with a small network."""
@@ -63,9 +65,11 @@ def forecast_stage(
         rows_on_disk: Whether rows train in a file; which of them are hot, and so in memory after all, nobody knows yet.
     """
     cost, millions = COSTS[stage], num_samples / 1e6
-    seconds, disk, memory = cost.seconds * millions, cost.disk_bytes * millions, cost.memory_bytes
+    rows = int(num_samples * _ROWS_PER_SAMPLE) if num_rows is None else num_rows
+    seconds, disk = cost.seconds * millions, cost.disk_bytes * millions
+    memory = cost.memory_bytes + cost.memory_bytes_per_row * max(rows - 1e6 * _ROWS_PER_SAMPLE, 0)
     if stage == "train":
-        tables = row_bytes * (int(num_samples * _ROWS_PER_SAMPLE) if num_rows is None else num_rows)
+        tables = row_bytes * rows
         seconds *= epochs
         disk = train_disk_bytes(tables, keeps_checkpoints=True) + tables * rows_on_disk
         in_memory = 0 if rows_on_disk else tables

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from slipstream.errors import DataError
-from slipstream.io.model_folder import FILES, read_description
+from slipstream.io.capacity import require_memory
+from slipstream.io.model_folder import FILES, WEIGHTS, read_description
 from slipstream.serving.encoder import Encoder
 from slipstream.serving.lines import has_labels, labelled_text
 from slipstream.serving.portable import PortableModel
@@ -37,6 +38,7 @@ class ServedModel(nn.Module):
 
     Raises:
         ArtifactError: The folder holds no whole model.
+        CapacityError: Memory would not do.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -44,6 +46,12 @@ class ServedModel(nn.Module):
         self.folder = folder
         self.description: dict[str, Any] = read_description(folder)
         """What model.json says."""
+        weights = folder / WEIGHTS
+        require_memory(
+            weights.stat().st_size if weights.exists() else 0,
+            purpose=f"model `{folder}`",
+            hint="round it with `slipstream export model --quantize int8`, or take a machine with more memory",
+        )
         self.network, self._tables = load_model(folder)
         self.eval().requires_grad_(False)
 

@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 
 from slipstream.errors import CapacityError, ConfigError, did_you_mean
 from slipstream.io.artifacts import Artifact, hash_file, wrap_write_errors, write_atomically, write_json
+from slipstream.io.capacity import require_disk, require_memory
 from slipstream.io.figures import PreprocessFigures
 from slipstream.io.samples import count_samples
 from slipstream.ops.npz import write_array
@@ -45,6 +46,9 @@ _DLRM_ORDER = ("train", "test", "val")
 _DLRM_DAYS = 7
 _NPZ_DATE = (1980, 1, 1, 0, 0, 0)
 _MOST_ROWS = 2**31
+_PARQUET_RATIO = 1.6
+"""Plain pages of every reader's Parquet over those of the parts."""
+_BASE_BYTES, _COPIES_IN_MEMORY = 128 << 20, 2
 
 
 def run(
@@ -64,7 +68,7 @@ def run(
 
     Raises:
         ArtifactError: A part is missing or was altered, or a file cannot be written.
-        CapacityError: A row number does not fit the format.
+        CapacityError: A row number does not fit the format, or memory or disk would not do.
         ConfigError: The format is not known.
     """
     check_format(export_format)
@@ -72,6 +76,7 @@ def run(
         out_dir.mkdir(parents=True, exist_ok=True)
     encoded = PreprocessFigures.of(processed)
     parts = _Parts(processed, encoded)
+    _check_capacity(parts, processed, export_format, out_dir)
     # sidecar last: a folder with it is whole
     (out_dir / "export.json").unlink(missing_ok=True)
     with progress.task(f"export {export_format}", parts.num_reads(export_format), "parts") as advance:
@@ -90,6 +95,23 @@ def run(
     }
     write_json(out_dir / "export.json", summary)
     return summary
+
+
+def _check_capacity(parts: _Parts, processed: Artifact, export_format: str, out_dir: Path) -> None:
+    """Refuse what has no room: whole arrays of four bytes a value, or Parquet about as large as the parts."""
+    num_values = len(parts.dense) + len(parts.sparse) + 1
+    if export_format == "parquet":
+        needed = int(_PARQUET_RATIO * parts.stored_bytes)
+    else:
+        needed = 4 * num_values * sum(parts.sizes.values())
+    samples_at_once = min(max(parts.sizes.values()), processed.manifest["config"]["samples_per_part"])
+    purpose = f"export to {export_format}"
+    require_memory(
+        _BASE_BYTES + _COPIES_IN_MEMORY * 8 * num_values * samples_at_once,
+        purpose=purpose,
+        hint="preprocess into smaller parts: lower `preprocess.samples_per_part`",
+    )
+    require_disk(out_dir, needed, purpose=purpose, hint="free some disk, or name a folder on a larger one with --out")
 
 
 def check_format(export_format: str) -> None:
@@ -117,6 +139,7 @@ class _Parts:
         self.sizes: dict[str, int] = {
             name: sum(count_samples(file) for file in files) for name, files in self._files.items()
         }
+        self.stored_bytes = sum(file.stat().st_size for files in self._files.values() for file in files)
         self.table_of_column = encoded.column_tables
         self.rows_of_column = [list(encoded.rows_per_table.values())[table] for table in self.table_of_column]
         self.dense = [dense_name(index) for index in range(encoded.num_dense)]

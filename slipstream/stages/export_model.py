@@ -15,6 +15,7 @@ from typing import Any
 from slipstream.embedding.quantized.numbers import values_per_byte
 from slipstream.errors import ConfigError
 from slipstream.io.artifacts import MANIFEST, link_or_copy, open_artifact, write_json
+from slipstream.io.capacity import on_same_disk, require_disk, require_memory
 from slipstream.io.model_folder import FILES, read_description
 from slipstream.models.registry import read_model
 from slipstream.schema import BITS
@@ -40,10 +41,12 @@ def run(source: Path, *, out: Path, representation: str | None = None, format_na
 
     Raises:
         ArtifactError: The folder holds no whole model, or was altered.
+        CapacityError: Memory or disk would not do.
         ConfigError: The model cannot be written so, or there is one already.
     """
     files = _files_of(source)
     before = (source / FILES[0]).stat().st_size
+    _check_capacity(before, source, out, is_linked=format_name == "folder" and representation is None)
     if format_name == "folder":
         return {"bytes_before": before, **_write_folder(source, files, out, representation)}
     if representation is not None:
@@ -54,6 +57,16 @@ def run(source: Path, *, out: Path, representation: str | None = None, format_na
     if format_name not in FORMATS.names():
         raise ConfigError(f"expected --format folder, {', '.join(FORMATS.names())}; found `{format_name}`")
     return {"bytes_before": before, **write_portable(ServedModel(source), out, name=format_name)}
+
+
+def _check_capacity(weight_bytes: int, source: Path, out: Path, *, is_linked: bool) -> None:
+    """Refuse what has no room: a file that is written anew is in memory as read and as written."""
+    hint = "free some disk, or name a folder on a larger one with --out"
+    if not is_linked:
+        require_memory(2 * weight_bytes, purpose="export of a model", hint="export on a machine with more memory")
+        require_disk(out, weight_bytes, purpose="export of a model", hint=hint)
+    elif not on_same_disk(source, out):
+        require_disk(out, weight_bytes, purpose="export of a model", hint=hint)
 
 
 def _files_of(source: Path) -> list[str]:

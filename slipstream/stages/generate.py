@@ -14,8 +14,8 @@ from pathlib import Path
 from slipstream.dataset_schema import DatasetConfig
 from slipstream.datasets.synthetic import SyntheticSpec, write_log
 from slipstream.io.artifacts import write_atomically
-from slipstream.io.capacity import require_disk
-from slipstream.io.costs import TEXT_BYTES_PER_SAMPLE
+from slipstream.io.capacity import require_disk, require_memory
+from slipstream.io.costs import COSTS, TEXT_BYTES_PER_SAMPLE
 from slipstream.io.figures import GenerateFigures
 from slipstream.progress import Progress
 from slipstream.stage import StageJob
@@ -30,8 +30,11 @@ def run(config: DatasetConfig, *, seed: int, scratch: Path, progress: Progress) 
     """Write the log; returns its size and how well its teacher predicts its labels.
 
     Raises:
-        CapacityError: The disk has no room for it.
+        CapacityError: Disk or memory has no room for it.
     """
+    require_memory(
+        int(COSTS["generate"].memory_bytes), purpose="generate", hint="end other programs, or take a larger machine"
+    )
     require_disk(
         scratch,
         config.num_samples * TEXT_BYTES_PER_SAMPLE,

@@ -20,6 +20,7 @@ import polars as pl
 from slipstream.config import ProfileConfig
 from slipstream.engine.choice import open_engine
 from slipstream.io.artifacts import Artifact, write_atomically
+from slipstream.io.capacity import require_disk, require_memory
 from slipstream.io.counts import write_counts
 from slipstream.io.figures import CurveFigures, PreprocessFigures, ProfileFigures
 from slipstream.io.processors import usable_cores
@@ -41,6 +42,9 @@ _MOST_WORKERS = 4
 _WORKER_BYTES, _WORKER_BYTES_PER_ROW = 32 << 20, 48
 """Memory that one budget of the curve takes while it is measured; for as many at once as fit _CURVE_BYTES."""
 _CURVE_BYTES = 1 << 30
+_BASE_BYTES, _COUNT_BYTES = 128 << 20, 8
+_DISK_BYTES_PER_ROW = 14
+"""Of counts.parquet, as if nothing could be compressed."""
 
 _READERS = 1
 """Threads of this process that read parts, while the one before is counted."""
@@ -79,9 +83,13 @@ def run(
 
     Returns:
         Samples and lookups counted, rows, and the curve.
+
+    Raises:
+        CapacityError: Memory or disk would not do.
     """
     engine = engine or Threads()
     encoded = PreprocessFigures.of(processed)
+    _check_capacity(encoded, scratch)
     offsets = table_offsets(list(encoded.rows_per_table.values()))
     padding_rows = encoded.global_padding_rows()
     reading = _Reading(
@@ -113,6 +121,27 @@ def run(
         frame.select("policy", "split", pl.exclude("policy", "split")).write_parquet(path)
     lookups = int(counts.sum())
     return ProfileFigures(samples_counted=counted.num_counted, lookups=lookups, rows=int(offsets[-1]), curve=points)
+
+
+def _check_capacity(encoded: PreprocessFigures, scratch: Path) -> None:
+    num_rows = sum(encoded.rows_per_table.values())
+    id_bytes = len(encoded.column_tables) * (4 if num_rows < 2**31 else 8)
+    # samples of the curve stand twice in memory while they are put together
+    num_kept = sum(min(encoded.samples[name], CURVE_SAMPLES) for name in ("train", "val"))
+    workers = _affordable_workers(num_rows)
+    require_memory(
+        _BASE_BYTES
+        + num_rows * _COUNT_BYTES
+        + max(2 * num_kept * id_bytes, num_kept * id_bytes + workers * _worker_bytes(num_rows)),
+        purpose="profile",
+        hint="make the vocabulary smaller: raise `preprocess.freq_threshold`, or set `preprocess.max_rows`",
+    )
+    require_disk(
+        scratch,
+        num_rows * _DISK_BYTES_PER_ROW,
+        purpose="profile",
+        hint="free some disk, or choose a folder on a larger one with --runs",
+    )
 
 
 # --- counts --------------------------------------------------------------------------------------------------
@@ -314,5 +343,8 @@ def _in_blocks(rows: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _affordable_workers(num_rows: int) -> int:
-    fitting = _CURVE_BYTES // (_WORKER_BYTES + _WORKER_BYTES_PER_ROW * num_rows)
-    return max(1, min(usable_cores(), _MOST_WORKERS, fitting))
+    return max(1, min(usable_cores(), _MOST_WORKERS, _CURVE_BYTES // _worker_bytes(num_rows)))
+
+
+def _worker_bytes(num_rows: int) -> int:
+    return _WORKER_BYTES + _WORKER_BYTES_PER_ROW * num_rows

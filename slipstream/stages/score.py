@@ -19,9 +19,18 @@ from typing import Any
 
 from slipstream.datasets.source import GroupingSource
 from slipstream.io.artifacts import hash_file
+from slipstream.io.capacity import require_disk, written_bytes
 from slipstream.io.model_folder import FILES
 from slipstream.io.processors import usable_cores
-from slipstream.io.raw import STDIN, RawBlock, find_raw_files, fingerprint_raw, raw_size, read_blocks
+from slipstream.io.raw import (
+    STDIN,
+    RawBlock,
+    estimate_text_bytes,
+    find_raw_files,
+    fingerprint_raw,
+    raw_size,
+    read_blocks,
+)
 from slipstream.ops.metrics import QualityCounter
 from slipstream.ops.parallel import in_order
 from slipstream.progress import Progress
@@ -34,6 +43,12 @@ from slipstream.serving.scoring import BLOCK_BYTES, make_scorer
 from slipstream.serving.spool import spooled
 
 _BLOCK_BYTES = BLOCK_BYTES
+
+_LOOK_BYTES = 1 << 16
+"""Text that the length of lines is judged by."""
+# Of disk: of a column in Parquet, in the parts and again in the file; of a line of text beyond its file's name, and of
+# one whose sample takes several lines.
+_BYTES_PER_VALUE, _BYTES_PER_TEXT_LINE, _BYTES_PER_GROUPED_LINE = 8, 64, 40
 
 
 def run(
@@ -59,6 +74,7 @@ def run(
 
     Raises:
         ArtifactError: A folder holds no whole model.
+        CapacityError: Disk or memory has no room for it; of standard input nobody knows how much it will be.
         ConfigError: A column to keep is not there, the suffix of `out` names no format, or two models read lines of
             different formats.
         DataError: A file cannot be read.
@@ -66,6 +82,8 @@ def run(
     named = find_raw_files(raw, named_by="--raw", stdin=True)
     with read_meanwhile(models) as pending, ExitStack() as spool:
         ensemble, files = Ensemble(pending), named
+        if STDIN not in files:
+            _check_disk(ensemble, files, out, num_kept=len(keep))
         if isinstance(ensemble.encoder.source, GroupingSource):
             files = spool.enter_context(spooled(named, beside=out, progress=progress))
         scores = ScoreFile(out, key=_key(ensemble, files, keep), files=named)
@@ -90,6 +108,28 @@ def run(
         counts["models"] = [{"folder": str(folder)} | of for folder, of in zip(ensemble.folders, own, strict=True)]
     scores.finish()
     return counts
+
+
+def _check_disk(models: Ensemble, files: Sequence[str], out: Path, *, num_kept: int) -> None:
+    """Refuse what has no room, judged by the first lines of the first file."""
+    first = next(read_blocks(files[0], file_index=0, block_bytes=_LOOK_BYTES), None)
+    if first is None:
+        return
+    if isinstance(first.data, bytes):
+        num_lines = sum(map(estimate_text_bytes, files)) * max(first.data.count(b"\n"), 1) // len(first.data)
+    else:
+        num_lines = sum(map(raw_size, files)) * first.end // first.stored
+    num_models = len(models.folders)
+    values = _BYTES_PER_VALUE * (2 + num_kept + (num_models if num_models > 1 else 0))
+    text = 0 if out.suffix == ".parquet" else _BYTES_PER_TEXT_LINE + max(map(len, files))
+    grouped = _BYTES_PER_GROUPED_LINE if isinstance(models.encoder.source, GroupingSource) else 0
+    written = written_bytes(out.with_name(f".{out.name}.partial"))
+    require_disk(
+        out.parent,
+        num_lines * (2 * values + text + grouped) - written,
+        purpose=f"score of about {num_lines:,.0f} lines",
+        hint="free some disk, or name a file on a larger one with --out",
+    )
 
 
 def _score_file(

@@ -22,7 +22,7 @@ import polars as pl
 from slipstream.config import SegregateConfig
 from slipstream.engine.choice import open_engine
 from slipstream.io.artifacts import Artifact, write_atomically
-from slipstream.io.capacity import require_disk
+from slipstream.io.capacity import require_disk, require_memory, written_bytes
 from slipstream.io.counts import read_counts
 from slipstream.io.figures import PreprocessFigures, SegregateFigures
 from slipstream.io.samples import column_offsets, read_rows
@@ -35,6 +35,10 @@ from slipstream.schema import dense_name, table_name
 from slipstream.stage import StageJob, affordable_rows, row_bytes_of
 
 _WORKERS = 2
+_BASE_BYTES, _MEMORY_BYTES_PER_ROW = 128 << 20, 60
+_PARTS_IN_MEMORY = 3 * _WORKERS
+"""Read, turned into samples, and cut into shards."""
+_HOT_SET_BYTES_PER_ROW = 18
 
 
 def run_stage(job: StageJob) -> SegregateFigures:
@@ -77,12 +81,12 @@ def run(
         Samples of each group, hot rows, Λ, and what the hot set catches.
 
     Raises:
-        CapacityError: The budget is below the OOV rows, or the disk has no room for the shards.
+        CapacityError: The budget is below the OOV rows, or memory or disk would not do.
     """
     engine = engine or Threads()
     encoded = PreprocessFigures.of(processed)
     names = [table_name(index) for index in range(len(encoded.column_tables))]
-    _check_disk(encoded, num_rows=len(counts), scratch=scratch)
+    _check_capacity(config, processed, encoded, num_rows=len(counts), scratch=scratch)
     offsets = table_offsets(list(encoded.rows_per_table.values()))
     kept = scratch / "work" / "hot_set.npz"
     hot_set = _load_choice(kept, len(counts))
@@ -122,13 +126,26 @@ def run(
     )
 
 
-def _check_disk(encoded: PreprocessFigures, *, num_rows: int, scratch: Path) -> None:
+def _check_capacity(
+    config: SegregateConfig, processed: Artifact, encoded: PreprocessFigures, *, num_rows: int, scratch: Path
+) -> None:
     slot_bytes = 4 if num_rows < 2**31 else 8
-    sample_bytes = slot_bytes * len(encoded.column_tables) + 4 * (encoded.num_dense + 1)
-    written = sum(file.stat().st_size for file in scratch.rglob("*") if file.is_file())
+    id_bytes = slot_bytes * len(encoded.column_tables)
+    sample_bytes = id_bytes + 4 * (encoded.num_dense + 1)
+    largest_part = min(max(encoded.samples.values()), processed.manifest["config"]["samples_per_part"])
+    require_memory(
+        _BASE_BYTES + num_rows * _MEMORY_BYTES_PER_ROW + _PARTS_IN_MEMORY * largest_part * sample_bytes,
+        purpose="segregate",
+        hint="make the vocabulary smaller: raise `preprocess.freq_threshold`, or set `preprocess.max_rows`",
+    )
+    # training rows stand decoded beside the shards until the hot set is chosen
+    decoded = encoded.samples["train"] * id_bytes if config.policy == "sample-aware" else 0
     require_disk(
         scratch,
-        sum(encoded.samples.values()) * sample_bytes + num_rows * slot_bytes - written,
+        sum(encoded.samples.values()) * sample_bytes
+        + decoded
+        + num_rows * (slot_bytes + _HOT_SET_BYTES_PER_ROW)
+        - written_bytes(scratch),
         purpose="segregate",
         hint="free some disk, or choose a folder on a larger one with --runs",
     )

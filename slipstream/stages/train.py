@@ -26,7 +26,7 @@ from slipstream.distributed.ranks import ALONE, Alone, Ranks
 from slipstream.embedding.tiers.placement import CachedRows
 from slipstream.errors import ArtifactError, ConfigError, TrainingError
 from slipstream.io.artifacts import Artifact, hash_file, link_or_copy, write_atomically, write_json
-from slipstream.io.capacity import is_in_memory, require_disk, require_memory
+from slipstream.io.capacity import is_in_memory, on_same_disk, require_disk, require_memory, written_bytes
 from slipstream.io.costs import train_disk_bytes, train_memory_bytes
 from slipstream.io.counts import read_counts
 from slipstream.io.figures import PreprocessFigures, SegregateFigures, TrainFigures
@@ -184,17 +184,16 @@ def _check_capacity(
         "smaller: raise `preprocess.freq_threshold`",
     )
     keeps_checkpoints = bool(config.train.checkpoint_steps or config.train.checkpoint_minutes)
-    written = sum(file.stat().st_size for file in scratch.rglob("*") if file.is_file())
     model_bytes = (
         train_disk_bytes(table_bytes, keeps_checkpoints=keeps_checkpoints and not config.train.faithful)
         + (table_bytes if config.validates else 0)
-        - written
+        - written_bytes(scratch)
     )
     if in_file:
         folder = Path(config.train.cold_path)
         if is_in_memory(folder):
             _log.warning(f"`train.cold_path` = '{folder}' is on tmpfs, which is memory: choose a folder on a disk")
-        beside = model_bytes if _disk_of(folder) == _disk_of(scratch) else 0
+        beside = model_bytes if on_same_disk(folder, scratch) else 0
         require_disk(
             folder,
             in_file + beside,
@@ -209,11 +208,6 @@ def _check_capacity(
         hint="free some disk, choose a folder on a larger one with --runs, or do without checkpoints: "
         "`train.checkpoint_minutes = 0`",
     )
-
-
-def _disk_of(folder: Path) -> int:
-    """Find which file system a folder is on, or will be."""
-    return next(path.stat().st_dev for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
 
 
 def _make_trainer(

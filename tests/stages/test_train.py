@@ -427,6 +427,7 @@ def test_samples_seen_and_dropped_add_up(tiny_runs: Path, criterion: str, held: 
     assert counts["samples_dropped"] > 0
     assert counts["samples_seen"] + counts["samples_dropped"] == result.counts("preprocess")["samples"]["train"]
     assert counts["drop_asked"] == 0.4
+    assert counts["samples_per_second"] == pytest.approx(counts["samples_seen"] / counts["train_seconds"])
 
 
 @pytest.mark.parametrize("warmup", [0, 5])

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tt_by_einsum import RANKS, P, Q, make_bag, ragged, reference_table, table_of, train
 
 from slipstream.embedding.tt.bag import BatchedTTEmbeddingBags, TTEmbeddingBag
@@ -260,9 +261,9 @@ def test_a_reloaded_bag_continues_as_the_saved_one(tmp_path, optimizer, cache_gr
     train(bag, [ragged(rng, 50)])
     bag.cache_populate()
     train(bag, [ragged(rng, 50)])
-    torch.save(bag.state_dict(), tmp_path / "bag.pt")
+    save_file(bag.state_dict(), tmp_path / "bag.safetensors")
     other = make_bag(seed=1, **options)
-    other.load_state_dict(torch.load(tmp_path / "bag.pt"))
+    other.load_state_dict(load_file(tmp_path / "bag.safetensors"))
     batches = [ragged(rng, 50) for _ in range(2)]
     for each in (bag, other):
         train(each, batches)

@@ -101,6 +101,37 @@ def test_seeds_and_windows_shuffle(workers: ThreadPoolExecutor):
     assert len({number // 50 for number in order(1, 200)[:50]}) == 4
 
 
+@pytest.mark.parametrize(("seconds_per_take", "used_before_loading"), [(5.0, 88), (1.0, 56), (0.0, 4)])
+def test_the_next_window_is_loaded_in_time_and_no_sooner(seconds_per_take: float, used_before_loading: int):
+    now, taken, loaded_at = [0.0], [0], []
+
+    def load(start: int):
+        now[0] += 0.5  # by one worker, the ten shards of a window one after the other
+        loaded_at.append(taken[0])
+        return make_samples(np.zeros((10, 1), int), start=start)
+
+    loaders = [lambda start=start: load(start) for start in range(0, 200, 10)]
+    with ThreadPoolExecutor(max_workers=1) as worker:
+        stream = SampleStream(loaders, [10] * 20, seed=(0,), window_samples=100, workers=worker, clock=lambda: now[0])
+        for _ in range(25):
+            stream.take(4)
+            if stream._next is not None:
+                stream._next.wait()
+            taken[0] += 4
+            now[0] += seconds_per_take
+    assert loaded_at[:10] == [0] * 10
+    assert len(set(loaded_at[10:])) == 1 and loaded_at[10] == used_before_loading
+
+
+def test_what_was_used_is_given_up(workers: ThreadPoolExecutor):
+    stream = open_stream([1000] * 4, seed=0, window_samples=4000, workers=workers)
+    held = []
+    for _ in range(8):
+        stream.take(500)
+        held.append(sum(piece.X_cat.nbytes for piece in stream._window._pieces if piece is not None))
+    assert held == sorted(held, reverse=True) and held[0] == 7 * held[-2] > 0 == held[-1]
+
+
 def test_an_error_while_loading_comes_out(workers: ThreadPoolExecutor):
     def fail():
         raise OSError("disk")
