@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,13 @@ def vocabulary(result: RunResult, table: str) -> dict[str | None, int]:
     return dict(zip(frame["raw_id"], frame["row"], strict=True))
 
 
-@pytest.mark.parametrize("mode", ["resident", "cached"])
+@pytest.mark.parametrize("mode", ["resident", "cached", "baseline"])
 def test_a_training_that_stands_still_predicts_what_it_started_from(
     tiny_runs: Path, before: RunResult, mode: str
 ) -> None:
     folder = str(artifact_of(before).path)
-    after = train(tiny_runs, train__mode=mode, train__init_from=folder, train__seed=3, **STANDING_STILL)
+    options = {"train__mode": mode, "train__cold_path": tempfile.gettempdir() if mode == "baseline" else ""}
+    after = train(tiny_runs, train__init_from=folder, train__seed=3, **options, **STANDING_STILL)
     np.testing.assert_allclose(predictions_of(after, "test"), predictions_of(before, "test"), rtol=1e-6)
     start = after.figures(TrainFigures).start  # type: ignore[union-attr]
     assert start == StartFigures(rows_found=start.rows, rows=start.rows, layers_taken=start.layers, layers=8)

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import current_thread
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from trained import HELD, artifact_of, assert_same_training, losses_of, model_of
 
 from slipstream.embedding.tiers.lookahead import Batch, LookAhead
 from slipstream.embedding.tiers.rows import TieredRows
+from slipstream.embedding.tiers.transfer import RowMover
 from slipstream.io.samples import Samples, concat_samples, read_shard
 from slipstream.pipeline import RunResult
 from slipstream.schema import table_name
@@ -119,8 +121,13 @@ def test_cold_rows_in_a_file_give_the_same_model_to_the_bit(
     monkeypatch.setattr("slipstream.stages.train.save_model", save)
     monkeypatch.setattr("slipstream.training.model_file.CHUNK_ROWS", 30)
     monkeypatch.setattr("slipstream.training.assemble._DRAWN_ROWS", 30)
+    who_waits: set[str] = set()
+    fetch = RowMover.fetch
+    monkeypatch.setattr(RowMover, "fetch", lambda *args: who_waits.add(current_thread().name) or fetch(*args))
     in_file = train(tmp_path, train__cold_path=str(tmp_path / "disk"), **options)
     assert_same_training(in_memory, in_file)
+    assert all(name.startswith("look-ahead") for name in who_waits), "for the disk, while the step computes"
+    assert who_waits
     tiers, on_disk = (result.counts("train")["bytes_per_tier"] for result in (in_memory, in_file))
     assert on_disk == {**tiers, "cold": 0, "disk": tiers["cold"]}
     assert list((tmp_path / "disk").iterdir()) == []

@@ -415,10 +415,13 @@ run_pipeline(build_pipeline(json.loads(sys.argv[1])), Path(sys.argv[2]))
 
 
 @pytest.mark.slow
-def test_training_survives_kill_9_at_twenty_random_moments(tmp_path: Path) -> None:
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_training_survives_kill_9_at_twenty_random_moments(on_disk: bool, tmp_path: Path) -> None:
     tree = TREE | {"dataset": {"source": "synthetic", "num_samples": 8000}}
     tree |= {"skip": {"refresh_steps": 9, "criterion": "stale"}}
     whole = run_pipeline(build_pipeline(tree), tmp_path / "whole")
+    if on_disk:
+        tree |= {"train": TREE["train"] | {"cold_path": str(tmp_path / "disk")}}
     run_pipeline(build_pipeline(tree), tmp_path / "cut", stages=["preprocess", "profile", "segregate"])
     rng = random.Random(0)
     for _ in range(20):
@@ -435,5 +438,6 @@ def test_training_survives_kill_9_at_twenty_random_moments(tmp_path: Path) -> No
         process.send_signal(rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGINT, signal.SIGTERM]))
         process.wait()
         process.stdout.close()
+    assert not on_disk or list((tmp_path / "disk").iterdir()) == []
     resumed = run_pipeline(build_pipeline(tree), tmp_path / "cut")
     assert_same_model(whole, resumed)
