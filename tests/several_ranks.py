@@ -199,13 +199,13 @@ def shuffle_otherwise_on_rank_1(rank: int) -> None:
 
 def compute_otherwise_on_rank_1(rank: int) -> None:
     """A device whose sums are off by a bit."""
-    from slipstream.training.step import TrainStep
+    from slipstream.training.shared_step import SharedStep
 
-    update = TrainStep._update
+    compute = SharedStep._compute
 
-    def update_wrongly(self: TrainStep, *arguments: Any) -> None:
-        update(self, *arguments)
+    def compute_wrongly(self: SharedStep, *arguments: Any) -> None:
+        compute(self, *arguments)
         self.rows.buffer[0, 0] *= 1 + 1e-7
 
     if rank == 1:
-        TrainStep._update = update_wrongly  # type: ignore[method-assign]
+        SharedStep._compute = compute_wrongly  # type: ignore[method-assign]
