@@ -5,22 +5,32 @@ import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-import torch
-import typer.main
-import typer.testing
-from fake_cuda import FakeCuda, pretend_cuda
 from hypothesis import settings
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # Triton looks at it when it is imported
+if TYPE_CHECKING:  # the process that only hands tests to workers reads this file too, and needs no torch
+    import torch
+    from fake_cuda import FakeCuda
 
 # the same code gives the same verdict; SLIPSTREAM_EXPLORE=1 looks for new examples instead, and for longer
 settings.register_profile("default_suite", deadline=None, max_examples=40, derandomize=True)
 settings.register_profile("explore", deadline=None, max_examples=500, print_blob=True)
 settings.load_profile("explore" if os.environ.get("SLIPSTREAM_EXPLORE") else "default_suite")
+
+
+@functools.cache
+def _choose_how_kernels_run() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # Triton looks at it when it is imported
+
+
+def pytest_collectstart() -> None:
+    _choose_how_kernels_run()
 
 
 def pytest_collection_finish() -> None:
@@ -40,6 +50,9 @@ def _quick_machine() -> Iterator[None]:
     No test cuts the power, so nothing has to wait for the disk (`io/test_durability.py` judges what is synced before
     which rename); and the command line is put together once, not for every call.
     """
+    import typer.main
+    import typer.testing
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", os.fstat)
         patch.setattr(typer.testing, "_get_command", functools.cache(typer.main.get_command))
@@ -62,6 +75,8 @@ def _plain_output(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
     """A pretended device, for tests of what only that can show."""
+    from fake_cuda import pretend_cuda
+
     with pretend_cuda(monkeypatch) as fake:
         yield fake
 
@@ -73,6 +88,8 @@ def real_cuda() -> Iterator[torch.device]:
 
 
 def _real_device() -> Iterator[torch.device]:
+    import torch
+
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     before = torch.cuda.memory_stats().get("allocation.all.allocated", 0)
@@ -86,6 +103,8 @@ def cuda(request: pytest.FixtureRequest) -> Iterator[torch.device]:
 
     The test fails if it puts nothing there; pretended, also if anything was out of order.
     """
+    import torch
+
     if request.param == "real":
         yield from _real_device()
         return
