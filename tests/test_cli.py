@@ -135,6 +135,12 @@ def test_plan_says_what_would_run_and_changes_nothing(folder: Path, run_argument
     assert sorted(folder.rglob("*")) == before
 
 
+def test_plan_tells_long_runs_in_minutes_and_hours(tmp_path: Path):
+    for samples, shown in [(200_000, " s "), (100_000_000, " min "), (10**10, " h ")]:
+        plan = call("plan", "tiny", "--runs", tmp_path, "--set", f"dataset.num_samples={samples}").stdout
+        assert shown in plan.splitlines()[-1]
+
+
 def test_check_prints_the_pipeline_with_every_default(folder: Path):
     assert call("check", folder / "tiny.toml").stdout.endswith("ok, run `tiny_test`\n")
     document = call_json("check", folder / "tiny.toml", "--set", "train.epochs=3")

@@ -423,7 +423,9 @@ def wrap_write_errors(path: Path, *, needed_bytes: int = 0) -> Iterator[None]:
                 f"no space left while writing `{path}`{needed}, and {_show_free(path)} there",
                 hint="free some disk, or choose another folder with --runs; finished parts are kept",
             ) from exc
-        raise ArtifactError(f"cannot write `{path}`: {reason}", hint="choose a writable folder with --runs") from exc
+        raise ArtifactError(
+            f"cannot write `{path}`: {reason}", hint="choose a folder that can be written, with --runs or --out"
+        ) from exc
 
 
 def _show_free(path: Path) -> str:

@@ -149,10 +149,16 @@ def plan_table(plans: Sequence[StagePlan], forecasts: Sequence[Forecast]) -> Tab
 def _show_cost(forecasts: Sequence[Forecast]) -> tuple[str, str, str]:
     seconds = sum(forecast.seconds for forecast in forecasts)
     return (
-        f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:,.0f} min",
+        _show_duration(seconds),
         show_bytes(sum(forecast.disk_bytes for forecast in forecasts)),
         show_bytes(max(forecast.memory_bytes for forecast in forecasts)),
     )
+
+
+def _show_duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.0f} h"
 
 
 def run_table(result: RunResult) -> RenderableType:
