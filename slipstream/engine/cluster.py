@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import logging
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, wait
@@ -194,20 +195,35 @@ def connect(config: EngineConfig, folder: Path) -> Iterator[tuple[Cluster, str]]
     import distributed
 
     address = _find_address(config.address)
+    with _without_log():
+        try:
+            client = distributed.Client(address, timeout=config.timeout_seconds, set_as_default=False)
+        except (OSError, ValueError, ImportError) as exc:
+            raise EngineError(
+                f"no scheduler answers at {address} within {config.timeout_seconds:g} s: {exc}",
+                hint="check `engine.address`; `dask scheduler` starts one and says where it listens",
+            ) from exc
+        try:
+            cluster = Cluster(client, config, address)
+            cluster.check_workers(folder)
+            yield cluster, client.dashboard_link
+        finally:
+            with contextlib.suppress(TimeoutError):
+                client.close(timeout=config.timeout_seconds)
+
+
+@contextmanager
+def _without_log() -> Iterator[None]:
+    """Keep Dask from writing tracebacks of lost connections beside the error that says the same."""
+    loggers = [logging.getLogger(name) for name in ("distributed", "distributed.client")]
+    levels = [logger.level for logger in loggers]
     try:
-        client = distributed.Client(address, timeout=config.timeout_seconds, set_as_default=False)
-    except (OSError, ValueError, ImportError) as exc:
-        raise EngineError(
-            f"no scheduler answers at {address} within {config.timeout_seconds:g} s: {exc}",
-            hint="check `engine.address`; `dask scheduler` starts one and says where it listens",
-        ) from exc
-    try:
-        cluster = Cluster(client, config, address)
-        cluster.check_workers(folder)
-        yield cluster, client.dashboard_link
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        yield
     finally:
-        with contextlib.suppress(TimeoutError):
-            client.close(timeout=config.timeout_seconds)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _find_address(address: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,8 +11,10 @@ from hypothesis import strategies as st
 from slipstream.dataset_schema import ColumnsConfig, TableLayout
 from slipstream.datasets.avazu import AvazuSource
 from slipstream.datasets.criteo import CriteoSource
+from slipstream.datasets.dlrm_npz import DlrmNpzSource
 from slipstream.datasets.source import Source
 from slipstream.datasets.table import TableSource
+from slipstream.datasets.taobao import TaobaoSource
 
 COLUMNS = ColumnsConfig(label="clicked", sparse=("city, or none",), dense=("price",))
 TABLE = TableLayout(columns=COLUMNS, names=("clicked", "city, or none", "price"), has_header=False)
@@ -43,3 +47,19 @@ def test_a_line_break_in_a_value_costs_its_line_and_no_other(source: Source, bro
     ]
     parsed = source.parse(source.join([line, torn, line]))
     assert (parsed.num_lines, parsed.rejected_lines.tolist()) == (3, [1])
+
+
+OTHERS = [TaobaoSource(seed=3, history_length=4, points_per_user=2), DlrmNpzSource(num_dense=2, num_tables=3)]
+
+
+@pytest.mark.parametrize("source", [*SOURCES, *OTHERS], ids=lambda source: type(source).__name__)
+def test_a_source_is_the_same_in_another_process(source: Source):
+    """Workers on other machines are sent it."""
+    sent = pickle.loads(pickle.dumps(source))
+    assert (sent.fields, sent.num_tables, sent.table_of_column) == (
+        source.fields,
+        source.num_tables,
+        source.table_of_column,
+    )
+    line = b"no sample\n"
+    assert sent.explain(line) == source.explain(line)

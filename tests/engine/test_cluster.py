@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,20 @@ import dask
 import pytest
 from distributed import LocalCluster
 from lost_workers import Killer, die_so_often
-from raw_logs import invoke, make_lines, run_files, sample_line, write_pipeline, write_raw
+from raw_logs import invoke, make_lines, run_files, sample_line, stage_files, write_pipeline, write_raw
 from several_ranks import free_port
 
 from slipstream.config import load_pipeline
-from slipstream.datasets import parsing
+from slipstream.datasets import parsing, taobao
+from slipstream.datasets.taobao import TaobaoSource
 from slipstream.engine import cluster as engine_cluster
 from slipstream.engine.cluster import connect
 from slipstream.engine.options import EngineConfig
-from slipstream.errors import ArtifactError, ConfigError, DataError, EngineError
+from slipstream.errors import ArtifactError, ConfigError, EngineError
 from slipstream.io.artifacts import write_atomically
+from slipstream.ops.parallel import Threads
 from slipstream.pipeline import plan_pipeline, run_pipeline
+from slipstream.progress import Silent
 from slipstream.stages import preprocess, profile
 
 PREPROCESS = (
@@ -63,7 +67,7 @@ def on(cluster: LocalCluster) -> list[str]:
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cluster")
-    lines = make_lines(2400)
+    lines = make_lines(2000)
     broken = [*lines[:600], b"no sample", sample_line(dense="x"), *lines[600:1500], b"\xff"]
     write_raw(folder / "log_0.tsv", broken)
     write_raw(folder / "log_1.gz", lines[1500:])
@@ -88,23 +92,27 @@ def test_workers_write_what_threads_write(
     assert run_files(tmp_path / "run") == local
 
 
-def test_threads_go_on_from_what_workers_made(
-    pipeline: Path, local: dict[str, bytes], workers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """Parsed chunks are the same, and so are finished parts."""
-
-    def stop(*arguments: Any) -> None:
-        raise DataError("stopped before the last part")
-
-    write = parsing.ParsedFiles.write_rejects
-    monkeypatch.setattr(parsing.ParsedFiles, "write_rejects", stop)
-    assert "stopped before" in invoke("preprocess", pipeline, tmp_path, *on(workers)).output
-    monkeypatch.setattr(parsing.ParsedFiles, "write_rejects", write)
-    monkeypatch.setattr(parsing, "_parse_block", lambda reading, block: pytest.fail("made again"))
-    monkeypatch.setattr(preprocess, "write_parquet", lambda table, path: pytest.fail("made again"))
-    assert invoke("preprocess", pipeline, tmp_path).exit_code == 0
-    made = run_files(tmp_path / "run")
-    assert made == {name: body for name, body in local.items() if name in made} and len(made) > 30
+def test_workers_gather_the_lines_of_a_user_as_threads_do(workers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(taobao, "_USERS_PER_GROUP", 2)
+    lines = [f"{at * 7 % 40},{at % 23},{at % 5},pv,{1511544070 + at}" for at in range(600)]
+    (tmp_path / "log.csv").write_text("\n".join(lines))
+    made = []
+    with connect(config_of(workers), tmp_path) as (cluster, _):
+        for engine in (Threads(), cluster):
+            folder = tmp_path / str(len(made))
+            parsed = parsing.parse_files(
+                TaobaoSource(seed=0, history_length=3, points_per_user=2),
+                files=[str(tmp_path / "log.csv")],
+                folder=folder,
+                chunk_bytes=4096,
+                max_reject_ratio=0.0,
+                workers=2,
+                progress=Silent(),
+                engine=engine,
+            )
+            assert len(parsed.lines) > 2 and len(parsed.samples) > 2
+            made.append(stage_files(folder))
+    assert made[0] == made[1]
 
 
 def test_who_does_the_work_is_in_no_fingerprint(pipeline: Path, tmp_path: Path):
@@ -198,6 +206,34 @@ def test_a_scheduler_that_goes_is_an_error_and_leaves_whole_files(tmp_path: Path
             list(results)
     assert "what is finished is kept" in str(caught.value.hint)
     assert {path.read_text() for path in tmp_path.glob("part-*")} == {"whole"}
+
+
+class Caller(Silent):
+    """Calls somebody as soon as a task has given its first result."""
+
+    def __init__(self, label: str, call: Callable[[], object]) -> None:
+        self._label, self._call = label, call
+
+    @contextmanager
+    def task(self, label: str, total: int | None, unit: str, *, done: int = 0) -> Iterator[Callable[[int, str], None]]:
+        waiting = [self._call] if label == self._label else []
+        yield lambda units, note: waiting.pop()() if units and waiting else None
+
+
+@pytest.mark.slow
+def test_threads_go_on_from_what_workers_made_before_their_scheduler_went(
+    pipeline: Path, local: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    going = start_cluster(num_workers=1)
+    config = load_pipeline(pipeline, [*on(going), "engine.timeout_seconds=1"])
+    with pytest.raises(EngineError, match="is gone"):
+        run_pipeline(config, tmp_path, stages=["preprocess"], progress=Caller("encode", going.close))
+    monkeypatch.setattr(parsing, "_parse_block", lambda reading, block: pytest.fail("made again"))
+    monkeypatch.setattr(preprocess, "build_vocabulary", lambda *counts, **limits: pytest.fail("made again"))
+    assert list(tmp_path.glob("run/preprocess/.*.partial/train/part-*.parquet"))
+    assert invoke("preprocess", pipeline, tmp_path).exit_code == 0
+    made = run_files(tmp_path / "run")
+    assert made == {name: body for name, body in local.items() if name.startswith("preprocess/")}
 
 
 def test_workers_of_a_process_that_let_go_write_nothing(workers, tmp_path: Path):
