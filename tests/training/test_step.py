@@ -79,6 +79,17 @@ def make_step(
     return make(batch_size=BATCH, **options)
 
 
+def test_each_step_goes_by_its_own_learning_rate():
+    rows, model = make_rows("sgd"), make_model()
+    step = make_step(TrainStep, model, rows, kernels="torch")
+    step(make_batch(BATCH, 0, weighted=False), 0.1)
+    rows_then, model_then = make_rows("sgd"), copy.deepcopy(model)
+    rows_then.buffer.copy_(rows.buffer)
+    for each in (step, make_step(TrainStep, model_then, rows_then, kernels="torch")):
+        each(make_batch(BATCH, 1, weighted=False), 0.3)
+    assert torch.equal(rows.buffer, rows_then.buffer)
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.names())
 @pytest.mark.parametrize("weighted", [[], range(5), range(2, 5), [1, 3]], ids=["never", "always", "later", "some"])
 def test_a_fixed_shape_step_equals_the_plain_one_to_the_bit(optimizer: str, weighted: Sequence[int]) -> None:
