@@ -25,7 +25,7 @@ from slipstream.options import build, later, parse_budget, read_tree, require, s
 from slipstream.preprocess_schema import PreprocessConfig
 from slipstream.published import check_published_order
 from slipstream.registry import ChoiceOf
-from slipstream.schema import BITS, Representation, TableScale
+from slipstream.schema import BITS, Representation, RowFormat, TableScale
 from slipstream.skip_config import SkipConfig
 from slipstream.training.skipping.criterion import SkipRule
 from slipstream.training.skipping.registry import CRITERIA
@@ -125,13 +125,23 @@ class TableRule:
         _check_table_options(self.period, self.tt_ranks)
 
 
+_FORMAT = re.compile(r"[842](/[1-9][0-9]{0,4})?")
+"""Bits of a value, and perhaps the share of a row's values that is stored."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TablesConfig:
     """How tables are held: in full, on few bits, or as products of small tensors."""
 
     representation: Representation = "dense"
-    """`dense` fp32; `int8`, `int4`, `int2` trained on the grid they are stored on, from an fp32 master; `tt`
-    tensor-train cores instead of rows."""
+    """`dense` fp32; `int8`, `int4`, `int2` trained on the grid they are stored on, from an fp32 master; `mixed` the
+    same, on fewer bits the rarer rows are used, a tail sharing row 0; `tt` tensor-train cores instead of rows."""
+    mixed_budget: str | int = later("5%")
+    """What the rows of all `mixed` tables may take, together: bytes, `"64MiB"`, or `"5%"` of what they take as fp32.
+    Profile's counts decide which rows get how many bits, over all those tables; scales of rows count."""
+    mixed_formats: tuple[str, ...] = later(("8", "4", "4/4", "4/16"))
+    """What rows of `mixed` tables may have: `8`, `4` or `2` bits a value, or bits and a share, `"4/16"`: 4 bits of a
+    sixteenth of the values, the others zero. The more a row is used, the larger its format."""
     scale_per: TableScale = "table"
     """What shares the step between two levels of an `int8`, `int4` or `int2` table: the whole `table`, or each `row`
     has its own, four bytes a row more and exact at every lookup."""
@@ -159,6 +169,13 @@ class TablesConfig:
                 "leaves fp32",
                 hint="set tables.quantize_linears to 8 or 4, or leave tables.quantize_biases out",
             )
+        are_right = bool(self.mixed_formats) and all(map(_FORMAT.fullmatch, self.mixed_formats))
+        expected = "formats such as '8' (bits) and '4/16' (4 bits of a sixteenth of the values), of 8, 4 or 2 bits"
+        require(are_right, "tables.mixed_formats", expected, self.mixed_formats)
+        try:
+            parse_budget(self.mixed_budget, total_bytes=100)
+        except ValueError as exc:
+            raise ConfigError(f"`tables.mixed_budget`: {exc}") from exc
 
     @property
     def used(self) -> set[str]:
@@ -171,6 +188,22 @@ class TablesConfig:
     def is_plain(self) -> bool:
         """Whether this section says nothing: fp32 throughout."""
         return self.used == {"dense"} and not self.quantize_linears
+
+    def formats_for(self, row_width: int) -> list[RowFormat]:
+        """Give what rows of `mixed` tables may have, of so many values; a share fills whole bytes."""
+        formats = []
+        for text in self.mixed_formats:
+            bits, _, part = text.partition("/")
+            per_byte = 8 // int(bits)
+            values = row_width // int(part or 1) // per_byte * per_byte
+            formats.append(RowFormat(bits=int(bits), values=max(per_byte, values) if part else None))
+        return formats
+
+    @property
+    def bits_of(self) -> dict[str, int]:
+        """The fewest bits of a value, for every representation that some table may have and that has few bits."""
+        bits = BITS | {"mixed": min(int(text[0]) for text in self.mixed_formats)}
+        return {name: bits[name] for name in sorted(self.used) if bits.get(name)}
 
     def choice_for(self, table: str, num_rows: int) -> TableChoice:
         """How a table of this many rows is held, every field filled in."""
@@ -363,20 +396,21 @@ class PipelineConfig:
             self.name,
         )
         require(0 <= self.seed < 2**32, "seed", "in [0, 2^32)", self.seed)
-        for representation, bits in BITS.items():
-            per_byte = 8 // (bits or 8)
-            if representation in self.tables.used and self.model.row_width % per_byte:
+        for representation, bits in self.tables.bits_of.items():
+            per_byte = 8 // bits
+            if self.model.row_width % per_byte:
                 raise ConfigError(
                     f"`model.embedding_dim` must make rows of a multiple of {per_byte} values for {representation} "
                     f"tables, which put {per_byte} into a byte; found {self.model.embedding_dim}, which makes rows of "
                     f"{self.model.row_width} in `{self.model.name}`",
                     hint="set another model.embedding_dim, or use int8",
                 )
-        if "tt" in self.tables.used and self.train.faithful:
-            raise ConfigError(
-                "`train.faithful` does not go with tt tables: the published order copies whole tables of rows",
-                hint="leave train.faithful out, or use another representation",
-            )
+        for name in sorted({"mixed", "tt"} & self.tables.used):
+            if self.train.faithful:
+                raise ConfigError(
+                    f"`train.faithful` does not go with {name} tables: the published order copies whole tables of rows",
+                    hint="leave train.faithful out, or use another representation",
+                )
         if self.train.faithful:
             check_published_order(self.train, self.skip, criterion=self.criterion)
         if self.criterion == "stale" and self.skip_rule.movement != "net" and self.skip.alpha_per == "table":

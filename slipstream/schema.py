@@ -25,12 +25,31 @@ OOV_ROW: Final = 0
 """The row of unknown and rare values, in every table; always hot."""
 
 
-Representation = Literal["dense", "int8", "int4", "int2", "tt"]
-"""How a table is held: fp32 rows, rows on few bits, or tensor-train cores."""
+Representation = Literal["dense", "int8", "int4", "int2", "mixed", "tt"]
+"""How a table is held: fp32 rows, rows on few bits, the fewer the rarer their use, or tensor-train cores."""
 BITS: Final[dict[str, int]] = {"dense": 0, "int8": 8, "int4": 4, "int2": 2}
 """Bits of a row's values, 0 for fp32."""
 TableScale = Literal["table", "row"]
 """What shares the step between two levels of a table on few bits."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowFormat:
+    """What is stored of a row."""
+
+    bits: int
+    """Of each value; 0 for fp32."""
+    values: int | None = None
+    """How many values are stored, the last ones; the others are zero. None for all."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowRange(RowFormat):
+    """Rows of one table, one after the other, that are stored in one format."""
+
+    rows: int
+    """How many."""
+
 
 Pooling = Literal["sum", "mean"]
 """How the rows of a bag become one vector."""

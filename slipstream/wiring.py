@@ -30,7 +30,8 @@ from slipstream.errors import CapacityError, ConfigError
 from slipstream.io.figures import TableFigures
 from slipstream.io.processors import usable_cores
 from slipstream.ops.learning_rate import learning_rate
-from slipstream.options import pick
+from slipstream.ops.precision import choose_ranges
+from slipstream.options import parse_budget, pick
 from slipstream.training.assemble import Assembly, Settings, assemble
 from slipstream.training.device import fitting_the_device, resolve_device
 from slipstream.training.footprint import assemble_weightless
@@ -49,16 +50,52 @@ ROUND_SAMPLES = 1_000_000
 """Most samples of a round."""
 
 
-def choose_tables(config: TablesConfig, tables: Mapping[str, int], zero_rows: Mapping[str, int]) -> list[TableSpec]:
+def choose_tables(config: PipelineConfig, figures: TableFigures, counts: np.ndarray) -> list[TableSpec]:
     """Decide how each table is held.
+
+    Args:
+        config: The pipeline.
+        figures: What is known of the tables.
+        counts: Access counts per global row. Shape (V,), int64.
+
+    Raises:
+        ConfigError: An override names no table, a table whose padding must be a row of zeros would be held as cores,
+            or the budget of mixed tables is too small.
+    """
+    specs = _choose_alone(config.tables, figures.rows_per_table, figures.zero_rows)
+    mixed = [at for at, spec in enumerate(specs) if spec.representation == "mixed"]
+    if not mixed:
+        return specs
+    starts = np.cumsum([0, *figures.rows_per_table.values()])
+    row_width, total = config.model.row_width, sum(specs[at].num_rows for at in mixed)
+    fp32_bytes = 4 * row_width * total
+    try:
+        chosen = choose_ranges(
+            [counts[starts[at] : starts[at + 1]] for at in mixed],
+            formats=config.tables.formats_for(row_width),
+            row_width=row_width,
+            scale_bytes=[4 if specs[at].scale_per == "row" else 0 for at in mixed],
+            budget_bytes=parse_budget(config.tables.mixed_budget, total_bytes=fp32_bytes),
+            may_share=[specs[at].name not in (figures.padding_rows or {}) for at in mixed],
+        )
+    except ValueError as exc:
+        raise ConfigError(
+            f"`tables.mixed_budget` is too small for {len(mixed)} tables of {total:,} rows, {fp32_bytes:,} bytes as "
+            f"fp32: {exc}",
+            hint="raise tables.mixed_budget, lower model.embedding_dim, or allow smaller tables.mixed_formats",
+        ) from exc
+    for at, cuts in zip(mixed, chosen, strict=True):
+        specs[at] = replace(specs[at], cuts=cuts)
+    return specs
+
+
+def _choose_alone(config: TablesConfig, tables: Mapping[str, int], zero_rows: Mapping[str, int]) -> list[TableSpec]:
+    """Decide how each table is held, but for what mixed ones share a budget for.
 
     Args:
         config: Section `tables`.
         tables: Rows of each table, in order.
         zero_rows: Tables with a row that must be zero, since the model knows padding by that, and that row.
-
-    Raises:
-        ConfigError: An override names no table, or a table whose padding must be a row of zeros would be held as cores.
     """
     for name in config.overrides:
         if name not in tables:
@@ -231,6 +268,7 @@ def _make_runner(train: TrainConfig, parts: Assembly) -> Runner:
     padding = parts.representations.padded
     if isinstance(parts.placement, InPlace):
         parts.placement.padding = padding
+        parts.placement.range_of_slot = parts.representations.range_of_slot
         return parts.placement
     chunk_batches = 1 if train.mode == "baseline" else train.chunk_batches
     options: dict[str, Any] = {"chunk_batches": chunk_batches, "columns": parts.columns, "padding": padding}
@@ -238,7 +276,8 @@ def _make_runner(train: TrainConfig, parts: Assembly) -> Runner:
         return SharedLookAhead(parts.rows, parts.placement, **options)
     # who waits for a disk takes no time from the computation, on a CPU either
     in_thread = True if isinstance(parts.rows, DiskRows) else None
-    return LookAhead(parts.rows, parts.placement, in_thread=in_thread, **options)
+    ranges = parts.representations.range_of_slot
+    return LookAhead(parts.rows, parts.placement, in_thread=in_thread, range_of_slot=ranges, **options)
 
 
 def _keep_samples(config: PipelineConfig, parts: Assembly, runner: Runner, *, num_train: int) -> None:
@@ -246,7 +285,7 @@ def _keep_samples(config: PipelineConfig, parts: Assembly, runner: Runner, *, nu
 
     Raises:
         CapacityError: It was asked for, and there is no room.
-        ConfigError: It was asked for, and the host brings cold rows.
+        ConfigError: It was asked for, and the host brings cold rows, or must say how rows of mixed tables are stored.
     """
     train, layout = config.train, parts.layout
     if train.shuffle_on == "host" or (train.shuffle_on == "auto" and not parts.on_cuda):
@@ -257,6 +296,13 @@ def _keep_samples(config: PipelineConfig, parts: Assembly, runner: Runner, *, nu
         raise ConfigError(
             "`train.shuffle_on` is device, and the device does not read cold rows in place",
             hint="set train.cold_access to 'in_place', or train.shuffle_on to 'auto' or 'host'",
+        )
+    if runner.range_of_slot is not None:
+        if train.shuffle_on == "auto":
+            return
+        raise ConfigError(
+            "`train.shuffle_on` is device, and the host says of each batch how the rows of mixed tables are stored",
+            hint="set train.shuffle_on to 'auto' or 'host', or hold tables otherwise",
         )
     window_samples = max(WINDOW_SAMPLES, config.segregate.samples_per_shard)
     num_samples = most_in_windows(num_train, round_samples=ROUND_SAMPLES, window_samples=window_samples)

@@ -343,6 +343,8 @@ OTHER_VALUES: dict[str, dict[str, Any]] = {
     "tables.tt_ranks": {"tables__tt_ranks": [2, 2]},
     "tables.quantize_linears": {"tables__quantize_linears": 8},
     "tables.quantize_biases": {"tables__quantize_linears": 8, "tables__quantize_biases": True},
+    "tables.mixed_budget": {"tables__mixed_budget": "9%"},
+    "tables.mixed_formats": {"tables__mixed_formats": ["8", "4"]},
     "tables.rules": {"tables__rules": [{"min_rows": 100, "representation": "int8"}]},
     "tables.overrides": {"tables__overrides": {"cat_1": {"representation": "int4"}}},
     "train.seed": {"train__seed": 5},
@@ -361,6 +363,8 @@ CONDITIONS: dict[str, dict[str, Any]] = {
     "tables.period": {"tables__representation": "int8"},
     "tables.scale_per": {"tables__representation": "int8"},
     "tables.tt_ranks": {"tables__representation": "tt"},
+    "tables.mixed_budget": {"tables__representation": "mixed"},
+    "tables.mixed_formats": {"tables__representation": "mixed"},
     "skip.sample_ratio": {"train__faithful": True, "train__chunk_batches": 16},
     "skip.probe_share": {"train__faithful": True, "train__chunk_batches": 16},
     "skip.tolerance": {"train__faithful": True, "train__chunk_batches": 16},
@@ -511,7 +515,10 @@ def test_the_largest_rule_that_fits_holds_and_overrides_win():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"tables": {"representation": "in4"}}, "tables.representation` must be one of dense, int8, int4, int2, tt"),
+        (
+            {"tables": {"representation": "in4"}},
+            "tables.representation` must be one of dense, int8, int4, int2, mixed, tt",
+        ),
         ({"tables": {"rules": [{"representation": "tt"}]}}, "missing key `tables.rules\\[0\\].min_rows`"),
         ({"tables": {"rules": [{"min_rows": 1, "rank": 2}]}}, "unknown key `tables.rules\\[0\\].rank`"),
         ({"tables": {"period": 0}}, "`tables.period` must be at least 1"),
@@ -524,8 +531,24 @@ def test_the_largest_rule_that_fits_holds_and_overrides_win():
             "`model.embedding_dim` must make rows of a multiple of 2 values for int4 tables",
         ),
         (
+            {
+                "tables": {"rules": [{"min_rows": 9, "representation": "mixed"}]},
+                "model__embedding_dim": 3,
+                "model__bottom_mlp": [3],
+            },
+            "`model.embedding_dim` must make rows of a multiple of 2 values for mixed tables",
+        ),
+        ({"tables": {"mixed_formats": ["8", "3"]}}, "`tables.mixed_formats` must be formats such as '8'"),
+        ({"tables": {"mixed_formats": ["4/0"]}}, "`tables.mixed_formats` must be formats such as '8'"),
+        ({"tables": {"mixed_formats": []}}, "`tables.mixed_formats` must be formats such as '8'"),
+        ({"tables": {"mixed_budget": "0%"}}, "`tables.mixed_budget`: expected a share above 0%"),
+        (
             {"tables": {"representation": "tt"}, "train__faithful": True, "train__mode": "fae"},
             "`train.faithful` does not go with tt",
+        ),
+        (
+            {"tables": {"representation": "mixed"}, "train__faithful": True, "train__mode": "fae"},
+            "`train.faithful` does not go with mixed",
         ),
     ],
 )

@@ -25,6 +25,7 @@ HELD: dict[str, dict[str, Any]] = {
     "dense": {},
     "int8": {"representation": "int8", "period": 7},
     "int4": {"representation": "int4", "period": 7},
+    "by rank": {"representation": "mixed", "mixed_budget": "6%", "period": 7},
     "tt": {"rules": [{"min_rows": 100, "representation": "tt", "tt_ranks": [2]}]},
     "mixed": {
         "representation": "int4",

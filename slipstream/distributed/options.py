@@ -49,8 +49,8 @@ def refuse_unshared(*, faithful: bool, representations: Iterable[str], kernels: 
     found = []
     if faithful:
         found.append(("`train.faithful`", "leave it out"))
-    if "tt" in representations:
-        found.append(("`tables` held as tt", 'set representation = "dense", "int8" or "int4"'))
+    for name in sorted({"mixed", "tt"} & set(representations)):
+        found.append((f"`tables` held as {name}", 'set representation = "dense", "int8" or "int4"'))
     if kernels not in ("auto", "torch"):
         found.append((f"`train.kernels` = '{kernels}'", "set it to 'auto' or 'torch', which are the same there"))
     if found:

@@ -300,6 +300,20 @@ class StartFigures:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MixedFigures:
+    """What became of the rows of mixed tables; their ranges, table by table, are in model.json."""
+
+    rows: dict[str, int]
+    """Rows that are stored, by what of: `16 x 4` is 16 values of 4 bits."""
+    shared: int
+    """Rows of tails, which share row 0 of their table."""
+    bytes: int
+    """Of all rows as they are stored, scales included."""
+    fp32_bytes: int
+    """What these tables would take as fp32."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainFigures(FitFigures, Figures):
     """Figures of a trained model."""
 
@@ -318,6 +332,8 @@ class TrainFigures(FitFigures, Figures):
     """Measurements on the way, in order; none where the model after the last step is the only one measured."""
     start: StartFigures | None = None
     """What came from the model of `train.init_from`; None without one."""
+    mixed: MixedFigures | None = None
+    """Of the tables whose rows differ in bits; None where there are none."""
     best_step: int | None = None
     """Step after which the model was kept, where several were measured."""
     stopped_early: bool | None = None

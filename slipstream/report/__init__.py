@@ -4,6 +4,7 @@ terminal.py   Rich renderables
 sizes.py      the same, of what hardware a pipeline needs
 tuning.py     the same, of a search for better settings
 document.py   the JSON document of a run
+lists.py, mixed.py   what lists of values were like, and what mixed tables are stored in, in words
 facts.py      what a run left behind, read from its artifacts and condensed
 charts.py     frames to Altair charts
 page.py       sections, tables and charts to one HTML file

@@ -10,6 +10,7 @@ from slipstream.io.capacity import show_bytes
 from slipstream.io.figures import TrainFigures
 from slipstream.report import charts
 from slipstream.report.facts import RunFacts
+from slipstream.report.mixed import describe_mixed
 from slipstream.report.page import Figure, Grid, Paragraph, Part
 
 _MOST_REASONS = 12
@@ -42,6 +43,8 @@ def memory(facts: RunFacts) -> Iterator[Part]:
             columns=("tier" if title.endswith("tier") else "way", "bytes", ""),
             rows=[(name, f"{size:,}", text) for name, size, text in lines],
         )
+    if trained.mixed is not None:
+        yield Paragraph(text=f"Mixed tables as they are stored: {describe_mixed(trained.mixed)}.", kind="note")
     yield Paragraph(
         text=f"Rows on the device served {trained.hit_ratio:.1%} of the lookups that training made. Weights come with "
         "their optimizer state.",

@@ -31,6 +31,7 @@ from slipstream.io.figures import GenerateFigures, PreprocessFigures, SegregateF
 from slipstream.pipeline import RunResult, StagePlan, StageResult
 from slipstream.progress import Pace
 from slipstream.report.lists import describe_lists
+from slipstream.report.mixed import describe_mixed
 from slipstream.stage import row_bytes_of
 
 _MOST_SHOWN = 40
@@ -215,6 +216,8 @@ def _facts(result: RunResult) -> Iterator[tuple[str, str]]:
             yield "ranks", f"{trained.ranks}; the first sent a step: {parts}"
         if trained.drop_asked:
             yield "dropped", _describe_drop(trained, config)
+        if trained.mixed is not None:
+            yield "mixed", describe_mixed(trained.mixed)
         tiers = ", ".join(f"{name} {show_bytes(size)}" for name, size in trained.bytes_per_tier.items())
         moved = show_bytes(trained.bytes_to_device), show_bytes(trained.bytes_to_host)
         yield "memory", f"{tiers}; moved {moved[0]} to the device, {moved[1]} back"

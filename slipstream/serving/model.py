@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from slipstream.errors import DataError
 from slipstream.io.capacity import require_memory
 from slipstream.io.model_folder import FILES, WEIGHTS, read_description
+from slipstream.models.registry import read_model
 from slipstream.serving.encoder import Encoder
 from slipstream.serving.lines import has_labels, labelled_text
 from slipstream.serving.portable import PortableModel
-from slipstream.training.model_file import load_model, read_tensors
+from slipstream.training.model_file import load_model, read_ranges, read_tensors
 from slipstream.training.pooling import StoredBags
 from slipstream.training.predict import click_probabilities
 
@@ -166,6 +167,8 @@ class ServedModel(nn.Module):
             deepcopy(self.network),
             tensors,
             representations=self.description["representations"],
+            ranges=read_ranges(self.description),
+            row_width=read_model(self.description).row_width,
             column_tables=self.description["column_tables"],
             bags=StoredBags.of(self.description),
         )

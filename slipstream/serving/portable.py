@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from slipstream.embedding.quantized import PackedLinear
-from slipstream.schema import BITS
+from slipstream.schema import BITS, OOV_ROW, RowRange
 from slipstream.training.pooling import StoredBags
 
 
@@ -26,6 +27,8 @@ class PortableModel(nn.Module):
         network: (dense (B, n), looked-up rows (B, F, D)) -> logits (B,).
         tensors: Of the tables, by the names of model.safetensors.
         representations: How each table is held.
+        ranges: Of the rows of mixed tables.
+        row_width: D.
         column_tables: The table each column looks up.
         bags: Columns whose rows are pooled; None for none.
     """
@@ -36,12 +39,19 @@ class PortableModel(nn.Module):
         tensors: Mapping[str, Tensor],
         *,
         representations: Mapping[str, str],
+        ranges: Mapping[str, Sequence[RowRange]],
+        row_width: int,
         column_tables: Sequence[str],
         bags: StoredBags | None = None,
     ) -> None:
         super().__init__()
         self.network = with_float_linears(network)
-        self.tables = nn.ModuleDict({name: _make_rows(tensors, name, held) for name, held in representations.items()})
+        self.tables = nn.ModuleDict(
+            {
+                name: _make_rows(tensors, name, held, ranges.get(name, ()), row_width)
+                for name, held in representations.items()
+            }
+        )
         self._column_tables, self._bags = list(column_tables), bags
         self.eval().requires_grad_(False)
 
@@ -99,6 +109,27 @@ class _PackedRows(nn.Module):
         return found.to(torch.float32) * scale
 
 
+class _MixedRows(nn.Module):
+    """Rows of ranges that differ in bits: looked up in every range, and taken from the one they are in."""
+
+    def __init__(self, ranges: Sequence[RowRange], parts: Sequence[_PackedRows], width: int) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        self._ranges, self._width = list(ranges), width
+
+    def forward(self, rows: Tensor) -> Tensor:
+        rows = torch.where(rows < sum(part.rows for part in self._ranges), rows, OOV_ROW)  # the tail shares a row
+        found, start = None, 0
+        for part, packed in zip(self._ranges, self.parts, strict=True):
+            # lookups of other ranges get some row of this one, which is not taken
+            here = packed((rows - start).clamp(0, part.rows - 1))
+            here = pad(here, (self._width - here.shape[1], 0))  # values that are not stored are zero
+            found = here if found is None else torch.where((rows >= start).unsqueeze(-1), here, found)
+            start += part.rows
+        assert found is not None
+        return found
+
+
 class _CoreRows(nn.Module):
     """Rows as products of tensor-train cores."""
 
@@ -132,11 +163,20 @@ def with_float_linears(network: nn.Module) -> nn.Module:
     return network
 
 
-def _make_rows(tensors: Mapping[str, Tensor], name: str, held: str) -> nn.Module:
+def _make_rows(
+    tensors: Mapping[str, Tensor], name: str, held: str, ranges: Sequence[RowRange], width: int
+) -> nn.Module:
     prefix = f"tables.{name}"
     if held == "dense":
         return _DenseRows(tensors[prefix])
     if held == "tt":
         numbers = range(sum(key.startswith(f"{prefix}.core_") for key in tensors))
         return _CoreRows([tensors[f"{prefix}.core_{at}"] for at in numbers])
+    if held == "mixed":
+        places = [f"{prefix}.range_{at}" for at in range(len(ranges))]
+        parts = [
+            _PackedRows(tensors[f"{place}.packed"], tensors[f"{place}.scale"], part.bits)
+            for place, part in zip(places, ranges, strict=True)
+        ]
+        return _MixedRows(ranges, parts, width)
     return _PackedRows(tensors[f"{prefix}.packed"], tensors[f"{prefix}.scale"], BITS[held])

@@ -74,6 +74,7 @@ def start_from(folder: Path, parts: Assembly, *, processed: Artifact, padding_ro
     with torch.no_grad():
         for name in taken:
             own[name].copy_(given[name])
+    parts.representations.clear_what_is_not_stored(parts.rows)
     parts.representations.set_exact_scales(parts.rows)
     _log.info(
         f"starts from `{folder}`: {found:,} of {rows:,} rows found by raw id, {len(taken)} of {len(own)} tensors of "
@@ -127,7 +128,9 @@ def _match_rows(old_path: Path, new_path: Path) -> np.ndarray:
 def _fill(parts: Assembly, table: str, tables: StoredTables, column: int, old_rows: np.ndarray, folder: Path) -> None:
     """Put the rows of one table where they live, a block at a time."""
     slots = parts.layout.slot_maps[table]
-    places = np.flatnonzero(old_rows >= 0)
+    # a tail that shares row 0 has no rows to fill
+    slots = slots[: len(parts.layout.held_slots(table))]
+    places = np.flatnonzero(old_rows[: len(slots)] >= 0)
     for start in range(0, len(places), _BLOCK_ROWS):
         block = places[start : start + _BLOCK_ROWS]
         values = tables.look_up_column(column, torch.from_numpy(old_rows[block]))

@@ -25,6 +25,7 @@ from slipstream.training.footprint import (
     weigh,
 )
 from slipstream.training.loop import Trainer
+from slipstream.training.representations import lay_out
 from slipstream.training.skipping.registry import CRITERIA
 from slipstream.training.slot_layout import SlotLayout
 from slipstream.wiring import choose_tables, make_trainer, put_together, put_together_weightless
@@ -43,17 +44,17 @@ class Memory:
     def __init__(
         self, config: PipelineConfig, figures: PreprocessFigures, counts: np.ndarray, *, on_cuda: bool
     ) -> None:
-        self._specs = choose_tables(config.tables, figures.rows_per_table, figures.zero_rows)
+        self._specs = choose_tables(config, figures, counts)
         # which row is padding weighs nothing, and of tables cut to what a batch looks up there is always a first one
         padding_rows = None if figures.padding_rows is None else dict.fromkeys(figures.padding_rows, 0)
         figures = replace(figures, padding_rows=padding_rows)
         self._config, self._figures, self._counts, self._on_cuda = config, figures, counts, on_cuda
-        cores = {spec.name for spec in self._specs if spec.representation == "tt"}
-        self._layout = SlotLayout(
-            _slot_maps(figures.rows_per_table, are_read=bool(cores)),
+        are_all_held = all(spec.num_held == spec.num_rows for spec in self._specs)
+        self._layout = lay_out(
+            _slot_maps(figures.rows_per_table, are_read=not are_all_held),
+            self._specs,
             num_hot=sum(figures.rows_per_table.values()),
             table_of_column=figures.column_tables,
-            tierless=cores,
         )
         self.has_rows = np.array([spec.representation != "tt" for spec in self._specs])
         """Of each table, whether it has rows; the others are cores. Shape (T,)."""
@@ -85,7 +86,7 @@ class Memory:
 
     def _make_trainer(self, config: PipelineConfig, num_hot: int, *, on_cuda: bool) -> Trainer:
         layout = copy.copy(self._layout)
-        layout.num_hot = num_hot
+        layout.num_hot = min(num_hot, layout.num_rows)
         return self._weightless(config, layout, on_cuda=on_cuda)
 
     def _weightless(self, config: PipelineConfig, layout: SlotLayout, *, on_cuda: bool) -> Trainer:
@@ -132,6 +133,7 @@ class Memory:
             on_cuda=self._on_cuda and layout.is_whole,
             weighted=config.skip.reweight and CRITERIA.get(config.criterion).drops,
             padding=trainer.step.representations.padded,
+            range_of_slot=trainer.step.representations.range_of_slot,
         )
         in_step = step_bytes(trainer, batch)
         in_evaluation = evaluation_bytes(

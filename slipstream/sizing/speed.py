@@ -33,8 +33,8 @@ from slipstream.training.device import resolve_device
 from slipstream.training.order.rounds import OpenStreams
 from slipstream.training.order.schedule import default_segment_steps
 from slipstream.training.order.stream import SampleStream
+from slipstream.training.representations import lay_out
 from slipstream.training.skipping.registry import CRITERIA
-from slipstream.training.slot_layout import SlotLayout
 from slipstream.training.threads import torch_threads
 from slipstream.wiring import choose_tables, make_trainer, num_threads, put_together
 
@@ -373,13 +373,13 @@ class _Trial:
     def __init__(self, config: PipelineConfig, figures: PreprocessFigures, tables: _Tables, is_hot: np.ndarray) -> None:
         self._config, self._figures, self._tables = config, figures, tables
         self._slots, self._num_hot = assign_slots(is_hot), int(is_hot.sum())
-        specs = choose_tables(config.tables, tables.rows_per_table, {})
+        specs = choose_tables(config, replace(figures, rows_per_table=tables.rows_per_table), tables.counts)
         cuts = pairwise(tables.offsets)
-        layout = SlotLayout(
+        layout = lay_out(
             {name: self._slots[start:stop] for name, (start, stop) in zip(tables.rows_per_table, cuts, strict=True)},
+            specs,
             num_hot=self._num_hot,
             table_of_column=figures.column_tables,
-            tierless={spec.name for spec in specs if spec.representation == "tt"},
         )
         self.parts = put_together(
             config,

@@ -47,10 +47,9 @@ from slipstream.training.model_file import load_model, save_model
 from slipstream.training.order.shards import Shards, read_slot_maps
 from slipstream.training.pooling import describe_bags
 from slipstream.training.predict import predict
-from slipstream.training.representations import TableSpec
+from slipstream.training.representations import TableSpec, lay_out, weigh_mixed
 from slipstream.training.shared_step import SharedStep, require_same_model
 from slipstream.training.skipping.registry import CRITERIA
-from slipstream.training.slot_layout import SlotLayout
 from slipstream.training.threads import torch_threads
 from slipstream.training.validation import Validation
 from slipstream.wiring import alpha_tables_of, choose_tables, make_trainer, num_threads, put_together
@@ -138,14 +137,9 @@ def _open(config: PipelineConfig, segregated: Artifact, *, counts: np.ndarray, s
     device = resolve_device(config.train.device)
     check_kernels(config.train.kernels, device)
     figures = SegregateFigures.of(segregated)
-    specs = choose_tables(config.tables, figures.rows_per_table, figures.zero_rows)
+    specs = choose_tables(config, figures, counts)
     _check_capacity(config, figures, specs, scratch, on_host=device.type == "cpu")
-    layout = SlotLayout(
-        read_slot_maps(segregated),
-        num_hot=figures.hot_rows,
-        table_of_column=figures.column_tables,
-        tierless={spec.name for spec in specs if spec.representation == "tt"},
-    )
+    layout = lay_out(read_slot_maps(segregated), specs, num_hot=figures.hot_rows, table_of_column=figures.column_tables)
     if CRITERIA.get(config.criterion).watches_rows and not layout.tiered:
         raise ConfigError(
             f"criterion `{config.criterion}` watches rows move, and no table has rows: all are tensor-train cores",
@@ -171,7 +165,7 @@ def _check_capacity(
         CapacityError: Memory or disk would not do.
     """
     row_bytes = trained_row_bytes(config)
-    num_rows = sum(spec.num_rows for spec in specs if spec.representation != "tt")
+    num_rows = sum(spec.num_held for spec in specs)
     table_bytes = num_rows * row_bytes
     in_tier = 0 if config.train.mode in ("baseline", "cached") else min(figures.hot_rows, num_rows) * row_bytes
     in_file = table_bytes - in_tier if config.train.cold_path else 0
@@ -461,6 +455,7 @@ def _sum_up(
         val=quality["val"],
         device=parts.rows.device.type,
         validations=[] if validation is None else validation.checks,
+        mixed=weigh_mixed(parts.representations.specs, parts.rows.embedding_dim),
         best_step=best_step,
         stopped_early=None if validation is None else validation.says_stop,
         **asdict(fit),

@@ -147,7 +147,7 @@ def _assemble(
     return put_together(
         config,
         layout=SlotLayout(slot_maps, num_hot=figures.hot_rows, table_of_column=figures.column_tables),
-        specs=choose_tables(config.tables, figures.rows_per_table, figures.zero_rows),
+        specs=choose_tables(config, figures, counts),
         figures=figures,
         counts=counts,
         device=resolve_device(config.train.device),

@@ -147,6 +147,7 @@ def assemble(
     rows, placement = place_rows(settings, layout, counts, row_width=network.row_width, device=device, sums=sums)
     draw_rows(rows, layout, padding_rows, bound_of=network.initial_bound, seed=seed)
     representations = represent(settings, specs, layout, rows, seed=seed, bags=bags, padding_rows=padding_rows)
+    representations.clear_what_is_not_stored(rows)
     representations.set_exact_scales(rows)
     torch.manual_seed(seed)
     with fitting_the_device("the dense layers"):
@@ -371,7 +372,7 @@ def draw_rows(
     """Draw initial weights table by table, so that they do not depend on what is hot; padding rows are zero."""
     generator = torch.Generator().manual_seed(seed)
     for name in layout.tiered:
-        slots = torch.from_numpy(layout.slot_maps[name])
+        slots = torch.from_numpy(layout.held_slots(name))
         bound = bound_of(len(slots))
         for part in slots.split(_DRAWN_ROWS):  # one draw after the other: the same as all at once
             weights = torch.empty(len(part), rows.embedding_dim).uniform_(-bound, bound, generator=generator)

@@ -284,7 +284,9 @@ def evaluation_bytes(model: nn.Module, *, batch_size: int, num_dense: int, num_f
 def cut_layout(layout: SlotLayout, batch_size: int) -> SlotLayout:
     """Give a layout whose tables have no more rows than a batch can look up: a step over it takes as much."""
     sizes = {
-        name: min(len(slots), batch_size * layout.column_tables.count(name)) if name in layout.tiered else len(slots)
+        name: min(len(layout.held_slots(name)), batch_size * layout.column_tables.count(name))
+        if name in layout.tiered
+        else len(slots)
         for name, slots in layout.slot_maps.items()
     }
     starts = np.cumsum([0, *sizes.values()])
@@ -308,6 +310,7 @@ def stage_example(
     on_cuda: bool,
     weighted: bool,
     padding: PaddedColumns | None = None,
+    range_of_slot: np.ndarray | None = None,
 ) -> StagedBatch:
     """Give a batch as a step gets it, whose lookups are as different as they can be.
 
@@ -319,6 +322,7 @@ def stage_example(
         on_cuda: Whether the device finds the duplicates, as a GPU does.
         weighted: Whether its samples have weights.
         padding: Columns that may hold padding.
+        range_of_slot: Range of its table that each row is in, if steps must know. Shape (num_rows,), uint8.
     """
     slots = np.empty((batch_size, len(layout.column_tables)), np.int32)
     passed = dict.fromkeys(layout.tables, 0)
@@ -336,6 +340,7 @@ def stage_example(
         chunk_batches=1,
         columns=None if layout.is_whole else layout.columns,
         padding=padding,
+        range_of_slot=range_of_slot,
         in_thread=False,
         sorts_all=not on_cuda,
     )
@@ -367,4 +372,5 @@ def _move(batch: StagedBatch, device: torch.device) -> StagedBatch:
         weights=there(batch.weights),
         tierless=there(batch.tierless),
         is_value=there(batch.is_value),
+        ranges=there(batch.ranges),
     )

@@ -5,6 +5,8 @@ A model stores its tables by name in row order, whatever was hot, so it is the s
     model.safetensors   tables.cat_0 (N, D)                                  fp32 rows
                         tables.cat_1.packed (N, D·bits/8), .scale ()         int8, int4 and int2 tables,
                                                            or .scale (N,)    with a scale per row
+                        tables.cat_1.range_0.packed, .scale, ...             ranges of a mixed table, likewise, rows of
+                                                                             as many values as it stores
                         tables.cat_2.core_0 (p, r, q, r'), ...               tensor-train cores
                         dense.bottom.0.weight, ...                           fp32 layers
                         dense.bottom.0.packed, .scale, .bias                 layers on few bits
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from slipstream.embedding.quantized import PackedLinear, QuantizedLinear
 from slipstream.embedding.quantized.abs_max import CHUNK_ROWS
@@ -39,7 +43,7 @@ from slipstream.io.artifacts import write_json
 from slipstream.io.model_folder import DESCRIPTION, WEIGHTS, read_description
 from slipstream.io.tensors import StoredTensor, in_order_of_writing, write_tensors
 from slipstream.models.registry import read_model
-from slipstream.schema import BITS
+from slipstream.schema import BITS, OOV_ROW, RowRange
 from slipstream.training.pooling import StoredBags
 from slipstream.training.representations import Representations
 
@@ -65,28 +69,36 @@ def save_model(
     """
     held = representations.by_table
     stored: dict[str, StoredTensor] = {}
-    for name, slots in slot_maps.items():
+    for spec in representations.specs:
+        name = spec.name
         if held[name] == "tt":
             cores = representations.bags[name].tt_cores
             stored |= _store({f"tables.{name}.core_{at}": core.detach()[0].cpu() for at, core in enumerate(cores)})
-            continue
-        gather = partial(_gather_parts, rows, torch.from_numpy(slots))
-        shape = (len(slots), rows.embedding_dim)
-        if held[name] == "dense":
+        elif held[name] == "dense":
+            gather = partial(_gather_parts, rows, torch.from_numpy(slot_maps[name]))
+            shape = (len(slot_maps[name]), rows.embedding_dim)
             stored[f"tables.{name}"] = StoredTensor(dtype=_dtype_of(rows.cold), shape=shape, blocks=_as_arrays(gather))
         else:
-            scale = representations.scale_of(name)
-            stored |= _store_packed(name, gather, shape, None if scale is None else scale.cpu(), BITS[held[name]])
+            ranges, scales = representations.slots_by_range(spec), representations.scales_of(name)
+            for at, ((part, slots), scale) in enumerate(zip(ranges, scales, strict=True)):
+                gather = partial(_gather_parts, rows, slots, part.values)
+                shape = (len(slots), part.values or rows.embedding_dim)
+                place = f"{name}.range_{at}" if held[name] == "mixed" else name
+                stored |= _store_packed(place, gather, shape, None if scale is None else scale.cpu(), part.bits)
     if folder is None:
         for _, tensor in in_order_of_writing(stored):
             collections.deque(tensor.blocks(), maxlen=0)
         return
-    _write(folder, stored | _store(_dense_tensors(model)), {**description, "representations": held})
+    described = {**description, "representations": held}
+    if mixed := {spec.name: [asdict(part) for part in spec.cuts] for spec in representations.specs if spec.cuts}:
+        described["ranges"] = mixed
+    _write(folder, stored | _store(_dense_tensors(model)), described)
 
 
-def _gather_parts(rows: TieredRows, slots: Tensor) -> Iterator[Tensor]:
-    """Give the rows of a table a part at a time: it may be larger than memory."""
-    return (rows.gather(part).cpu() for part in slots.split(CHUNK_ROWS))
+def _gather_parts(rows: TieredRows, slots: Tensor, values: int | None = None) -> Iterator[Tensor]:
+    """Give the rows of a table, or their last values, a part at a time: it may be larger than memory."""
+    stored = slice(None if values is None else -values, None)
+    return (rows.gather(part)[:, stored].cpu() for part in slots.split(CHUNK_ROWS))
 
 
 def _dtype_of(tensor: Tensor) -> np.dtype:
@@ -181,8 +193,9 @@ def load_model(folder: Path) -> tuple[nn.Module, StoredTables]:
         num_fields = len(column_tables) if bags is None else bags.num_fields
         network = model.build(num_dense=description["num_dense"], num_columns=num_fields)
         held: dict[str, str] = description["representations"]
+        ranges = read_ranges(description)
         tables = {
-            name: _read_table(tensors, name, held[name], num_rows, model.row_width)
+            name: _read_table(tensors, name, held[name], ranges.get(name, ()), num_rows, model.row_width)
             for name, num_rows in description["tables"].items()
         }
         dense = {name.removeprefix("dense."): value for name, value in tensors.items() if name.startswith("dense.")}
@@ -211,6 +224,12 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: stream.get_tensor(name) for name in names}, dict(stream.metadata() or {})
     except (OSError, SafetensorError) as exc:
         raise ArtifactError(f"expected a safetensors file at `{path}`: {exc}") from exc
+
+
+def read_ranges(description: Mapping[str, Any]) -> dict[str, tuple[RowRange, ...]]:
+    """Ranges of the rows of mixed tables, by name, as model.json says."""
+    found = description.get("ranges", {})
+    return {name: tuple(RowRange(**part) for part in parts) for name, parts in found.items()}
 
 
 def _store_packed(
@@ -264,7 +283,12 @@ def _use_packed_linears(model: nn.Module, bits: int, *, quantize_bias: bool) -> 
 
 
 def _read_table(
-    tensors: Mapping[str, Tensor], name: str, held: str, num_rows: int, embedding_dim: int
+    tensors: Mapping[str, Tensor],
+    name: str,
+    held: str,
+    ranges: Sequence[RowRange],
+    num_rows: int,
+    embedding_dim: int,
 ) -> Tensor | Callable[[Tensor], Tensor]:
     if held == "dense":
         table = tensors[f"tables.{name}"]
@@ -275,13 +299,41 @@ def _read_table(
     if held == "tt":
         bag = _read_cores(tensors, name, num_rows, embedding_dim)
         return lambda rows: bag(rows.unsqueeze(1))
-    packed, scale, bits = tensors[f"tables.{name}.packed"], tensors[f"tables.{name}.scale"], BITS[held]
+    if held == "mixed":
+        parts = [_read_packed(tensors, f"{name}.range_{at}", part.bits) for at, part in enumerate(ranges)]
+        return _MixedTable(ranges, parts, embedding_dim)
+    return _read_packed(tensors, name, BITS[held])
+
+
+def _read_packed(tensors: Mapping[str, Tensor], place: str, bits: int) -> Callable[[Tensor], Tensor]:
+    packed, scale = tensors[f"tables.{place}.packed"], tensors[f"tables.{place}.scale"]
 
     def look_up(rows: Tensor) -> Tensor:
         steps = scale if scale.dim() == 0 else scale.index_select(0, rows)
         return dequantize(unpack(packed.index_select(0, rows), bits), steps)
 
     return look_up
+
+
+class _MixedTable:
+    """Looks up rows of a table whose ranges differ in bits."""
+
+    def __init__(
+        self, ranges: Sequence[RowRange], parts: Sequence[Callable[[Tensor], Tensor]], embedding_dim: int
+    ) -> None:
+        self._ranges, self._parts, self._embedding_dim = list(ranges), list(parts), embedding_dim
+        self._stops = torch.tensor([part.rows for part in ranges]).cumsum(0)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        rows = torch.where(rows < self._stops[-1], rows, OOV_ROW)  # the tail shares a row
+        found = torch.empty(len(rows), self._embedding_dim)
+        of_range = torch.bucketize(rows, self._stops, right=True)
+        for at, (part, look_up) in enumerate(zip(self._ranges, self._parts, strict=True)):
+            places = (of_range == at).nonzero().squeeze(1)
+            values = look_up(rows.index_select(0, places) - (self._stops[at] - part.rows))
+            # those that are not stored are zero
+            found.index_copy_(0, places, pad(values, (self._embedding_dim - values.shape[1], 0)))
+        return found
 
 
 def _read_cores(tensors: Mapping[str, Tensor], name: str, num_rows: int, embedding_dim: int) -> TTEmbeddingBag:

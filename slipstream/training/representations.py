@@ -1,8 +1,8 @@
 """What the model sees of looked-up rows: fp32 rows as they are, rows on a grid, or products of tensor-train cores.
 
-Rows of dense, int8 and int4 tables live in tiers, and all placements treat them alike; what differs is what happens
-between the lookup and the model. Tables of cores have no rows, so nothing of them is staged: they are looked up, and
-updated by their own fused optimizer, where the model is.
+Rows of dense, int8, int4 and mixed tables live in tiers, and all placements treat them alike; what differs is what
+happens between the lookup and the model. Tables of cores have no rows, so nothing of them is staged: they are looked
+up, and updated by their own fused optimizer, where the model is.
 
 Shape suffixes: B batch, C columns, K columns of tables in tiers, J columns of tables of cores, P columns that may hold
 padding, F fields: columns and bags of columns, D embedding_dim.
@@ -10,6 +10,7 @@ padding, F fields: columns and bags of columns, D embedding_dim.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ from slipstream.embedding.quantized.grids import RowGrids
 from slipstream.embedding.tiers.padding import PaddedColumns
 from slipstream.embedding.tiers.rows import TieredRows
 from slipstream.embedding.tt.bag import TTEmbeddingBag
-from slipstream.schema import BITS, Bag, Representation, TableScale
+from slipstream.io.figures import MixedFigures
+from slipstream.schema import BITS, Bag, Representation, RowRange, TableScale
 from slipstream.training.pooling import Pooling, pad_columns
 from slipstream.training.slot_layout import SlotLayout
 
@@ -40,11 +42,66 @@ class TableSpec:
     period: int = 200
     """Steps between refreshes of a scale per table."""
     tt_ranks: tuple[int, ...] = (16, 16)
+    cuts: tuple[RowRange, ...] = ()
+    """Ranges of the rows of a mixed table, in order; those after them share row 0."""
 
     @property
-    def bits(self) -> int:
-        """Bits of a row's values, 0 for fp32; tensor-train cores have no rows."""
-        return BITS[self.representation]
+    def ranges(self) -> tuple[RowRange, ...]:
+        """Ranges of the rows that are held, in order; tensor-train cores have no rows."""
+        if self.representation == "tt":
+            return ()
+        if self.representation == "mixed":
+            return self.cuts
+        return (RowRange(bits=BITS[self.representation], rows=self.num_rows),)
+
+    @property
+    def has_several_formats(self) -> bool:
+        """Whether rows differ in what is stored of them, or some of their values are not."""
+        return len(self.ranges) > 1 or any(part.values is not None for part in self.ranges)
+
+    @property
+    def num_held(self) -> int:
+        """Rows that are held; the tail after them shares row 0."""
+        return sum(part.rows for part in self.ranges)
+
+
+def lay_out(
+    slot_maps: Mapping[str, np.ndarray], specs: Sequence[TableSpec], *, num_hot: int, table_of_column: Sequence[int]
+) -> SlotLayout:
+    """Give the slots of tables that are held in some way.
+
+    Args:
+        slot_maps: Slot of each row, per table, as if all rows were held.
+        specs: How.
+        num_hot: Slots below this are hot.
+        table_of_column: Table, by position, that each column of samples looks up.
+    """
+    return SlotLayout(
+        slot_maps,
+        num_hot=num_hot,
+        table_of_column=table_of_column,
+        tierless={spec.name for spec in specs if spec.representation == "tt"},
+        held={spec.name: spec.num_held for spec in specs if 0 < spec.num_held < spec.num_rows},
+    )
+
+
+def weigh_mixed(specs: Sequence[TableSpec], row_width: int) -> MixedFigures | None:
+    """Count the rows of mixed tables, and what they are stored in; None where there are none."""
+    mixed = [spec for spec in specs if spec.representation == "mixed"]
+    if not mixed:
+        return None
+    nbytes, rows = 0, Counter[tuple[int, int]]()
+    for spec in mixed:
+        for part in spec.ranges:
+            values = part.values or row_width
+            rows[values, part.bits] += part.rows
+            nbytes += part.rows * part.bits * values // 8 + 4 * (part.rows if spec.scale_per == "row" else 1)
+    return MixedFigures(
+        rows={f"{values} x {bits}": count for (values, bits), count in sorted(rows.items(), reverse=True)},
+        shared=sum(spec.num_rows - spec.num_held for spec in mixed),
+        bytes=nbytes,
+        fp32_bytes=4 * row_width * sum(spec.num_rows for spec in mixed),
+    )
 
 
 class Representations:
@@ -79,16 +136,12 @@ class Representations:
         self.pooling = Pooling(bags, num_columns=len(layout.column_tables), device=device)
         self.padded = _find_padded(layout, bags, padding_rows)
         self.specs, self.layout = list(specs), layout
-        tiered = [spec for spec in specs if spec.representation != "tt"]
+        self._of_grid = [(spec, part) for spec in specs for part in spec.ranges]
         self.grids: RowGrids | None = None
-        if any(spec.bits for spec in tiered):
-            self.grids = RowGrids(
-                bits=[spec.bits for spec in tiered],
-                periods=[spec.period for spec in tiered],
-                scales_per=[spec.scale_per for spec in tiered],
-                table_of_column=[layout.tiered.index(layout.column_tables[at]) for at in layout.columns],
-                device=device,
-            )
+        self.range_of_slot: np.ndarray | None = None
+        """Range of its table that each row in tiers is in; None where nobody has to know. Shape (num_rows,), uint8."""
+        if any(part.bits for _, part in self._of_grid):
+            self.grids = self._make_grids(device)
         self.bags: dict[str, TTEmbeddingBag] = {
             spec.name: TTEmbeddingBag(
                 spec.num_rows,
@@ -133,16 +186,44 @@ class Representations:
         for bag in self.bags.values():
             bag.set_learning_rate(lr)
 
-    def train(self, looked_up_BKD: Tensor, tierless_BJ: Tensor | None, is_value_BP: Tensor | None = None) -> Tensor:
+    def _make_grids(self, device: torch.device) -> RowGrids:
+        layout, several = self.layout, {spec.name for spec in self.specs if spec.has_several_formats}
+        names = [spec.name for spec, _ in self._of_grid]
+        columns = [layout.column_tables[at] for at in layout.columns]
+        if several:
+            self.range_of_slot = np.zeros(layout.num_rows, np.uint8)
+            for spec in self.specs:
+                slots = layout.held_slots(spec.name)
+                stops = np.cumsum([part.rows for part in spec.ranges])
+                if spec.name in several:
+                    self.range_of_slot[slots] = np.searchsorted(stops, np.arange(len(slots)), side="right")
+        return RowGrids(
+            bits=[part.bits for _, part in self._of_grid],
+            periods=[spec.period for spec, _ in self._of_grid],
+            scales_per=[spec.scale_per for spec, _ in self._of_grid],
+            grid_of_column=[names.index(name) for name in columns],
+            columns_with_ranges=[at for at, name in enumerate(columns) if name in several],
+            values=[part.values for _, part in self._of_grid],
+            device=device,
+        )
+
+    def train(
+        self,
+        looked_up_BKD: Tensor,
+        tierless_BJ: Tensor | None,
+        is_value_BP: Tensor | None = None,
+        ranges_BK: Tensor | None = None,
+    ) -> Tensor:
         """Say what the model trains on. Shape (B, F, D).
 
         Args:
             looked_up_BKD: Rows of the tables in tiers.
             tierless_BJ: Slots of the others' lookups, int64; None when all tables live in tiers.
             is_value_BP: Which lookups of padded columns are values, bool; None where nothing is pooled.
+            ranges_BK: Range of its table that each row in tiers is in, uint8; None where no table has several.
         """
         if self.grids is not None:
-            looked_up_BKD = self.grids.train(looked_up_BKD)
+            looked_up_BKD = self.grids.train(looked_up_BKD, ranges_BK)
         return self.pooling.pool(self._with_cores(looked_up_BKD, tierless_BJ), is_value_BP)
 
     def look_up(self, rows: TieredRows, slots_BC: np.ndarray) -> Tensor:
@@ -155,7 +236,10 @@ class Representations:
         tiered = np.ascontiguousarray(slots_BC if self.layout.is_whole else slots_BC[:, self.layout.columns])
         looked_up = rows.gather(torch.from_numpy(tiered.ravel())).view(*tiered.shape, rows.embedding_dim)
         if self.grids is not None:
-            looked_up = self.grids.round(looked_up)
+            ranges = None
+            if self.range_of_slot is not None:
+                ranges = torch.from_numpy(self.range_of_slot[tiered]).to(rows.device)
+            looked_up = self.grids.round(looked_up, ranges)
         tierless = None
         if self.bags:
             tierless = torch.from_numpy(slots_BC[:, self._tierless_columns].astype(np.int64)).to(rows.device)
@@ -164,16 +248,34 @@ class Representations:
             is_value = torch.from_numpy(self.padded.find_values(slots_BC)).to(rows.device)
         return self.pooling.pool(self._with_cores(looked_up, tierless), is_value)
 
+    def clear_what_is_not_stored(self, rows: TieredRows) -> None:
+        """Set the values of rows that no range stores to zero, where they stay; the tiers are flushed."""
+        for spec in self.specs:
+            for part, slots in self.slots_by_range(spec):
+                if part.values is not None:
+                    for block in slots.split(CHUNK_ROWS):
+                        weights = rows.gather(block)
+                        weights[:, : -part.values] = 0.0
+                        rows.load(block, weights)
+
     def set_exact_scales(self, rows: TieredRows) -> None:
-        """Set every scale from its whole table, exactly. One pass over the rounded tables; the tiers are flushed."""
+        """Set every scale from all of its rows, exactly. One pass over the rounded tables; the tiers are flushed."""
         if self.grids is None:
             return
         largest = []
-        for name, is_scaled in zip(self.layout.tiered, self.grids.is_scaled_as_a_whole, strict=True):
-            slots = torch.from_numpy(self.layout.slot_maps[name])
-            parts = [rows.gather(part).abs().amax() for part in slots.split(CHUNK_ROWS)] if is_scaled else []
+        slots_of_grid = [slots for spec in self.specs for _, slots in self.slots_by_range(spec)]
+        for slots, is_scaled in zip(slots_of_grid, self.grids.is_scaled_as_a_whole, strict=True):
+            is_read = is_scaled and len(slots)
+            parts = [rows.gather(part).abs().amax() for part in slots.split(CHUNK_ROWS)] if is_read else []
             largest.append(torch.stack(parts).amax() if parts else torch.zeros((), device=rows.device))
         self.grids.set_abs_max(torch.stack(largest))
+
+    def slots_by_range(self, spec: TableSpec) -> Iterator[tuple[RowRange, Tensor]]:
+        """Give the ranges of a table in tiers, and the slots of their rows."""
+        slots, start = torch.from_numpy(self.layout.held_slots(spec.name)), 0
+        for part in spec.ranges:
+            yield part, slots[start : start + part.rows]
+            start += part.rows
 
     @contextmanager
     def exact_scales(self, rows: TieredRows) -> Iterator[None]:
@@ -189,11 +291,12 @@ class Representations:
             self.grids.scale.copy_(kept[0])
             self.grids.peak.copy_(kept[1])
 
-    def scale_of(self, name: str) -> Tensor | None:
-        """Step between two levels of a table on few bits, in force, shape (); None where each row has its own."""
+    def scales_of(self, name: str) -> list[Tensor | None]:
+        """Give the step between two levels of each range of a table, in force, shape (); None where rows have one."""
         assert self.grids is not None, name
-        table = self.layout.tiered.index(name)
-        return self.grids.scale[table] if self.grids.is_scaled_as_a_whole[table] else None
+        is_whole = self.grids.is_scaled_as_a_whole
+        numbers = [grid for grid, (spec, _) in enumerate(self._of_grid) if spec.name == name]
+        return [self.grids.scale[grid] if is_whole[grid] else None for grid in numbers]
 
     def cores(self) -> list[Tensor]:
         """Every tensor-train core of every table."""

@@ -182,7 +182,7 @@ class TrainStep:
         """(gradient of each lookup (L, D); Σ wᵢ ℓᵢ). The gradients of the dense layers are with their parameters."""
         looked_up = access.look_up(batch.num_lookups()).requires_grad_()
         by_sample = looked_up.view(len(batch), batch.num_lookups() // len(batch), self.rows.embedding_dim)
-        pooled = self.representations.train(by_sample, batch.tierless, batch.is_value)
+        pooled = self.representations.train(by_sample, batch.tierless, batch.is_value, batch.ranges)
         with self._autocast():
             logits = self.model(batch.dense, pooled)
         loss = binary_cross_entropy_with_logits(logits.float(), batch.labels, weight=batch.weights, reduction="sum")
@@ -283,6 +283,7 @@ class FixedShapeStep(TrainStep):
             raise ValueError("expected tables in tiers only: lookups of cores cannot be captured; use TrainStep")
         device, num_lookups = self.rows.device, batch_size * num_tables
         num_padded = len(self.representations.pooling.columns)
+        has_ranges = self.representations.range_of_slot is not None
         position_type = torch.int32 if self.rows.positions_fit_32_bits else torch.int64
         self._static = StagedBatch(
             dense=torch.zeros(batch_size, num_dense, device=device),
@@ -291,6 +292,7 @@ class FixedShapeStep(TrainStep):
             is_hot=False,
             weights=torch.zeros(batch_size, device=device),
             is_value=torch.zeros(batch_size, num_padded, dtype=torch.bool, device=device) if num_padded else None,
+            ranges=torch.zeros(batch_size, num_tables, dtype=torch.uint8, device=device) if has_ranges else None,
         )
         self._pad(num_lookups)  # once for all: graphs read it where it is
         self._variants: dict[tuple[object, ...], _Variant] = {}
@@ -338,6 +340,8 @@ class FixedShapeStep(TrainStep):
             static.positions.copy_(batch.positions)
         if batch.is_value is not None and static.is_value is not None:
             static.is_value.copy_(batch.is_value)
+        if batch.ranges is not None and static.ranges is not None:
+            static.ranges.copy_(batch.ranges)
         if batch.weights is not None and static.weights is not None:
             static.weights.copy_(batch.weights)
         return self._variants[key]
@@ -355,5 +359,6 @@ class FixedShapeStep(TrainStep):
             in_place=batch.in_place,
             weights=None if batch.weights is None else static.weights[:num_samples],
             is_value=None if static.is_value is None else static.is_value[:num_samples],
+            ranges=None if static.ranges is None else static.ranges[:num_samples],
             divisor=batch.divisor,
         )

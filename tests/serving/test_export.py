@@ -31,12 +31,16 @@ KINDS = {
     },
     "int4": {"tables.representation": "int4", "tables.quantize_linears": 4},
     "tt": {"tables.representation": "tt", "tables.tt_ranks": "[2, 3]", "train.mode": "fae"},
+    "mixed": {"tables.representation": "mixed", "tables.mixed_budget": "9%"},
     "every": {
         "tables.representation": "int4",
         "tables.quantize_linears": 4,
         "tables.quantize_biases": "true",
         "tables.overrides.cat_0.representation": "dense",
         "tables.overrides.cat_1.representation": "int8",
+        "tables.overrides.cat_2.representation": "mixed",
+        "tables.mixed_budget": "20%",
+        "tables.mixed_formats": "['8', '4']",
         "tables.overrides.cat_3.representation": "tt",
         "tables.overrides.cat_3.tt_ranks": "[2, 3]",
         "train.mode": "fae",
@@ -140,8 +144,8 @@ def test_tables_are_gathered_and_stay_packed(onnx_file: Path):
     operators = [node.op_type for node in graph.node]
     assert "Loop" not in operators
     assert sum(name.startswith("Gather") for name in operators) >= NUM_TABLES
-    # four values in four bytes, and in two
-    for stored, num_tables, width in (("INT8", 1, 4), ("UINT8", NUM_TABLES - 3, 2)):
+    # four values in four bytes, and in two; the mixed table has a range of each
+    for stored, num_tables, width in (("INT8", 2, 4), ("UINT8", NUM_TABLES - 3, 2)):
         packed = [tensor for tensor in graph.initializer if tensor.data_type == getattr(onnx.TensorProto, stored)]
         assert len(packed) == num_tables and all(tensor.dims[1] == width for tensor in packed)
 

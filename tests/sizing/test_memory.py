@@ -40,6 +40,7 @@ def weigh(result: RunResult, *, on_cuda: bool = False) -> Footprint:
         *(("dense", {"train__mode": mode}) for mode in ("fae", "baseline", "resident")),
         ("int8", {"train__mode": "fae"}),
         ("tt", {"train__mode": "fae"}),
+        ("by rank", {"train__mode": "fae"}),
     ],
 )
 def test_tiers_are_those_that_training_reports(tiny_runs: Path, mode: dict[str, Any], held: str):

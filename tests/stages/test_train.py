@@ -73,6 +73,7 @@ AVERAGED: dict[str, Any] = {"train__average": 0.4}
         *(("dense", {}, place) for place in EVERYWHERE + NOTHING_SKIPPED),
         *(("mixed", {}, place) for place in EVERYWHERE),
         *((held, {}, place) for held in ("int4", "int8", "tt") for place in (BASELINE, LFU)),
+        *(("by rank", AVERAGED, place) for place in (RANK, IN_PLACE)),
         *((held, ADAM, place) for held in ("dense", "mixed") for place in (RESIDENT, BASELINE, RANK)),
         ("dense", ADAM, NOTHING_SKIPPED[2]),
         *((held, AVERAGED, place) for held in ("dense", "mixed") for place in (RESIDENT, BASELINE, LFU)),

@@ -75,6 +75,7 @@ class Killed(BaseException):
     [
         {"held": "int8"},
         {"held": "tt"},
+        {"held": "by rank", "average": 0.3},
         {"held": "mixed", "average": 0.3, "validate_steps": 7},
         {"criterion": "stale"},
         pytest.param({"criterion": "stale", "movement": "net"}, marks=pytest.mark.slow),

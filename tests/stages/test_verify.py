@@ -145,6 +145,7 @@ def test_one_bit_is_seen():
             {"tables": {"representation": "tt", "tt_ranks": [2]}},
             r"tt \(cat_0\), tt \(cat_1\), tt \(cat_10\) and 23 more",
         ),
+        ({"tables": {"rules": [{"min_rows": 100, "representation": "mixed"}]}}, r"not dense fp32: mixed \(cat_"),
         ({"tables": {"quantize_linears": 8}}, "layers on 8 bits"),
         (
             {"train__mode": "fae", "train__faithful": True, "train__chunk_batches": 16},

@@ -20,6 +20,7 @@ from slipstream.options import pick
 from slipstream.training.assemble import Settings
 from slipstream.training.footprint import PeakMemory, assemble_weightless, cut_layout, stage_example, step_bytes, weigh
 from slipstream.training.loop import Trainer
+from slipstream.training.representations import TableSpec, lay_out
 from slipstream.training.slot_layout import SlotLayout
 from slipstream.wiring import choose_tables, make_trainer, put_together, put_together_weightless
 
@@ -30,16 +31,17 @@ NUM_TRAIN = 5000
 
 def make(config: PipelineConfig, *, device: str, on_cuda: bool = False, num_hot: int = 300) -> Trainer:
     """A trainer over the tables of `SIZES`; on `meta` a weightless one."""
-    specs = choose_tables(config.tables, SIZES, {})
+    counts = np.concatenate([np.arange(size)[::-1] for size in SIZES.values()])
+    specs = choose_tables(config, FIGURES, counts)
     slots = np.random.default_rng(0).permutation(sum(SIZES.values())).astype(np.int32)
     pieces = np.split(slots, np.cumsum(list(SIZES.values()))[:-1])
-    layout = SlotLayout(
+    layout = lay_out(
         {name: part.copy() for name, part in zip(SIZES, pieces, strict=True)},
+        specs,
         num_hot=num_hot,
         table_of_column=FIGURES.column_tables,
-        tierless={spec.name for spec in specs if spec.representation == "tt"},
     )
-    given: dict[str, Any] = {"layout": layout, "specs": specs, "figures": FIGURES, "counts": np.arange(len(slots))}
+    given: dict[str, Any] = {"layout": layout, "specs": specs, "figures": FIGURES, "counts": counts}
     if device == "meta":
         parts = put_together_weightless(config, **given, on_cuda=on_cuda)
     else:
@@ -89,6 +91,7 @@ CASES: dict[str, dict[str, Any]] = {
     "samples there": {"train__mode": "fae", "train__cold_access": "in_place", "train__shuffle_on": "device"},
     "int4": {"train__mode": "fae", "tables": HELD["int4"]},
     "mixed": {"train__mode": "fae", "tables": {**HELD["mixed"], "overrides": {}}},
+    "by rank": {"train__mode": "fae", "tables": HELD["by rank"]},
     "dcnv2": {"train__mode": "fae", "model": {"name": "dcnv2", "embedding_dim": 4}},
 }
 
@@ -117,15 +120,21 @@ def test_it_is_to_the_byte_what_a_trainer_holds_on_a_gpu(cold_access: str, cuda:
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("name", ["fae, adam", "stale", "stale by net movement", "int4", "dcnv2"])
+@pytest.mark.parametrize("name", ["fae, adam", "stale", "stale by net movement", "int4", "by rank", "dcnv2"])
 def test_a_step_takes_to_the_byte_what_a_real_one_takes(name: str, weighted: bool):
     config = tiny_config(**CASES[name])
     found = {}
     for device in ("cpu", "meta"):
         trainer = make(config, device=device)
-        layout = cut_layout(trainer.step.representations.layout, 16)
+        layout, ranges = cut_layout(trainer.step.representations.layout, 16), trainer.step.representations.range_of_slot
         batch = stage_example(
-            layout, batch_size=16, num_dense=4, device=torch.device(device), on_cuda=False, weighted=weighted
+            layout,
+            batch_size=16,
+            num_dense=4,
+            device=torch.device(device),
+            on_cuda=False,
+            weighted=weighted,
+            range_of_slot=None if ranges is None else np.zeros_like(ranges),
         )
         found[device] = step_bytes(trainer, batch)
     assert found["meta"] == found["cpu"] > 16 * 6 * 4 * 4, "at least the rows that are looked up"
@@ -178,7 +187,7 @@ def test_nothing_is_made_for_a_forecast_of_tables_larger_than_memory():
     parts = assemble_weightless(
         pick(Settings, config.train),
         layout=layout,
-        specs=choose_tables(config.tables, {"cat_0": size}, {}),
+        specs=[TableSpec(name="cat_0", num_rows=size)],
         padding_rows={},
         counts=np.empty(0),
         network=config.model,

@@ -263,6 +263,20 @@ def on_grid(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     return _levels(x, scale, bits).mul_(scale).add_(0.0)
 
 
+def on_grids(x: Tensor, scale: Tensor, largest: Tensor) -> Tensor:
+    """Do as `on_grid`, with bits that differ from row to row.
+
+    Args:
+        x: Weights, any shape, float32 or float64.
+        scale: Step, broadcastable to `x`.
+        largest: n = 2^(bits-1) - 1, likewise, of the dtype of `x`.
+
+    Returns:
+        Weights on the grid, equal to the bit to those of `on_grid` with the bits of each.
+    """
+    return torch.div(x, scale).round_().clamp_(-largest - 1, largest).mul_(scale).add_(0.0)
+
+
 def _levels(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     n = max_level(bits)
     return torch.div(x, scale).round_().clamp_(-n - 1, n)

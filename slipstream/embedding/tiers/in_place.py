@@ -29,7 +29,7 @@ from torch import Tensor
 
 from slipstream.embedding.tiers.batch_plan import BatchPlan, RowsInPlace
 from slipstream.embedding.tiers.frozen import FrozenTiers
-from slipstream.embedding.tiers.lookahead import Batch, LookAhead, StagedBatch, tierless_slots
+from slipstream.embedding.tiers.lookahead import Batch, LookAhead, StagedBatch, find_ranges, tierless_slots
 from slipstream.embedding.tiers.padding import PaddedColumns
 from slipstream.embedding.tiers.rows import TieredRows
 from slipstream.embedding.tiers.sample_ring import SampleRing
@@ -88,6 +88,8 @@ class InPlace:
         )
         self.padding: PaddedColumns | None = None
         """Columns that may hold padding, which counts as no lookup."""
+        self.range_of_slot: np.ndarray | None = None
+        """Range of its table that each row is in, if steps must know. Shape (num_rows,), uint8."""
         self.ring: SampleRing | None = None
         """Where the device keeps samples; None where the host sends every batch."""
         self._mover = RowMover(rows)
@@ -250,6 +252,8 @@ class InPlace:
             self._leave_out(self.padding, is_value)
             if self.padding.is_pooled:
                 arrays["is_value"] = is_value
+        if self.range_of_slot is not None:
+            arrays["ranges"] = find_ranges(self.range_of_slot, batch.slots, self._columns)
         tensors = dict(zip(arrays, self._mover.to_device(list(arrays.values())), strict=True))
         return _Sent(batch, tensors, self._mover.mark_moved())
 
@@ -281,6 +285,7 @@ class InPlace:
             weights=tensors.get("weights"),
             tierless=tensors.get("tierless"),
             is_value=tensors.get("is_value"),
+            ranges=tensors.get("ranges"),
         )
 
 

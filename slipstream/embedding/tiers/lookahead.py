@@ -95,6 +95,8 @@ class StagedBatch:
     """Of what this is a part; None where it is a whole batch."""
     is_value: Tensor | None = None
     """Which lookups of the padded columns are values, where rows are pooled. Shape (B, P), bool."""
+    ranges: Tensor | None = None
+    """Range of its table that the row of each lookup in tiers is in, where rows differ in bits. Shape (B, K), uint8."""
 
     def __len__(self) -> int:
         """B; of a part, its own samples."""
@@ -131,7 +133,7 @@ class StagedBatch:
         """Everything that went to the device."""
         found = self.distinct
         of_distinct = () if found is None else (found.rows, found.inverse, found.order, found.starts)
-        own = (self.dense, self.labels, self.positions, self.weights, self.tierless, self.is_value)
+        own = (self.dense, self.labels, self.positions, self.weights, self.tierless, self.is_value, self.ranges)
         given = (*own, *of_distinct)
         return [value for value in given if value is not None]
 
@@ -175,6 +177,7 @@ class LookAhead:
         chunk_batches: Batches per chunk, at most; a chunk that does not fit is split.
         columns: Columns of a batch's slots whose rows have tiers; None for all. The others only travel along.
         padding: Columns that may hold padding, which counts as no lookup; None for none.
+        range_of_slot: Range of its table that each row is in, if steps must know. Shape (num_rows,), uint8.
         in_thread: Whether moves are made by a thread of their own, and cold rows found by a few more; None where the
             device is no CPU. On a CPU they take their time from the computation, and a step's threads wait.
         sorts_all: Whether the host finds the distinct positions of a batch, not only its cold rows; None on a CPU.
@@ -189,6 +192,7 @@ class LookAhead:
         chunk_batches: int,
         columns: np.ndarray | None = None,
         padding: PaddedColumns | None = None,
+        range_of_slot: np.ndarray | None = None,
         in_thread: bool | None = None,
         sorts_all: bool | None = None,
         mover: RowMover | None = None,
@@ -199,7 +203,7 @@ class LookAhead:
         self._in_thread = not on_cpu if in_thread is None else in_thread
         self._sorts_all = on_cpu if sorts_all is None else sorts_all
         self._rows, self._placement, self._chunk_batches = rows, placement, chunk_batches
-        self._columns, self._padding = columns, padding
+        self._columns, self._padding, self._range_of_slot = columns, padding, range_of_slot
         self._mover = RowMover(rows) if mover is None else mover
         self._frozen: FrozenTiers | None = None
         self.lookups = 0
@@ -395,6 +399,8 @@ class LookAhead:
             arrays["tierless"] = tierless_slots(batch.slots, self._columns)
         if is_value is not None:
             arrays["is_value"] = is_value
+        if self._range_of_slot is not None:
+            arrays["ranges"] = find_ranges(self._range_of_slot, batch.slots, self._columns)
         if found is not None:
             arrays |= {"inverse": found.inverse, "order": found.order, "starts": found.starts}
         there = dict(zip(arrays, self._mover.to_device(list(arrays.values())), strict=True))
@@ -411,6 +417,7 @@ class LookAhead:
             tierless=there.get("tierless"),
             divisor=batch.divisor,
             is_value=there.get("is_value"),
+            ranges=there.get("ranges"),
         )
 
     def _leave_out_padding(self, batch: Batch) -> np.ndarray | None:
@@ -435,6 +442,12 @@ class LookAhead:
 def tierless_slots(slots: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """Give the slots of the columns that look up no row in tiers. Shape (B, J), int64."""
     return np.delete(slots, columns, axis=1).astype(np.int64)
+
+
+def find_ranges(range_of_slot: np.ndarray, slots: np.ndarray, columns: np.ndarray | None) -> np.ndarray:
+    """Say which range of its table the row of each lookup in tiers is in. Shape (B, K), uint8."""
+    ranges: np.ndarray = range_of_slot[slots if columns is None else slots[:, columns]]
+    return ranges
 
 
 class _SameThread(Executor):

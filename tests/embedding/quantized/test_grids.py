@@ -12,7 +12,7 @@ from slipstream.embedding.quantized.numbers import dequantize, quantize, row_sca
 
 
 def make_grids(**options: Any) -> RowGrids:
-    one_table = {"bits": [4], "periods": [3], "scales_per": ["table"], "table_of_column": [0]}
+    one_table = {"bits": [4], "periods": [3], "scales_per": ["table"], "grid_of_column": [0]}
     return RowGrids(**{**one_table, "device": torch.device("cpu"), **options})
 
 
@@ -49,7 +49,7 @@ def test_the_gradient_passes_straight_through_also_where_values_saturate():
 
 
 def test_columns_of_one_table_share_its_scale():
-    grids = make_grids(bits=[4, 0, 8], periods=[1, 1, 1], scales_per=["table"] * 3, table_of_column=[0, 1, 2, 0])
+    grids = make_grids(bits=[4, 0, 8], periods=[1, 1, 1], scales_per=["table"] * 3, grid_of_column=[0, 1, 2, 0])
     looked_up = torch.tensor([[[0.5], [0.123], [1.27], [-1.4]]])
     grids.begin_step()
     grids.train(looked_up)
@@ -60,7 +60,7 @@ def test_columns_of_one_table_share_its_scale():
 
 @pytest.mark.parametrize("width", [8, 4, 2])
 def test_a_scale_per_row_rounds_each_row_as_if_it_were_alone(width: int):
-    grids = make_grids(bits=[width, 8], periods=[1, 1], scales_per=["row", "table"], table_of_column=[0, 1, 0])
+    grids = make_grids(bits=[width, 8], periods=[1, 1], scales_per=["row", "table"], grid_of_column=[0, 1, 0])
     grids.set_abs_max(torch.tensor([9.0, 9.0]))  # what a table's largest weight is does not matter
     looked_up = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(0))
     looked_up[2, 0] = 0.0
@@ -77,3 +77,43 @@ def test_a_scale_per_row_rounds_each_row_as_if_it_were_alone(width: int):
 def test_periods_below_one_are_refused():
     with pytest.raises(ValueError, match="at least 1 step"):
         make_grids(periods=[0])
+
+
+@pytest.mark.parametrize("scale_per", ["table", "row"])
+def test_a_range_of_rows_is_rounded_as_a_table_would_be(scale_per: str):
+    alone = make_grids(bits=[8, 4, 2], periods=[2] * 3, scales_per=[scale_per] * 3, grid_of_column=[0, 1, 2])
+    # the second column looks up a table of its own between two of the table that is cut
+    cut = make_grids(
+        bits=[4, 8, 4, 2],
+        periods=[2] * 4,
+        scales_per=[scale_per] * 4,
+        grid_of_column=[1, 0, 1],
+        columns_with_ranges=[0, 2],
+    )
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(7):
+        rows = torch.randn(5, 3, 6, generator=generator)
+        ranges = torch.randint(3, (5, 3), generator=generator, dtype=torch.uint8)
+        for grids in (alone, cut):
+            grids.begin_step()
+        found = cut.train(rows, ranges)
+        expected = torch.empty(5, 2, 6)
+        for sample in range(5):
+            for place, column in enumerate((0, 2)):
+                at = int(ranges[sample, column])
+                looked_up = torch.zeros(1, 3, 6)
+                looked_up[:, at] = rows[sample, column]
+                expected[sample, place] = alone.train(looked_up)[0, at]
+        assert torch.equal(found[:, [0, 2]], expected)
+        assert torch.equal(cut.round(rows, ranges), found)
+    assert torch.equal(cut.peak[1:], alone.peak) and torch.equal(cut.scale[1:], alone.scale)
+
+
+def test_the_gradient_of_every_range_passes_straight_through():
+    grids = make_grids(
+        bits=[8, 2], periods=[1, 1], scales_per=["table"] * 2, grid_of_column=[0], columns_with_ranges=[0]
+    )
+    rows = torch.randn(4, 1, 3, requires_grad=True)
+    gradient = torch.randn(4, 1, 3)
+    grids.train(rows, torch.tensor([[0], [1], [1], [0]], dtype=torch.uint8)).backward(gradient)
+    assert torch.equal(rows.grad, gradient)
