@@ -393,9 +393,10 @@ def score_lines(
     Raises:
         SlipstreamError: Whatever scoring expects to go wrong.
     """
+    from slipstream.serving.model import ServedModel
     from slipstream.stages import score
 
-    return score.run(models, raw=raw, out=out, keep=keep, progress=progress or Silent())
+    return score.run(list(map(ServedModel, models)), raw=raw, out=out, keep=keep, progress=progress or Silent())
 
 
 def clean_run(runs_dir: Path, name: str) -> list[Path]:

@@ -9,17 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
 
 from slipstream.errors import ConfigError
 from slipstream.serving.encoder import Encoder
-
-if TYPE_CHECKING:
-    from slipstream.serving.loading import PendingModel
-    from slipstream.serving.model import ServedModel
+from slipstream.serving.model import ServedModel
 
 _SAID_BY_THE_SOURCE = ("source", "max_ind_range", "history_length", "points_per_user", "layout")
 """What decides how lines become numbers, before any vocabulary is asked."""
@@ -35,7 +31,7 @@ class Ensemble:
         ConfigError: Two of them read lines of different formats.
     """
 
-    def __init__(self, models: Sequence[ServedModel | PendingModel]) -> None:
+    def __init__(self, models: Sequence[ServedModel]) -> None:
         if not models:
             raise ValueError("expected at least one model, found none")
         self.models = list(models)
@@ -69,9 +65,6 @@ class Ensemble:
         Returns:
             Shape (M, n), float32.
         """
-        # before they are encoded: Python that comes and goes would hold up the thread that loads a network
-        for model in self.models:
-            model.wait()
         predicted = np.empty((len(self.models), parsed.height), np.float32)
         encoder, encoded = None, None
         for index, model in enumerate(self.models):

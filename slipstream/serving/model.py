@@ -65,9 +65,6 @@ class ServedModel(nn.Module):
         """
         return Encoder(self.folder, self.description)
 
-    def wait(self) -> None:
-        """Return at once: it is read; see `PendingModel`."""
-
     def forward(self, dense: Tensor, rows_nF: Tensor) -> Tensor:
         """Logits of encoded samples.
 

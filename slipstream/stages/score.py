@@ -37,10 +37,11 @@ from slipstream.progress import Progress
 from slipstream.serving.ensemble import Ensemble
 from slipstream.serving.group_scorer import GroupScorer
 from slipstream.serving.line_scorer import LineScorer, ScoredLines, own_column
-from slipstream.serving.loading import read_meanwhile
+from slipstream.serving.model import ServedModel
 from slipstream.serving.score_file import ScoredBlock, ScoreFile
 from slipstream.serving.scoring import BLOCK_BYTES, make_scorer
 from slipstream.serving.spool import spooled
+from slipstream.training.threads import torch_threads
 
 _BLOCK_BYTES = BLOCK_BYTES
 
@@ -52,7 +53,7 @@ _BYTES_PER_VALUE, _BYTES_PER_TEXT_LINE, _BYTES_PER_GROUPED_LINE = 8, 64, 40
 
 
 def run(
-    models: Sequence[Path],
+    models: Sequence[ServedModel],
     *,
     raw: Sequence[str],
     out: Path,
@@ -62,7 +63,7 @@ def run(
     """Score the lines of raw files; goes on where a killed run of the same files and models stopped.
 
     Args:
-        models: Folder of one, or of several whose probabilities are averaged.
+        models: One, or several whose probabilities are averaged.
         raw: Paths, globs, addresses, or `-` for standard input.
         out: File to write; its suffix decides the format.
         keep: Columns of a line to pass on, by the names of the source.
@@ -73,15 +74,15 @@ def run(
         `accuracy`. Of several models also `models`, a list: `folder` of each, and with labels its own `quality`.
 
     Raises:
-        ArtifactError: A folder holds no whole model.
-        CapacityError: Disk or memory has no room for it; of standard input nobody knows how much it will be.
+        CapacityError: Disk has no room for it; of standard input nobody knows how much it will be.
         ConfigError: A column to keep is not there, the suffix of `out` names no format, or two models read lines of
             different formats.
         DataError: A file cannot be read.
     """
     named = find_raw_files(raw, named_by="--raw", stdin=True)
-    with read_meanwhile(models) as pending, ExitStack() as spool:
-        ensemble, files = Ensemble(pending), named
+    ensemble = Ensemble(models)
+    with ExitStack() as spool, torch_threads(1):
+        files = named
         if STDIN not in files:
             _check_disk(ensemble, files, out, num_kept=len(keep))
         if isinstance(ensemble.encoder.source, GroupingSource):
