@@ -284,7 +284,7 @@ class TrainConfig:
     """Where samples are put in their order: on the `device`, to which they are copied in the windows they are shuffled
     in, so that batches cost the host nothing, or on the `host`, which sends every batch. The same order, and the same
     results; `auto` is `device` where a GPU reads cold rows in place and has room for the windows of two rounds, at most
-    10 million samples."""
+    2.5 million samples."""
     weight_decay: float = 0.0
     """L2 penalty on the dense layers' weights."""
     order: Literal["interleaved", "mixed"] = "interleaved"

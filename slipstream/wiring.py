@@ -46,7 +46,7 @@ from slipstream.training.threads import choose_threads, step_flop
 from slipstream.training.validation import Validation
 
 _log = logging.getLogger(__name__)
-ROUND_SAMPLES = 1_000_000
+ROUND_SAMPLES = 250_000
 """Most samples of a round."""
 
 

@@ -12,9 +12,9 @@ TEXT_BYTES_PER_SAMPLE = 243
 """Of Criteo's line format."""
 _ROWS_PER_SAMPLE = 0.241
 _CHECKPOINTS = 2
-_WINDOW_SAMPLES = 6_000_000
+_WINDOW_SAMPLES = 1_500_000
 """Of hot and of cold samples: the window that is loading, what is left of the one in use, and shards on their way."""
-_ROUND_SAMPLES = 2_000_000
+_ROUND_SAMPLES = 500_000
 """The round that trains and the next."""
 
 
@@ -36,7 +36,7 @@ COSTS = {
     "preprocess": Cost(seconds=4, disk_bytes=0.15e9, memory_bytes=0.6e9, memory_bytes_per_row=66),
     "profile": Cost(seconds=5, disk_bytes=0.001e9, memory_bytes=0.5e9, memory_bytes_per_row=60),
     "segregate": Cost(seconds=1, disk_bytes=0.16e9, memory_bytes=0.8e9, memory_bytes_per_row=60),
-    "train": Cost(seconds=17, disk_bytes=0.02e9, memory_bytes=1.3e9),
+    "train": Cost(seconds=17, disk_bytes=0.02e9, memory_bytes=1.0e9),
 }
 """By stage; training is of one epoch, with a small network."""
 

@@ -16,7 +16,7 @@ from slipstream.training.order.rounds import OpenStreams
 from slipstream.training.order.stream import SampleStream
 from slipstream.training.slot_layout import SlotLayout
 
-WINDOW_SAMPLES = 2_000_000
+WINDOW_SAMPLES = 500_000
 """Samples shuffled together."""
 _NUM_LOADERS = 8
 """Threads that read shards."""
