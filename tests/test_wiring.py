@@ -24,12 +24,14 @@ SIZES = {"cat_0": 30, "cat_1": 50}
 def make(device: str, *, num_train: int = 1000, cramped: FakeCuda | None = None, **train: Any) -> Trainer:
     config = tiny_config(train__device=device, **{f"train__{name}": value for name, value in train.items()})
     slots = np.arange(80, dtype=np.int32)
+    figures = TableFigures(num_dense=4, rows_per_table=SIZES, table_of_column=[0, 1])
+    counts = np.arange(80)
     parts = put_together(
         config,
         layout=SlotLayout({"cat_0": slots[:30], "cat_1": slots[30:]}, num_hot=20, table_of_column=[0, 1]),
-        specs=choose_tables(config.tables, SIZES, {}),
-        figures=TableFigures(num_dense=4, rows_per_table=SIZES, table_of_column=[0, 1]),
-        counts=np.arange(80),
+        specs=choose_tables(config, figures, counts),
+        figures=figures,
+        counts=counts,
         device=torch.device(device),
     )
     if cramped is not None:
