@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from slipstream.ops import quoting as quoting_module
 from slipstream.ops.quoting import unquote
 
 ODD_TEXT = st.text(alphabet='ab",; \té0', max_size=8)
@@ -57,3 +58,8 @@ def test_the_last_line_may_lack_its_end(data: bytes):
 
 def test_a_control_character_of_the_data_is_not_taken_for_a_separator():
     assert unquote(b'"a\x1fb",c\n', ",") == (b"a\x1fb\x1ec\n", "\x1e")
+
+
+def test_regular_quotes_are_taken_all_at_once():
+    data = b'1,"a, ""b""",2\n"x",3,"y"\n'
+    assert quoting_module._unquote_regular(data, ord(","), b"\x1f") == b'1\x1fa, "b"\x1f2\nx\x1f3\x1fy\n'

@@ -18,6 +18,14 @@ def counted(raw_ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
     return np.array(sorted(counts), np.int64), np.array([counts[raw_id] for raw_id in sorted(counts)], np.int64)
 
 
+def test_what_waits_to_be_merged_is_bounded():
+    counter = RawIdCounter()
+    counter.add(np.array([7]), np.array([1]))
+    for _ in range(4):
+        counter.add(np.arange(600_000), np.ones(600_000, np.int64))
+    assert sum(map(len, counter._raw_ids)) <= 600_000 + (1 << 20)
+
+
 @given(st.lists(st.lists(_IDS, max_size=20), max_size=5), st.booleans())
 def test_counters_add_up_whatever_the_pieces(pieces: list[list[int]], merges_between: bool):
     counter = RawIdCounter()

@@ -1,8 +1,12 @@
-"""A whole run, stopped a hundred times by all that stops a process, and the bytes of one that nobody disturbed."""
+"""A whole run, stopped a hundred times by all that stops a process, and the bytes of one that nobody disturbed.
+
+`SLIPSTREAM_KILLS` sets another number; with `-s` each kill is told.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -43,7 +47,7 @@ target_drop = 0.3
 """
 STAGES = ("generate", "preprocess", "profile", "segregate", "train")
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
-NUM_KILLS = 100
+NUM_KILLS = int(os.environ.get("SLIPSTREAM_KILLS", "100"))
 SECONDS_TO_LEAVE = 60
 """A process that was asked to stop must be gone after this; it takes a second or two."""
 
@@ -100,7 +104,7 @@ def test_a_hundred_kills_over_all_stages_change_nothing(tmp_path: Path):
         wanted = STAGES[attempt % len(STAGES)]
         process = start_run(pipeline, runs)
         while process.poll() is None and stage_at_work(runs) != wanted:
-            time.sleep(0.002)
+            time.sleep(0.01)
         time.sleep(drawn.uniform(0, seconds[wanted]))
         how = drawn.choice(SIGNALS)
         process.send_signal(how)
@@ -112,9 +116,10 @@ def test_a_hundred_kills_over_all_stages_change_nothing(tmp_path: Path):
         hits[wanted] += 1
         signals[how.name] += 1
         assert b"Traceback" not in said, said.decode()
+        print(f"{hits.total()} of {NUM_KILLS}: {wanted}, by {how.name}", flush=True)  # noqa: T201 - asked for with -s
     finish(pipeline, runs)
     assert results(runs) == expected
     print(f"killed {hits.total()} times: {dict(hits)}, {dict(signals)}")  # noqa: T201 - asked for with -s
     assert hits.total() == NUM_KILLS
-    assert min(hits[stage] for stage in STAGES) >= 5
+    assert min(hits[stage] for stage in STAGES) >= NUM_KILLS // 20
     assert signals.keys() == {one.name for one in SIGNALS}

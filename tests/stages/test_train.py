@@ -7,12 +7,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import current_thread
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import accuracy_score, log_loss, roc_auc_score
+from strategies import tiny_config
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, linear
 from trained import HELD, artifact_of, assert_same_training, losses_of, model_of, predictions_of, train
@@ -23,6 +25,7 @@ from slipstream.embedding.tiers.transfer import RowMover
 from slipstream.io.samples import Samples, concat_samples, read_shard
 from slipstream.pipeline import RunResult
 from slipstream.schema import table_name
+from slipstream.stages import train as train_stage
 from slipstream.training import loop
 from slipstream.training.model_file import save_model
 from slipstream.training.skipping.criteria.stale import PulledStale
@@ -349,6 +352,8 @@ def test_an_epoch_trains_on_every_sample_once(tmp_path: Path, seen_batches: list
     assert trained == given + given
     counts = result.counts("train")
     assert counts["samples_seen"] == trained.total() == 2 * result.counts("preprocess")["samples"]["train"]
+    spent = [counts[f"{what}_seconds"] for what in ("input", "move", "compute")]
+    assert min(spent) >= 0 and sum(spent) <= counts["train_seconds"], "parts of the time it took"
     assert counts["steps"] == len(seen_batches)
     assert counts["hot_steps"] == sum(batch.is_hot for batch in seen_batches)
     first, second = seen_batches[: len(seen_batches) // 2], seen_batches[len(seen_batches) // 2 :]
@@ -465,3 +470,26 @@ def test_rows_are_watched_from_the_end_of_the_warm_up_on(tmp_path: Path, monkeyp
     train(tmp_path, train__mode="slipstream", skip__warmup_steps=warmup, skip__refresh_steps=8)
     assert opened_at[0] == warmup
     assert len(opened_at) > 3
+
+
+# --- before it begins ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("on_host", [True, False])
+@pytest.mark.parametrize(("steps", "minutes", "copies"), [(0, 5.0, 3), (9, 0.0, 3), (0, 0.0, 1)])
+def test_what_is_asked_for_follows_from_tables_samples_and_checkpoints(
+    tmp_path: Path, steps: int, minutes: float, copies: int, on_host: bool, monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[int] = []
+    monkeypatch.setattr(train_stage, "require_memory", lambda need, **_: asked.append(need))
+    monkeypatch.setattr(train_stage, "require_disk", lambda folder, need, **_: asked.append(need))
+    config = tiny_config(
+        train__optimizer="adam", train__checkpoint_steps=steps, train__checkpoint_minutes=minutes, train__mode="fae"
+    )
+    figures: Any = SimpleNamespace(hot_rows=100, num_train=3000, num_dense=13, column_tables=[0, 1, 1])
+    specs: Any = [SimpleNamespace(num_rows=700, representation=kind) for kind in ("dense", "int8", "tt")]
+    train_stage._check_capacity(config, figures, specs, tmp_path, on_host=on_host)
+    row_bytes = 3 * 4 * 4  # 4 numbers and two moments of each, in fp32
+    on_device = 0 if on_host else 100 * row_bytes
+    samples = 2 * 3000 * 4 * (3 + 13 + 1)  # those of a window and of a round; columns, numbers, label
+    assert asked == [1400 * row_bytes - on_device + samples, copies * 1400 * row_bytes]

@@ -34,6 +34,7 @@ def run(folder: Path, **changes: dict[str, object]) -> RunResult:
 def test_fae_in_the_published_order_sees_every_sample_once_and_syncs_whole_tables(tmp_path: Path) -> None:
     result = run(tmp_path, train={"mode": "fae"})
     trained, segregated = result.counts("train"), result.counts("segregate")
+    assert trained["hot_steps"] == -(-segregated["samples"]["hot"] // 64)
 
     assert trained["samples_seen"] == segregated["samples"]["hot"] + segregated["samples"]["cold"]
     assert trained["samples_dropped"] == 0

@@ -164,6 +164,22 @@ def test_the_scale_of_a_large_int8_master_follows_its_updates_exactly() -> None:
             bag.apply_update(torch.tensor([row]), -bag.master_rows(torch.tensor([row])))
 
 
+def test_rows_of_forwards_whose_gradients_accumulate_are_all_read() -> None:
+    num_rows = SWEEP_ROWS_PER_STEP * 8
+    bag = QuantizedEmbeddingBag(num_rows, 2, period=1, sparse=True, _weight=torch.ones(num_rows, 2))
+    optimizer = torch.optim.SGD(bag.parameters(), lr=1.0)
+    for row, slope in ((num_rows - 1, -9.0), (0, 1.0)):
+        (bag(torch.tensor([[row]])) * slope).sum().backward()
+    optimizer.step()
+    bag(torch.tensor([[1]]))
+    assert bag.scale == 10 / np.float32(7)
+
+
+def test_an_int8_master_uses_its_largest_level() -> None:
+    values = torch.tensor([[127.0, 1.0], [-127.0, 3.0], [63.5, 0.5], [128.0, 2.0]])
+    assert torch.equal(QuantizedEmbeddingBag(4, 2, master_dtype="int8", _weight=values).master_rows(), values)
+
+
 def test_a_weight_whose_values_were_put_elsewhere_is_read_anew() -> None:
     num_rows = SWEEP_ROWS_PER_STEP * 8
     bag = QuantizedEmbeddingBag(num_rows, 2, period=1, sparse=True, _weight=torch.ones(num_rows, 2))

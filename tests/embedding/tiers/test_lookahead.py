@@ -154,6 +154,7 @@ def test_any_placement_equals_a_plain_loop_to_the_bit(placement: str, optimizer:
         in_thread=in_thread,
         sorts_all=data.draw(st.booleans(), label="the host sorts all"),
     )
+    assert lookahead._in_thread == in_thread
     fits = largest <= rows.num_staged // 2
     try:
         lookahead.run(iter(batches[:cut]), trainer_of(rows))
@@ -355,3 +356,11 @@ def test_an_error_in_a_step_comes_out_and_ends_the_run():
 def test_chunks_have_at_least_one_batch():
     with pytest.raises(ValueError, match="at least 1 batch, found 0"):
         make_lookahead(make_tiers(3, 1, 4, "sgd"), chunk_batches=0)
+
+
+@pytest.mark.parametrize(("num_rows", "capacity"), [(9, 4), (8, 3)])
+def test_a_cache_of_another_size_than_the_tiers_is_refused(num_rows: int, capacity: int):
+    rows = make_tiers(10, 2, 4, "sgd")
+    CachedRows(rows, RowCache(8, 4))
+    with pytest.raises(ValueError, match=f"4 positions over 8 rows, found {capacity} over {num_rows}"):
+        CachedRows(rows, RowCache(num_rows, capacity))

@@ -25,13 +25,14 @@ DEVICES = [
     pytest.param("cpu", marks=pytest.mark.skipif(HAS_GPU, reason="kernels are compiled here, not interpreted")),
     pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")]),
 ]
-NUM_ROWS, NUM_HOT, LOOKUPS = 40, 8, 400
+NUM_ROWS, NUM_HOT, LOOKUPS = 40, 8, 384
 
 
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     if request.param == "cpu":  # each program takes the interpreter a millisecond
         monkeypatch.setattr(triton_plan, "_MOVERS", 3)
+        monkeypatch.setattr(triton_plan, "_BLOCK", 128)  # which the lookups of a batch fill to the last
         monkeypatch.setattr(triton_plan, "_UPDATERS", 5)
     return torch.device(request.param)
 
@@ -131,6 +132,13 @@ def test_rows_looked_up_a_few_times_are_updated_to_the_bit(device: torch.device)
     if device.type == "cpu":  # a GPU adds pairs of lookups
         assert torch.equal(*found)
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 1), (4, 3), (4, 16)])
+def test_programs_move_powers_of_two(shape: tuple[int, ...]):
+    dim, at_once, width = triton_plan._shape_of_rows(torch.zeros(shape))
+    assert dim == (1, *shape[1:])[-1] <= width < 2 * dim
+    assert all(number & (number - 1) == 0 for number in (at_once, width))
 
 
 def test_a_rule_of_ones_own_has_no_kernel():
