@@ -330,7 +330,8 @@ def _read_columns(path: str, file_index: int, block_rows: int, skip: int, skip_b
             if done <= skip:
                 continue
             rows = batch.slice(max(skip - first, 0))
-            frame = pl.from_arrow(pa.Table.from_batches([rows]))
+            # what the file says of itself beside its columns may be no UTF-8, of which Polars panics
+            frame = pl.from_arrow(pa.Table.from_batches([rows]).replace_schema_metadata())
             assert isinstance(frame, pl.DataFrame)
             stored = size * done // num_rows
             yield RawBlock(file_index=file_index, block_index=index, data=frame, end=done, stored=stored)
@@ -342,15 +343,17 @@ def _open_parquet(path: str) -> Iterator[pq.ParquetFile]:
     with open_stored(path) as stored:
         try:
             file = pq.ParquetFile(stored)
-        except (pa.ArrowException, OSError) as exc:
+        except (pa.ArrowException, ValueError, OSError) as exc:
             raise DataError(f"`{path}` is not a sound Parquet file: {exc}", hint="copy or write it again") from exc
         yield file
 
 
 def _batches(file: pq.ParquetFile, path: str, block_rows: int) -> Iterator[pa.RecordBatch]:
     try:
-        yield from file.iter_batches(batch_size=block_rows)
-    except (pa.ArrowException, OSError) as exc:
+        for batch in file.iter_batches(batch_size=block_rows):
+            batch.validate(full=True)  # text that is no UTF-8, too
+            yield batch
+    except (pa.ArrowException, ValueError, OSError) as exc:
         raise DataError(f"`{path}` is not a sound Parquet file: {exc}", hint="copy or write it again") from exc
 
 

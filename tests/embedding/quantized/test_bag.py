@@ -168,7 +168,7 @@ def test_rows_of_forwards_whose_gradients_accumulate_are_all_read() -> None:
     num_rows = SWEEP_ROWS_PER_STEP * 8
     bag = QuantizedEmbeddingBag(num_rows, 2, period=1, sparse=True, _weight=torch.ones(num_rows, 2))
     optimizer = torch.optim.SGD(bag.parameters(), lr=1.0)
-    for row, slope in ((num_rows - 1, -9.0), (0, 1.0)):
+    for row, slope in ((num_rows - 1, -9.0), (0, 1.0), (2, 1.0)):
         (bag(torch.tensor([[row]])) * slope).sum().backward()
     optimizer.step()
     bag(torch.tensor([[1]]))

@@ -247,6 +247,15 @@ def test_a_checkpoint_read_beside_training_is_of_one_moment(mode: str):
     assert not torch.equal(everything_of(rows)[0], then[0])
 
 
+def test_what_was_frozen_is_closed_once():
+    rows = make_rows(NUM_ROWS, HOT_ROWS["slipstream"], BATCH * COLUMNS, optimizer="sgd")
+    in_place, closed = make_in_place(rows, batch_size=BATCH, num_columns=COLUMNS), []
+    in_place.freeze().close = lambda: closed.append("now")  # type: ignore[method-assign]
+    in_place.thaw()
+    in_place.thaw()
+    assert closed == ["now"]
+
+
 @pytest.mark.parametrize(
     ("owner", "what_keeps_order"),
     [(RowsInPlace, "begin"), (RowsInPlace, "end"), (InPlace, "flush"), (BatchPlan, "take_over")],
