@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -192,9 +193,15 @@ def shuffle_otherwise_on_rank_1(rank: int) -> None:
     """Another order of samples, as another version of numpy could draw."""
     from slipstream.training.order.stream import SampleStream
 
-    shuffle = SampleStream._shuffle
+    load_next = SampleStream._load_next
+
+    def load_reversed(self: SampleStream) -> None:
+        draw, self._rng = self._rng, SimpleNamespace(permutation=lambda size: draw.permutation(size)[::-1])  # type: ignore[assignment]
+        load_next(self)
+        self._rng = draw
+
     if rank == 1:
-        SampleStream._shuffle = lambda self, shards: shuffle(self, shards).take(slice(None, None, -1))  # type: ignore[method-assign]
+        SampleStream._load_next = load_reversed  # type: ignore[method-assign]
 
 
 def compute_otherwise_on_rank_1(rank: int) -> None:

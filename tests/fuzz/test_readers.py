@@ -329,7 +329,7 @@ def test_a_checkpoint_goes_on_where_it_was_or_is_put_aside(tmp_path: Path, monke
     valid = {".json": plain, ".safetensors": weights}
     path = tmp_path / "checkpoint-000000000003.json"
     restored: list[object] = []
-    monkeypatch.setattr(checkpoint, "restore_state", lambda trainer, state, weights: restored.append(state))
+    monkeypatch.setattr(checkpoint, "restore_state", lambda trainer, state, weights, clone: restored.append(state))
     trainer: Any = SimpleNamespace(totals=SimpleNamespace(steps=3))
 
     def restore() -> bool:

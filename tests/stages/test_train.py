@@ -487,7 +487,10 @@ def test_what_is_asked_for_follows_from_tables_samples_and_checkpoints(
         train__optimizer="adam", train__checkpoint_steps=steps, train__checkpoint_minutes=minutes, train__mode="fae"
     )
     figures: Any = SimpleNamespace(hot_rows=100, num_train=3000, num_dense=13, column_tables=[0, 1, 1])
-    specs: Any = [SimpleNamespace(num_rows=700, representation=kind) for kind in ("dense", "int8", "tt")]
+    specs: Any = [
+        SimpleNamespace(num_rows=700, num_held=held, representation=kind)
+        for kind, held in (("dense", 700), ("int8", 700), ("tt", 0))
+    ]
     train_stage._check_capacity(config, figures, specs, tmp_path, on_host=on_host)
     row_bytes = 3 * 4 * 4  # 4 numbers and two moments of each, in fp32
     on_device = 0 if on_host else 100 * row_bytes
