@@ -35,7 +35,7 @@ from slipstream.models.dlrm import DLRM
 from slipstream.options import pick
 from slipstream.pipeline import run_pipeline
 from slipstream.schema import Bag
-from slipstream.training.assemble import Settings, assemble
+from slipstream.training.assemble import Design, Settings, assemble
 from slipstream.training.representations import TableSpec
 from slipstream.training.slot_layout import SlotLayout
 
@@ -157,17 +157,19 @@ def prepare(
         }
     )
     parts = assemble(
-        pick(Settings, config.train),
-        layout=SlotLayout(
-            slot_maps, num_hot=num_rows * len(names), table_of_column=[*range(NUM_SINGLE), *[NUM_SINGLE] * length]
+        Design(
+            settings=pick(Settings, config.train),
+            layout=SlotLayout(
+                slot_maps, num_hot=num_rows * len(names), table_of_column=[*range(NUM_SINGLE), *[NUM_SINGLE] * length]
+            ),
+            specs=[TableSpec(name=name, num_rows=num_rows) for name in names],
+            padding_rows={names[-1]: 0} if is_list else {},
+            bags=[Bag(columns=tuple(range(NUM_SINGLE, NUM_SINGLE + length)), pooling="mean")] if is_list else (),
+            counts=np.zeros(num_rows * len(names), np.int64),
+            network=config.model,
+            linear_bits=0,
+            num_dense=NUM_DENSE,
         ),
-        specs=[TableSpec(name=name, num_rows=num_rows) for name in names],
-        padding_rows={names[-1]: 0} if is_list else {},
-        bags=[Bag(columns=tuple(range(NUM_SINGLE, NUM_SINGLE + length)), pooling="mean")] if is_list else (),
-        counts=np.zeros(num_rows * len(names), np.int64),
-        network=config.model,
-        linear_bits=0,
-        num_dense=NUM_DENSE,
         seed=0,
         device=torch.device("cpu"),
     )

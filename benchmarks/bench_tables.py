@@ -39,7 +39,7 @@ from slipstream.ops.metrics import measure_quality
 from slipstream.options import pick
 from slipstream.pipeline import export_model, run_pipeline
 from slipstream.stages import evaluate
-from slipstream.training.assemble import Settings, assemble
+from slipstream.training.assemble import Design, Settings, assemble
 from slipstream.training.order.shards import read_slot_maps
 from slipstream.training.representations import lay_out
 from slipstream.training.slot_layout import SlotLayout
@@ -219,14 +219,16 @@ def make_step(config: PipelineConfig, segregated: Artifact, profiled: Artifact) 
     specs = choose_tables(config, figures, read_counts(profiled))
     layout = lay_out(read_slot_maps(segregated), specs, num_hot=figures.hot_rows, table_of_column=figures.column_tables)
     parts = assemble(
-        pick(Settings, dataclasses.replace(config.train, mode="resident")),
-        layout=layout,
-        specs=specs,
-        padding_rows={},
-        counts=np.zeros(layout.num_slots, np.int64),
-        network=config.model,
-        linear_bits=config.tables.quantize_linears,
-        num_dense=figures.num_dense,
+        Design(
+            settings=pick(Settings, dataclasses.replace(config.train, mode="resident")),
+            layout=layout,
+            specs=specs,
+            padding_rows={},
+            counts=np.zeros(layout.num_slots, np.int64),
+            network=config.model,
+            linear_bits=config.tables.quantize_linears,
+            num_dense=figures.num_dense,
+        ),
         seed=0,
         device=torch.device("cpu"),
     )

@@ -32,7 +32,7 @@ from slipstream.io.processors import usable_cores
 from slipstream.ops.learning_rate import learning_rate
 from slipstream.ops.precision import choose_ranges
 from slipstream.options import parse_budget, pick
-from slipstream.training.assemble import Assembly, Settings, assemble
+from slipstream.training.assemble import Assembly, Design, Settings, assemble
 from slipstream.training.device import fitting_the_device, resolve_device
 from slipstream.training.footprint import assemble_weightless
 from slipstream.training.loop import StepReport, Trainer
@@ -157,21 +157,7 @@ def put_together(
             compress_rows=exchange.compress_rows,
             seed=config.train_seed,
         )
-    return assemble(
-        pick(Settings, config.train),
-        layout=layout,
-        specs=specs,
-        padding_rows=figures.padding_rows or {},
-        bags=figures.bags or (),
-        counts=counts,
-        network=config.model,
-        linear_bits=config.tables.quantize_linears,
-        quantize_biases=config.tables.quantize_biases,
-        num_dense=figures.num_dense,
-        seed=config.train_seed,
-        device=device,
-        sums=sums,
-    )
+    return assemble(_design(config, layout, specs, figures, counts), seed=config.train_seed, device=device, sums=sums)
 
 
 def put_together_weightless(
@@ -193,8 +179,14 @@ def put_together_weightless(
         counts: As there.
         on_cuda: Whether the step is the one that a GPU gets.
     """
-    return assemble_weightless(
-        pick(Settings, config.train),
+    return assemble_weightless(_design(config, layout, specs, figures, counts), on_cuda=on_cuda)
+
+
+def _design(
+    config: PipelineConfig, layout: SlotLayout, specs: Sequence[TableSpec], figures: TableFigures, counts: np.ndarray
+) -> Design:
+    return Design(
+        settings=pick(Settings, config.train),
         layout=layout,
         specs=specs,
         padding_rows=figures.padding_rows or {},
@@ -204,7 +196,6 @@ def put_together_weightless(
         linear_bits=config.tables.quantize_linears,
         quantize_biases=config.tables.quantize_biases,
         num_dense=figures.num_dense,
-        on_cuda=on_cuda,
     )
 
 

@@ -108,35 +108,56 @@ class Assembly:
         return None if self.layout.is_whole else self.layout.columns
 
 
-def assemble(
-    settings: Settings,
-    *,
-    layout: SlotLayout,
-    specs: Sequence[TableSpec],
-    padding_rows: Mapping[str, int],
-    bags: Sequence[Bag] = (),
-    counts: np.ndarray,
-    network: Model,
-    linear_bits: int,
-    quantize_biases: bool = False,
-    num_dense: int,
-    seed: int,
-    device: torch.device,
-    sums: GradientSums | None = None,
-) -> Assembly:
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Design:
+    """What is to train, wherever it will."""
+
+    settings: Settings
+    layout: SlotLayout
+    """Slots of the tables."""
+    specs: Sequence[TableSpec]
+    """How each table is held, in the order of the layout."""
+    padding_rows: Mapping[str, int]
+    """Tables with a row that stays zero, and that row."""
+    bags: Sequence[Bag] = ()
+    """Columns whose rows the model sees pooled."""
+    counts: np.ndarray
+    """Access counts per global row, which mode `cached` ranks by. Shape (V,), int64."""
+    network: Model
+    """Builds the model, and says how wide its rows are and how they start."""
+    linear_bits: int
+    """Bits of the dense layers' weights; 0 leaves them fp32."""
+    quantize_biases: bool = False
+    """Whether biases are rounded with them."""
+    num_dense: int
+    """Dense columns."""
+
+    def represent(self, rows: TieredRows, *, seed: int) -> Representations:
+        """Give what the model sees of rows in tiers."""
+        return represent(
+            self.settings, self.specs, self.layout, rows, seed=seed, bags=self.bags, padding_rows=self.padding_rows
+        )
+
+    def build_model(self, *, num_fields: int, device: torch.device) -> nn.Module:
+        """Build the model that sees so many sparse inputs."""
+        model = self.network.build(num_dense=self.num_dense, num_columns=num_fields).to(device)
+        if self.linear_bits:
+            quantize_linears(model, self.linear_bits, quantize_bias=self.quantize_biases)
+        return model
+
+    def find_padding(self) -> np.ndarray | None:
+        """Find the hot slots of padding rows; None where there are none."""
+        layout, padding_rows = self.layout, self.padding_rows
+        slots = [layout.slot_maps[name][row] for name, row in padding_rows.items() if name in layout.tiered]
+        hot = np.array([slot for slot in slots if slot < layout.num_hot], np.int64)
+        return hot if len(hot) else None
+
+
+def assemble(design: Design, *, seed: int, device: torch.device, sums: GradientSums | None = None) -> Assembly:
     """Put together what trains.
 
     Args:
-        settings: How.
-        layout: Slots of the tables.
-        specs: How each table is held, in the order of the layout.
-        padding_rows: Tables with a row that stays zero, and that row.
-        bags: Columns whose rows the model sees pooled.
-        counts: Access counts per global row, which mode `cached` ranks by. Shape (V,), int64.
-        network: Builds the model, and says how wide its rows are and how they start.
-        linear_bits: Bits of the dense layers' weights; 0 leaves them fp32.
-        quantize_biases: Whether biases are rounded with them.
-        num_dense: Dense columns.
+        design: What it is.
         seed: Of initial weights.
         device: Where to train.
         sums: What several ranks exchange; None for a process alone.
@@ -144,16 +165,15 @@ def assemble(
     Raises:
         CapacityError: The device has no room for it.
     """
-    rows, placement = place_rows(settings, layout, counts, row_width=network.row_width, device=device, sums=sums)
-    draw_rows(rows, layout, padding_rows, bound_of=network.initial_bound, seed=seed)
-    representations = represent(settings, specs, layout, rows, seed=seed, bags=bags, padding_rows=padding_rows)
+    settings, layout, network, num_dense = design.settings, design.layout, design.network, design.num_dense
+    rows, placement = place_rows(settings, layout, design.counts, row_width=network.row_width, device=device, sums=sums)
+    draw_rows(rows, layout, design.padding_rows, bound_of=network.initial_bound, seed=seed)
+    representations = design.represent(rows, seed=seed)
     representations.clear_what_is_not_stored(rows)
     representations.set_exact_scales(rows)
     torch.manual_seed(seed)
     with fitting_the_device("the dense layers"):
-        model = network.build(num_dense=num_dense, num_columns=representations.pooling.num_fields).to(device)
-        if linear_bits:
-            quantize_linears(model, linear_bits, quantize_bias=quantize_biases)
+        model = design.build_model(num_fields=representations.pooling.num_fields, device=device)
     with fitting_the_device(f"what a step over {settings.batch_size:,} samples keeps"):
         step = make_step(settings, model, rows, representations, num_dense=num_dense, sums=sums)
     return Assembly(
@@ -164,16 +184,9 @@ def assemble(
         representations=representations,
         model=model,
         step=step,
-        padding_slots=find_padding(layout, padding_rows),
+        padding_slots=design.find_padding(),
         on_cuda=device.type == "cuda",
     )
-
-
-def find_padding(layout: SlotLayout, padding_rows: Mapping[str, int]) -> np.ndarray | None:
-    """Find the hot slots of padding rows; None where there are none."""
-    slots = [layout.slot_maps[name][row] for name, row in padding_rows.items() if name in layout.tiered]
-    hot = np.array([slot for slot in slots if slot < layout.num_hot], np.int64)
-    return hot if len(hot) else None
 
 
 def place_rows(
@@ -191,7 +204,7 @@ def place_rows(
     Args:
         settings: How.
         layout: Slots of the tables.
-        counts: As in `assemble`.
+        counts: As in `Design`.
         row_width: Of the model.
         device: Where the buffer is to be.
         on_cuda: Whether they are to be as on a GPU; None where `device` is one.

@@ -10,7 +10,7 @@ Not counted: what a driver, cuBLAS and the allocator's rounding keep for themsel
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from slipstream.embedding.duplicates import Distinct
-from slipstream.embedding.quantized import quantize_linears
 from slipstream.embedding.tiers.in_place import InPlace
 from slipstream.embedding.tiers.lookahead import Batch, LookAhead, StagedBatch
 from slipstream.embedding.tiers.on_disk import DiskRows
@@ -29,12 +28,9 @@ from slipstream.embedding.tiers.padding import PaddedColumns
 from slipstream.embedding.tiers.pinned import NUM_SLABS, SLAB_BYTES
 from slipstream.embedding.tiers.placement import StagingHalves
 from slipstream.embedding.tiers.rows import TieredRows
-from slipstream.models.model import Model
-from slipstream.schema import Bag
-from slipstream.training.assemble import Assembly, Settings, find_padding, make_step, place_rows, represent
+from slipstream.training.assemble import Assembly, Design, make_step, place_rows
 from slipstream.training.loop import Trainer
 from slipstream.training.predict import click_probabilities
-from slipstream.training.representations import TableSpec
 from slipstream.training.slot_layout import SlotLayout
 
 META = torch.device("meta")
@@ -103,43 +99,20 @@ def peak_of(work: Callable[[], object]) -> int:
     return memory.peak
 
 
-def assemble_weightless(
-    settings: Settings,
-    *,
-    layout: SlotLayout,
-    specs: Sequence[TableSpec],
-    padding_rows: Mapping[str, int],
-    bags: Sequence[Bag] = (),
-    counts: np.ndarray,
-    network: Model,
-    linear_bits: int,
-    quantize_biases: bool = False,
-    num_dense: int,
-    on_cuda: bool,
-) -> Assembly:
+def assemble_weightless(design: Design, *, on_cuda: bool) -> Assembly:
     """Put together what trains, as `assemble` does, with tensors that have no memory.
 
     Args:
-        settings: How.
-        layout: Slots of the tables.
-        specs: How each table is held.
-        padding_rows: As in `assemble`.
-        bags: As there.
-        counts: As there.
-        network: As there.
-        linear_bits: As there.
-        quantize_biases: As there.
-        num_dense: As there.
+        design: What it is.
         on_cuda: Whether the step is the one that a GPU gets.
     """
+    settings, layout, num_dense = design.settings, design.layout, design.num_dense
     with META:  # the cold tier names no device: it lives where tensors live by default
         rows, placement = place_rows(
-            settings, layout, counts, row_width=network.row_width, device=META, on_cuda=on_cuda
+            settings, layout, design.counts, row_width=design.network.row_width, device=META, on_cuda=on_cuda
         )
-    representations = represent(settings, specs, layout, rows, seed=0, bags=bags, padding_rows=padding_rows)
-    model = network.build(num_dense=num_dense, num_columns=representations.pooling.num_fields).to(META)
-    if linear_bits:
-        quantize_linears(model, linear_bits, quantize_bias=quantize_biases)
+    representations = design.represent(rows, seed=0)
+    model = design.build_model(num_fields=representations.pooling.num_fields, device=META)
     return Assembly(
         layout=layout,
         num_dense=num_dense,
@@ -148,7 +121,7 @@ def assemble_weightless(
         representations=representations,
         model=model,
         step=make_step(settings, model, rows, representations, num_dense=num_dense, on_cuda=on_cuda),
-        padding_slots=find_padding(layout, padding_rows),
+        padding_slots=design.find_padding(),
         on_cuda=on_cuda,
     )
 

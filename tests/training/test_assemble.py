@@ -17,7 +17,7 @@ from slipstream.embedding.tiers.placement import CachedRows, StagingHalves
 from slipstream.errors import CapacityError, ConfigError
 from slipstream.options import pick
 from slipstream.training import assemble as assemble_module
-from slipstream.training.assemble import Assembly, Settings, assemble
+from slipstream.training.assemble import Assembly, Design, Settings, assemble
 from slipstream.training.representations import TableSpec
 from slipstream.training.slot_layout import SlotLayout
 
@@ -35,14 +35,16 @@ def put_together(
     cuts = np.cumsum([0, *SIZES.values()])
     slot_maps = {name: slots[cuts[at] : cuts[at + 1]] for at, name in enumerate(SIZES)}
     return assemble(
-        pick(Settings, config.train),
-        layout=SlotLayout(slot_maps, num_hot=num_hot, table_of_column=range(3)),
-        specs=[TableSpec(name=name, num_rows=size) for name, size in SIZES.items()],
-        padding_rows={"cat_1": 2},
-        counts=np.arange(NUM_ROWS),
-        network=config.model,
-        linear_bits=0,
-        num_dense=2,
+        Design(
+            settings=pick(Settings, config.train),
+            layout=SlotLayout(slot_maps, num_hot=num_hot, table_of_column=range(3)),
+            specs=[TableSpec(name=name, num_rows=size) for name, size in SIZES.items()],
+            padding_rows={"cat_1": 2},
+            counts=np.arange(NUM_ROWS),
+            network=config.model,
+            linear_bits=0,
+            num_dense=2,
+        ),
         seed=seed,
         device=device,
     )

@@ -17,7 +17,7 @@ from slipstream.config import PipelineConfig
 from slipstream.embedding.tiers.pinned import NUM_SLABS, SLAB_BYTES
 from slipstream.io.figures import TableFigures
 from slipstream.options import pick
-from slipstream.training.assemble import Settings
+from slipstream.training.assemble import Design, Settings
 from slipstream.training.footprint import PeakMemory, assemble_weightless, cut_layout, stage_example, step_bytes, weigh
 from slipstream.training.loop import Trainer
 from slipstream.training.representations import TableSpec, lay_out
@@ -185,14 +185,16 @@ def test_nothing_is_made_for_a_forecast_of_tables_larger_than_memory():
     size = 10**10
     layout = SlotLayout({"cat_0": np.broadcast_to(np.int64(0), (size,))}, num_hot=size, table_of_column=[0])
     parts = assemble_weightless(
-        pick(Settings, config.train),
-        layout=layout,
-        specs=[TableSpec(name="cat_0", num_rows=size)],
-        padding_rows={},
-        counts=np.empty(0),
-        network=config.model,
-        linear_bits=0,
-        num_dense=4,
+        Design(
+            settings=pick(Settings, config.train),
+            layout=layout,
+            specs=[TableSpec(name="cat_0", num_rows=size)],
+            padding_rows={},
+            counts=np.empty(0),
+            network=config.model,
+            linear_bits=0,
+            num_dense=4,
+        ),
         on_cuda=True,
     )
     told = weigh(make_trainer(config, parts, num_train=NUM_TRAIN))
