@@ -399,7 +399,11 @@ def _show_value(name: str, value: Any) -> str:
         return str(value)
     if "bytes" in name:
         return show_bytes(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.4g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if abs(value) >= 1000:
+        return f"{value:,.1f}"
+    return f"{value:.4g}" if abs(value) >= 0.01 else f"{value:.2g}"  # never six digits after the point
 
 
 def show_bytes(size: float) -> str:
